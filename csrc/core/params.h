@@ -1,0 +1,120 @@
+// What the stages take: pointers with their shapes, sizes, strides in elements. No torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "core/pattern.h"
+
+namespace flux {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Rows [begin, end) of a tensor that belong to each sequence. Null begin: 0. Null end: `capacity`.
+// cu_seqlens [B + 1] is {cu_seqlens, cu_seqlens + 1}; left padding is {padding, null}; a cache is {null, kv_len}.
+// Bounds are clamped to [0, capacity], so that no value can lead outside the tensor.
+struct Span {
+  int32_t begin, end;
+  FLUX_HD int32_t size() const { return end - begin; }
+};
+struct RowSpans {
+  const int32_t* begin = nullptr;  // [B] or [B, Hkv]
+  const int32_t* end = nullptr;    // [B] or [B, Hkv]
+  int32_t begin_stride_b = 1, begin_stride_h = 0;
+  int32_t end_stride_b = 1, end_stride_h = 0;
+  int32_t capacity = 0;
+
+  FLUX_HD Span operator()(int32_t b, int32_t h) const {
+    int32_t lo = begin ? begin[b * begin_stride_b + h * begin_stride_h] : 0;
+    int32_t hi = end ? end[b * end_stride_b + h * end_stride_h] : capacity;
+    lo = min_of(max_of(lo, 0), capacity);
+    hi = min_of(max_of(hi, lo), capacity);
+    return {lo, hi};
+  }
+};
+
+struct Strides {
+  int64_t b = 0, s = 0, h = 0;  // sequence (or page), row, head; the last dimension is contiguous
+};
+
+// Block lists of every (sequence, KV head, query block of `width` rows). Null blocks: none.
+struct BlockTable {
+  const int32_t* blocks = nullptr;  // [B, Hkv, q_blocks, max_count]
+  const int32_t* counts = nullptr;  // [B, Hkv, q_blocks]
+  int32_t q_blocks = 0, max_count = 0;
+  int32_t q_width = 128, kv_width = 128;
+
+  FLUX_HD BlockList operator()(int32_t b, int32_t h, int32_t num_kv_heads, int32_t q_row) const {
+    if (!blocks) return {};
+    const int64_t i = (int64_t(b) * num_kv_heads + h) * q_blocks + q_row / q_width;
+    return {blocks + i * max_count, min_of(max_of(counts[i], 0), max_count), kv_width};
+  }
+};
+
+// Everything that decides which (query, key) pairs are computed: what the plan needs.
+struct ProblemShape {
+  int32_t batch = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int32_t max_q_len = 0;     // no sequence has more queries than this,
+  int64_t total_q_rows = 0;  // nor all of them together; both known on the host: they bound the tiles
+  RowSpans q_rows, kv_rows;
+  const int32_t* route = nullptr;  // [B] or [B, Hkv]; 0 full, else sparse; null: all full
+  int32_t route_stride_b = 1, route_stride_h = 0;
+  Pattern patterns[2];    // full, sparse
+  BlockTable blocks[2];
+
+  FLUX_HD int32_t group() const { return num_q_heads / num_kv_heads; }
+  FLUX_HD int32_t mode(int32_t b, int32_t h) const {
+    return route && route[b * route_stride_b + h * route_stride_h] != 0 ? 1 : 0;
+  }
+};
+
+struct AttendParams {
+  ProblemShape shape;
+  DType dtype = DType::kFloat32;
+  const void* q = nullptr;  // [B, S, Hq, D], or packed [T, Hq, D] with strides.b = 0
+  const void* k = nullptr;  // [B, Skv, Hkv, D]; packed [T, Hkv, D]; paged [num_pages, page_size, Hkv or 1, D]
+  const void* v = nullptr;
+  void* out = nullptr;   // as q
+  float* lse = nullptr;  // [B, Hq, S], or packed [Hq, T]
+  Strides q_stride, k_stride, v_stride, out_stride;
+  Strides lse_stride;
+  const int32_t* page_table = nullptr;  // [B, max_pages] or [B, Hkv, max_pages]; null: not paged
+  int64_t page_stride_b = 0, page_stride_h = 0;
+  int32_t page_size = 0, num_pages = 0;
+  float scale = 1.f;
+};
+
+struct AttendBackwardParams {
+  AttendParams forward;  // q, k, v, out, lse as left by the forward pass
+  const void* grad_out = nullptr;  // as q
+  void* grad_q = nullptr;          // as q
+  void* grad_k = nullptr;          // as k (never paged)
+  void* grad_v = nullptr;
+  Strides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
+};
+
+// One linear layer of a router, y = weight x + bias.
+struct Linear {
+  const void* weight = nullptr;  // [out, in], contiguous
+  const void* bias = nullptr;    // [out]
+  int32_t in = 0, out = 0;
+};
+
+// Encoder: 2 layers with SiLU between; classifier: 3 layers with SiLU between.
+constexpr int kRouterLayers = 5;
+constexpr int kEncoderLayers = 2;
+
+struct RouteParams {
+  DType dtype = DType::kFloat32, weight_dtype = DType::kFloat32;
+  const void* x = nullptr;  // [B, S, H, D], or packed [T, H, D] with strides.b = 0
+  Strides x_stride;
+  RowSpans rows;
+  int32_t batch = 0, num_heads = 0, head_dim = 0;
+  int32_t pool_size = 100;  // rows pooled at either end of the sequence
+  bool per_head = false;    // one decision per head instead of one per sequence
+  Linear layers[kRouterLayers];
+  float* pooled = nullptr;   // [B, D] or [B, H, D]
+  float* logits = nullptr;   // [B, 2] or [B, H, 2]
+  int32_t* route = nullptr;  // [B] or [B, H]
+};
+
+}  // namespace flux

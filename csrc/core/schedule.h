@@ -1,0 +1,138 @@
+// Who computes what: all visible work is a line of (tile, key block) units, cut into equal pieces.
+//
+// A tile is (sequence, KV head, block of query rows); the query heads of the group are packed into its
+// rows (row = query * group + head of the group), so a decode step is a tile with few rows. Tiles are
+// numbered row by row, where a row is a (sequence, KV head) pair, and within a row from the last query
+// block (the longest under a causal mask) to the first. The planner and the kernels call the same
+// functions, so they cannot disagree.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+#include "core/params.h"
+#include "core/pattern.h"
+
+namespace flux {
+
+constexpr int32_t kTileOverhead = 1;  // prologue and epilogue of a tile, in key blocks
+
+// Query tokens and keys of one step of a kernel.
+struct TileShape {
+  int32_t q_tokens = 0;  // query positions per tile (rows / group)
+  int32_t kv_block = 0;
+};
+
+struct Tile {
+  int32_t seq, kv_head, q_block;
+};
+
+// Everything a kernel has to know about a tile.
+struct TileView {
+  Tile tile;
+  Span q_rows;             // rows of q that belong to the tile
+  Span kv_rows;            // rows of k of the whole sequence
+  int32_t q_pos;           // position of the first row, in key coordinates
+  Pattern pattern;
+  BlockList list;
+  KvBlocks blocks;
+
+  FLUX_HD int32_t q_pos_end() const { return q_pos + q_rows.size(); }
+  FLUX_HD bool masked(int32_t kv_begin, int32_t kv_end) const {
+    return needs_mask(pattern, q_pos, q_pos_end(), kv_begin, kv_end, kv_rows.size(), list);
+  }
+  // Is the pair visible? (`row` counts from the first row of the tile.)
+  FLUX_HD bool sees(int32_t row, int32_t kv_pos) const {
+    return visible(pattern, q_pos + row, kv_pos, kv_rows.size(), list);
+  }
+};
+
+FLUX_HD int32_t tiles_in_row(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
+  return ceil_div(shape.q_rows(seq, kv_head).size(), tile.q_tokens);
+}
+
+// No launch has more tiles than this, whatever the lengths on the device are (spans that overlap, which no
+// valid input has, are cut off by the planner).
+FLUX_HD int64_t max_tiles(const ProblemShape& shape, const TileShape& tile) {
+  const int64_t padded = int64_t(shape.batch) * ceil_div(shape.max_q_len, tile.q_tokens);
+  const int64_t packed = shape.total_q_rows / tile.q_tokens + shape.batch;
+  return (padded < packed ? padded : packed) * shape.num_kv_heads;
+}
+
+FLUX_HD TileView view_tile(const ProblemShape& shape, const TileShape& tile_shape, const Tile& t) {
+  TileView v;
+  v.tile = t;
+  const Span q = shape.q_rows(t.seq, t.kv_head);
+  v.kv_rows = shape.kv_rows(t.seq, t.kv_head);
+  const int32_t first = t.q_block * tile_shape.q_tokens;
+  v.q_rows = {q.begin + first, min_of(q.begin + first + tile_shape.q_tokens, q.end)};
+  v.q_pos = v.kv_rows.size() - q.size() + first;
+  const int32_t mode = shape.mode(t.seq, t.kv_head);
+  v.pattern = shape.patterns[mode];
+  v.list = shape.blocks[mode](t.seq, t.kv_head, shape.num_kv_heads, first);
+  v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), tile_shape.kv_block, v.list);
+  return v;
+}
+
+FLUX_HD int32_t tile_cost(const TileView& v) { return v.blocks.size() + kTileOverhead; }
+
+// The tiles [tile, end_tile], from key block `block` of the first up to `end_block` of the last.
+struct WorkRange {
+  int32_t tile, block, end_tile, end_block;
+};
+
+// The key blocks of one tile that one worker owns.
+struct TileSpan {
+  int32_t begin, end;
+  bool split;  // the tile is cut: its result is a partial
+};
+
+// cost[t] = sum of tile_cost over the tiles before t; cost[num_tiles] = total.
+struct Position {
+  int32_t tile, block;
+};
+FLUX_HD Position locate(const int64_t* cost, int32_t num_tiles, int64_t unit) {
+  if (unit >= cost[num_tiles]) return {num_tiles, 0};
+  int32_t lo = 0, hi = num_tiles;  // the last tile with cost[tile] <= unit
+  while (hi - lo > 1) {
+    const int32_t mid = lo + (hi - lo) / 2;
+    (cost[mid] <= unit ? lo : hi) = mid;
+  }
+  const int64_t block = unit - cost[lo] - kTileOverhead;
+  return {lo, block > 0 ? int32_t(block) : 0};
+}
+
+FLUX_HD WorkRange work_range(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
+  const int64_t total = cost[num_tiles];
+  // total * worker would overflow only beyond 2^63 / 2^20 units.
+  const Position begin = locate(cost, num_tiles, total * worker / num_workers);
+  const Position end = locate(cost, num_tiles, total * (worker + 1) / num_workers);
+  return {begin.tile, begin.block, end.tile, end.block};
+}
+
+FLUX_HD bool empty(const WorkRange& r) { return r.tile == r.end_tile && r.block == r.end_block; }
+
+// One past the last tile the worker touches.
+FLUX_HD int32_t tiles_end(const WorkRange& r) { return r.end_tile + (r.end_block > 0 ? 1 : 0); }
+
+FLUX_HD TileSpan tile_span(const WorkRange& r, int32_t tile, int32_t num_blocks) {
+  TileSpan s;
+  s.begin = tile == r.tile ? r.block : 0;
+  s.end = tile == r.end_tile ? r.end_block : num_blocks;
+  s.split = s.begin > 0 || s.end < num_blocks;
+  return s;
+}
+
+// A worker leaves at most two partials: of its first tile and of its last.
+FLUX_HD int32_t partial_slot(const WorkRange& r, int32_t worker, int32_t tile) {
+  return 2 * worker + (tile == r.tile ? 0 : 1);
+}
+
+// Does this worker hold the first piece of a cut tile? Then it (or its twin in the combine stage) merges
+// the pieces that the following workers hold. Returns the tile, or -1.
+FLUX_HD int32_t leads_tile(const WorkRange& r) {
+  if (r.end_block == 0) return -1;
+  return r.end_tile != r.tile || r.block == 0 ? r.end_tile : -1;
+}
+
+}  // namespace flux

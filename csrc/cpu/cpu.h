@@ -1,0 +1,37 @@
+// The four stages on the CPU. `attend` runs plan, attend and combine.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/params.h"
+#include "core/schedule.h"
+
+namespace flux::cpu {
+
+// Who runs the workers. The torch operators bring torch's threads, the tests their own.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  virtual int num_workers() const = 0;
+  virtual void run(int64_t n, const std::function<void(int64_t)>& body) const = 0;  // body(0) .. body(n - 1)
+};
+
+// All visible work of one call, cut into one range per worker.
+struct Plan {
+  std::vector<Tile> tiles;     // [num_tiles]
+  std::vector<int64_t> cost;   // [num_tiles + 1], prefix sums
+  std::vector<WorkRange> ranges;  // [num_workers]
+};
+
+Plan plan(const ProblemShape& shape, const TileShape& tile, int num_workers);
+
+void route(const RouteParams& p, const Executor& executor);
+void attend(const AttendParams& p, const Executor& executor);
+void attend_backward(const AttendBackwardParams& p, const Executor& executor);
+
+// What the vectorised kernels were compiled for ("portable", "avx2", "avx512").
+const char* isa();
+
+}  // namespace flux::cpu

@@ -1,0 +1,89 @@
+// The operators on the CPU.
+#include "cpu/cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "torch/convert.h"
+#include "torch/values.h"
+
+namespace flux::torch_ops {
+namespace {
+
+// torch's own threads do the work, so torch.set_num_threads holds here too.
+class TorchThreads : public cpu::Executor {
+ public:
+  int num_workers() const override { return int(torch::stable::get_num_threads()); }
+  void run(int64_t n, const std::function<void(int64_t)>& body) const override {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor route,
+                                  std::vector<int64_t> patterns, OptionalTensor full_blocks, OptionalTensor full_counts,
+                                  OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
+                                  OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
+                                  OptionalTensor kv_end, OptionalTensor page_table) {
+  AttendParams p = to_attend_params(
+      q, k, v, {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale, q_begin, q_end, kv_begin,
+                kv_end, page_table});
+  check_values(p);
+  auto [out, lse] = make_outputs(q, q_begin || q_end);
+  set_outputs(p, out, lse);
+  cpu::attend(p, TorchThreads());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                   const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                   OptionalTensor route, std::vector<int64_t> patterns,
+                                                   OptionalTensor full_blocks, OptionalTensor full_counts,
+                                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts,
+                                                   double scale, OptionalTensor q_begin, OptionalTensor q_end,
+                                                   OptionalTensor kv_begin, OptionalTensor kv_end) {
+  const OptionalTensor no_pages;
+  // Rows no tile covers have gradient 0.
+  Tensor grad_q = torch::stable::new_zeros(q, q.sizes());
+  Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
+  Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
+  const Tensor grad = torch::stable::contiguous(grad_out);  // autograd may hand over an expanded one
+  const AttendBackwardParams p = to_backward_params(
+      grad, q, k, v, out, lse,
+      {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale, q_begin, q_end, kv_begin, kv_end,
+       no_pages},
+      grad_q, grad_k, grad_v);
+  check_values(p.forward);
+  cpu::attend_backward(p, TorchThreads());
+  return {grad_q, grad_k, grad_v};
+}
+
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
+                                         OptionalTensor begin, OptionalTensor end) {
+  RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
+  check_spans(p.rows, p.batch, 1, "begin", "end");
+  std::vector<int64_t> leading{p.batch};
+  if (per_head) leading.push_back(p.num_heads);
+  std::vector<int64_t> pooled_sizes = leading, logit_sizes = leading;
+  pooled_sizes.push_back(p.head_dim);
+  logit_sizes.push_back(2);
+  Tensor pooled = torch::stable::new_empty(x, pooled_sizes, ScalarType::Float);
+  Tensor logits = torch::stable::new_empty(x, logit_sizes, ScalarType::Float);
+  Tensor decision = torch::stable::new_empty(x, leading, ScalarType::Int);
+  p.pooled = pooled.mutable_data_ptr<float>();
+  p.logits = logits.mutable_data_ptr<float>();
+  p.route = decision.mutable_data_ptr<int32_t>();
+  cpu::route(p, TorchThreads());
+  check_finite(p);
+  return {pooled, logits, decision};
+}
+
+}  // namespace
+}  // namespace flux::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(flux_ext, CPU, m) {
+  m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
+  m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::attend_backward));
+  m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+}

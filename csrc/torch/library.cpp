@@ -1,0 +1,20 @@
+// The operators' schemas; the only place that has them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(flux_ext, m) {
+  // q [B, S, Hq, D] (or packed [T, Hq, D]), k, v -> out like q, lse [B, Hq, S] (or [Hq, T]).
+  // patterns: sink, window, last_q, align, block list width (0: no lists) of the full pattern, then of the sparse one.
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? route, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "
+      "Tensor? sparse_blocks, Tensor? sparse_counts, float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, "
+      "Tensor? kv_end, Tensor? page_table) -> (Tensor, Tensor)");
+  // Gradients of q, k and v.
+  m.def(
+      "attend_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? route, "
+      "int[] patterns, Tensor? full_blocks, Tensor? full_counts, Tensor? sparse_blocks, Tensor? sparse_counts, "
+      "float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, Tensor? kv_end) -> (Tensor, Tensor, Tensor)");
+  // x [B, S, H, D] (or packed [T, H, D]) -> pooled [B, D], logits [B, 2], route [B]; per head: [B, H, ...].
+  m.def(
+      "route(Tensor x, Tensor[] weights, int pool_size, bool per_head, Tensor? begin, Tensor? end) -> "
+      "(Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,66 @@
+// Checks of what stands inside CPU tensors, before anything is computed. (CUDA tensors are not read back:
+// there, RowSpans and the kernels clamp what could lead outside a tensor.)
+#pragma once
+
+#include <cmath>
+
+#include "core/params.h"
+#include "torch/checks.h"
+
+namespace flux::torch_ops {
+
+inline void check_spans(const RowSpans& s, int32_t batch, int32_t heads, const char* begin_name,
+                        const char* end_name) {
+  for (int32_t b = 0; b < batch; ++b)
+    for (int32_t h = 0; h < heads; ++h) {
+      const int32_t lo = s.begin ? s.begin[b * s.begin_stride_b + h * s.begin_stride_h] : 0;
+      const int32_t hi = s.end ? s.end[b * s.end_stride_b + h * s.end_stride_h] : s.capacity;
+      FLUX_CHECK(lo >= 0, begin_name, " must not be negative, got ", lo, " for sequence ", b);
+      FLUX_CHECK(hi <= s.capacity, end_name, " must not exceed the ", s.capacity, " rows there are, got ", hi,
+                 " for sequence ", b);
+      FLUX_CHECK(lo <= hi, begin_name, " and ", end_name, " (or cu_seqlens) must not decrease, got ", lo, " and ", hi,
+                 " for sequence ", b);
+    }
+}
+
+inline void check_values(const AttendParams& p) {
+  const ProblemShape& s = p.shape;
+  check_spans(s.q_rows, s.batch, 1, "q_begin", "q_end");
+  check_spans(s.kv_rows, s.batch, s.num_kv_heads, "kv_begin", "kv_len");
+  for (int32_t b = 0; b < s.batch; ++b)
+    for (int32_t h = 0; h < s.num_kv_heads; ++h) {
+      if (s.route) {
+        const int32_t r = s.route[b * s.route_stride_b + h * s.route_stride_h];
+        FLUX_CHECK(r == 0 || r == 1, "route must be 0 (full) or 1 (sparse), got ", r, " for sequence ", b);
+      }
+      if (p.page_table) {
+        const Span rows = s.kv_rows(b, h);
+        for (int32_t i = rows.begin / p.page_size; i < ceil_div(rows.end, p.page_size); ++i) {
+          const int32_t page = p.page_table[b * p.page_stride_b + h * p.page_stride_h + i];
+          FLUX_CHECK(page >= 0 && page < p.num_pages, "page_table must index the ", p.num_pages, " pages, got ", page,
+                     " at page ", i, " of sequence ", b);
+        }
+      }
+      for (const BlockTable& t : s.blocks) {
+        if (!t.blocks) continue;
+        const int32_t offset = s.kv_rows(b, h).size() - s.q_rows(b, h).size();
+        const int32_t rows = s.q_rows(b, h).size();
+        for (int32_t i = 0; i < ceil_div(rows, t.q_width); ++i) {
+          const BlockList list = t(b, h, s.num_kv_heads, i * t.q_width);
+          const int32_t last = offset + min_of((i + 1) * t.q_width, rows) - 1;
+          for (int32_t n = 0; n < list.count; ++n)
+            FLUX_CHECK(list.blocks[n] >= (n ? list.blocks[n - 1] + 1 : 0) && list.blocks[n] * list.width <= last,
+                       "a block list must ascend from 0 and end at the diagonal, got block ", list.blocks[n],
+                       " at entry ", n, " of query block ", i);
+        }
+      }
+    }
+}
+
+inline void check_finite(const RouteParams& p) {
+  const int64_t n = int64_t(p.batch) * (p.per_head ? p.num_heads : 1) * p.head_dim;
+  for (int64_t i = 0; i < n; ++i)
+    FLUX_CHECK(std::isfinite(p.pooled[i]), "x must be finite where the router pools it, got ", p.pooled[i]);
+}
+
+}  // namespace flux::torch_ops

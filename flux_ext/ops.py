@@ -1,0 +1,253 @@
+"""The registered operators' Python side (shape functions, gradients), and the public operation on top.
+
+The schemas are in ``csrc/torch/library.cpp``.
+"""
+
+from __future__ import annotations
+
+from typing import overload, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _library  # noqa: F401  (registers the operators)
+from .patterns import BlockSparse, Full, Pattern, Streaming
+from .reference import mixing_weight
+
+_ops = torch.ops.flux_ext
+
+
+@torch.library.register_fake("flux_ext::attend")
+def _(q, k, v, *args):
+    lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("flux_ext::attend_backward")
+def _(grad_out, q, k, v, *args):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+@torch.library.register_fake("flux_ext::route")
+def _(x, weights, pool_size, per_head, begin, end):
+    batch = begin.shape[0] if x.dim() == 3 else x.shape[0]
+    leading = (batch, x.shape[-2]) if per_head else (batch,)
+    return (
+        x.new_empty((*leading, x.shape[-1]), dtype=torch.float32),
+        x.new_empty((*leading, 2), dtype=torch.float32),
+        x.new_empty(leading, dtype=torch.int32),
+    )
+
+
+def _save_attend(ctx, inputs, output):
+    q, k, v, route, patterns, fb, fc, sb, sc, scale, q_begin, q_end, kv_begin, kv_end, page_table = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.patterns, ctx.scale = patterns, scale
+    ctx.save_for_backward(
+        q, k, v, out, lse, route, fb, fc, sb, sc, q_begin, q_end, kv_begin, kv_end, page_table
+    )
+
+
+def _attend_backward(ctx, grad_out, _grad_lse):
+    q, k, v, out, lse, route, fb, fc, sb, sc, *spans, page_table = ctx.saved_tensors
+    if page_table is not None:
+        raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
+    grads = _ops.attend_backward(
+        grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans
+    )
+    return (*grads, *(None,) * 12)
+
+
+torch.library.register_autograd("flux_ext::attend", _attend_backward, setup_context=_save_attend)
+
+
+def _save_route(ctx, inputs, output):
+    x, weights, ctx.pool_size, ctx.per_head, begin, end = inputs
+    pooled, _, route = output
+    ctx.mark_non_differentiable(pooled, route)
+    ctx.save_for_backward(x, pooled, begin, end, *weights)
+
+
+def _silu_grad(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _route_backward(ctx, _grad_pooled, grad, _grad_route):
+    x, pooled, begin, end, *weights = ctx.saved_tensors
+    w = [t.float() for t in weights]
+    # Forward again (five small layers), keeping each layer's input and pre-activation.
+    inputs, before = [pooled], []
+    for i in range(5):
+        before.append(F.linear(inputs[i], w[2 * i], w[2 * i + 1]))
+        inputs.append(before[i] if i == 1 else F.silu(before[i]))  # no SiLU between encoder and classifier
+    grad_weights: list[Tensor] = []
+    for i in reversed(range(5)):
+        if i not in (1, 4):
+            grad = grad * _silu_grad(before[i])
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_weights[:0] = [flat.T @ inputs[i].reshape(-1, inputs[i].shape[-1]), flat.sum(0)]
+        grad = grad @ w[2 * i]
+    grad_weights = [g.to(t.dtype) for g, t in zip(grad_weights, weights)]
+    grad_x = _pool_backward(x, grad, ctx.pool_size, ctx.per_head, begin, end) if ctx.needs_input_grad[0] else None
+    return grad_x, grad_weights, None, None, None, None
+
+
+def _pool_backward(
+    x: Tensor, grad: Tensor, pool_size: int, per_head: bool, begin: Tensor | None, end: Tensor | None
+) -> Tensor:
+    """Gradient of the pooled mean: rows at either end of each sequence get their share, twice on overlap."""
+    rows = torch.arange(x.shape[-3], device=x.device)[None]  # [1, S]
+    first = rows.new_zeros((x.shape[0] if x.dim() == 4 else 1, 1)) if begin is None else begin[:, None]
+    last = torch.full_like(first, x.shape[-3]) if end is None else end[:, None]
+    inside = (rows >= first) & (rows < last)
+    count = (inside & (rows < first + pool_size)).float() + (inside & (rows >= last - pool_size))
+    share = count / (2 * (last - first).clamp(1, pool_size))  # [B, S]
+    if not per_head:
+        grad = (grad / x.shape[-2])[:, None].expand(-1, x.shape[-2], -1)  # [B, H, D]
+    if x.dim() == 3:  # packed: the sequences share the rows
+        return torch.einsum("bs,bhd->shd", share, grad).to(x.dtype)
+    return (share[:, :, None, None] * grad[:, None]).to(x.dtype)
+
+
+torch.library.register_autograd("flux_ext::route", _route_backward, setup_context=_save_route)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    full: Pattern,
+    sparse: Pattern,
+    scale: float,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+    kv_begin: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by hard routes, with every row bound spelt out; see :func:`flux_ext.reference.attend`."""
+    if route is not None and route.dtype != torch.int32:
+        route = route.to(torch.int32)
+    patterns: list[int] = []
+    lists: list[Tensor | None] = []
+    for pattern in (full, sparse):
+        if isinstance(pattern, BlockSparse):
+            if pattern.blocks is None:
+                from .block_sparse import select_blocks
+
+                pattern = select_blocks(pattern, q, k, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+            patterns += [*pattern.numbers(), pattern.width]
+            lists += [pattern.blocks, pattern.counts]
+        else:
+            patterns += [*pattern.numbers(), 0]
+            lists += [None, None]
+    return _ops.attend(
+        q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table
+    )
+
+
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor | None = ..., *, return_lse: Literal[True], **kwargs
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, route: Tensor | None = ..., **kwargs) -> Tensor: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = Streaming(),
+    full: Pattern = Full(),
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which each sequence, or each KV head, is routed to full or sparse attention.
+
+    ``out = softmax(scale * q k^T + mask) v`` with fp32 softmax and accumulation; queries are aligned
+    bottom-right (query ``i`` stands at position ``kv_len - q_len + i``). A query that sees no key gives 0.
+    Flux Attention (arXiv 2604.07394) routes by layer, Elastic Attention (arXiv 2601.17367) by head.
+
+    Args:
+        q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``; fp16, bf16 (CPU: fp32 too). Any strides with the last
+            dimension contiguous; ``D`` a multiple of 8 up to 256.
+        k, v: ``[B, Skv, Hkv, D]``, ``Hkv`` a divisor of ``Hq``; packed ``[T, Hkv, D]``; paged
+            ``[num_pages, page_size, Hkv, D]`` (``[num_pages, page_size, 1, D]`` with a page table per head).
+        route: ``[B]`` or ``[B, Hkv]``. Integers or booleans are a hard choice, 0 full and 1 sparse, and
+            cost only what is visible. Floating-point ``w`` mixes ``(1 - w) * full + w * sparse``,
+            differentiable in q, k, v and w (training). None: all full.
+        sparse, full: the two patterns; see :mod:`flux_ext.patterns`.
+        scale: softmax scale; default ``D ** -0.5``.
+        cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0.
+        seq_start, seq_end: int32 ``[B]``, the rows ``[start, end)`` of q, k and v that belong to each sequence
+            of a padded batch (left padding: ``seq_start``; right padding: ``seq_end``). Padding rows of the
+            output are 0.
+        kv_len: int32 ``[B]`` or ``[B, Hkv]``, the filled rows of a cache longer than that.
+        page_table: int32 ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; needs ``kv_len``. Entries beyond
+            ``kv_len`` are never read.
+        return_lse: also return the natural log-sum-exp, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``); ``-inf``
+            where a query sees no key. Not differentiable; needs a hard route.
+
+    Returns:
+        ``out`` with the shape and dtype of ``q``, or ``(out, lse)``.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: an argument breaks a rule; the message names argument, rule and value. Values
+            inside CUDA tensors are not read back: bounds outside the tensors are clamped.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if sum(x is not None for x in (cu_seqlens, kv_len)) + (seq_start is not None or seq_end is not None) > 1:
+        raise ValueError("cu_seqlens, seq_start / seq_end and kv_len exclude each other")
+    if page_table is not None and kv_len is None:
+        raise ValueError("page_table needs kv_len")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
+        raise ValueError(f"cu_seqlens must be [B + 1] with B >= 1, got shape {list(cu_seqlens.shape)}")
+    if (cu_seqlens is not None) != (q.dim() == 3):
+        raise ValueError(
+            f"cu_seqlens goes with a packed q [T, Hq, D], got q of shape {list(q.shape)} "
+            f"{'with' if cu_seqlens is not None else 'without'} cu_seqlens"
+        )
+    spans: tuple[Tensor | None, ...]
+    if cu_seqlens is not None:
+        spans = (cu_seqlens[:-1], cu_seqlens[1:]) * 2
+    elif seq_start is not None or seq_end is not None:
+        spans = (seq_start, seq_end) * 2
+    else:
+        spans = (None, None, None, kv_len)
+
+    def run(hard: Tensor | None) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, hard, full, sparse, scale, *spans, page_table)
+
+    if route is not None and route.is_floating_point():
+        if return_lse:
+            raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
+        hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
+        w = mixing_weight(route, q, cu_seqlens)
+        return (1 - w) * run(hard)[0] + w * run(hard + 1)[0]
+    out, lse = run(route)
+    return (out, lse) if return_lse else out
+
+
+def route(
+    x: Tensor,
+    weights: list[Tensor],
+    pool_size: int,
+    per_head: bool,
+    begin: Tensor | None = None,
+    end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`."""
+    _, logits, decision = _ops.route(x, weights, pool_size, per_head, begin, end)
+    return logits, decision

@@ -1,0 +1,158 @@
+"""Which keys a query sees: the patterns that a route chooses between.
+
+Every pattern is causal. A query stands at position ``p = kv_len - q_len + i`` (bottom-right alignment) and
+sees key ``j`` when
+
+    ``j <= p and (j < sink or j >= align * (p // align + 1) - window or p >= kv_len - last_q)``
+
+or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is listed for its query block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+UNLIMITED = 1 << 30
+"""The window of a pattern without one; ``kUnlimited`` in ``csrc/core/pattern.h``."""
+
+Q_BLOCK = 128
+"""Query rows that share one list of key blocks."""
+
+
+def _check_streaming(sink: int, window: int, align: int) -> None:
+    if sink < 0:
+        raise ValueError(f"sink must be >= 0, got {sink}")
+    if align < 1:
+        raise ValueError(f"align must be >= 1, got {align}")
+    if window < 1 or window % align:
+        raise ValueError(f"window must be a positive multiple of align ({align}), got {window}")
+
+
+@dataclass(frozen=True)
+class Full:
+    """Causal attention to every key."""
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """``(sink, window, last_q, align)``, as the operators take them."""
+        return (0, UNLIMITED, 0, 1)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """The first ``sink`` keys and the last ``window`` ones, the query's own included.
+
+    With ``align > 1`` the window of all queries of one aligned block starts where that of its last query
+    does, minus nothing: it begins at ``align * (p // align + 1) - window`` (block-aligned streaming, as the
+    published Flux checkpoints were trained with; arXiv 2604.07394).
+    """
+
+    sink: int = 128
+    window: int = 2048
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        _check_streaming(self.sink, self.window, self.align)
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """``(sink, window, last_q, align)``, as the operators take them."""
+        return (self.sink, self.window, 0, self.align)
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """Streaming, but the last ``last_q`` queries see every earlier key ("TA"; arXiv 2604.07394).
+
+    ``last_q`` counts from the end of the prompt. A decode step of a triangle-routed sequence is a streaming
+    step: use :meth:`decode`.
+    """
+
+    sink: int = 128
+    window: int = 2048
+    last_q: int = 128
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        _check_streaming(self.sink, self.window, self.align)
+        if self.last_q < 0:
+            raise ValueError(f"last_q must be >= 0, got {self.last_q}")
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """``(sink, window, last_q, align)``, as the operators take them."""
+        return (self.sink, self.window, self.last_q, self.align)
+
+    def decode(self) -> Streaming:
+        """The pattern of the steps after the prompt."""
+        return Streaming(self.sink, self.window, self.align)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse:
+    """A list of key blocks per (sequence, KV head, block of 128 queries) ("XA"; XAttention, arXiv 2503.16428).
+
+    Give either ``blocks`` or a ``threshold``.
+
+    Args:
+        blocks: int32 ``[B, Hkv, q_blocks, max_count]``, ascending key block indices, none beyond the
+            diagonal; entries from the count on are ignored.
+        counts: int32 ``[B, Hkv, q_blocks]``; None: every list is full.
+        width: keys per block, 128 or 64.
+        threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this.
+        stride: sub-block size of the antidiagonal scoring.
+    """
+
+    blocks: Tensor | None = None
+    counts: Tensor | None = None
+    width: int = 128
+    threshold: float | None = None
+    stride: int = 16
+
+    def __post_init__(self) -> None:
+        if (self.blocks is None) == (self.threshold is None):
+            raise ValueError("BlockSparse takes either blocks or a threshold, not both or neither")
+        if self.width not in (64, 128):
+            raise ValueError(f"width must be 64 or 128, got {self.width}")
+        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.stride < 1 or self.width % self.stride:
+            raise ValueError(f"stride must divide width ({self.width}), got {self.stride}")
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """``(sink, window, last_q, align)``, as the operators take them: the lists decide, not these."""
+        return (0, UNLIMITED, 0, 1)
+
+
+Pattern = Union[Full, Streaming, Triangle, BlockSparse]
+
+
+def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
+    """The pattern as a boolean mask ``[q_len, kv_len]`` (block lists: ``[B, Hkv, q_len, kv_len]``).
+
+    The obvious definition that everything else is tested against.
+    """
+    p = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+    j = torch.arange(kv_len, device=device)[None, :]
+    causal = j <= p
+    if isinstance(pattern, BlockSparse):
+        if pattern.blocks is None:
+            raise ValueError("a BlockSparse with a threshold has no mask before its queries are known")
+        lists = pattern.blocks.to(device).long()
+        counts = pattern.counts
+        used = torch.arange(lists.shape[-1], device=device)
+        keep = (
+            used < counts.to(device)[..., None]
+            if counts is not None
+            else torch.ones_like(lists, dtype=torch.bool)
+        )
+        num_blocks = -(-kv_len // pattern.width)
+        chosen = torch.zeros(*lists.shape[:-1], num_blocks + 1, dtype=torch.bool, device=device)
+        chosen.scatter_(-1, torch.where(keep, lists, num_blocks), True)
+        rows = torch.arange(q_len, device=device) // Q_BLOCK
+        columns = torch.arange(kv_len, device=device) // pattern.width
+        return chosen[:, :, rows][..., columns] & causal
+    sink, window, last_q, align = pattern.numbers()
+    window_begin = align * (torch.div(p, align, rounding_mode="floor") + 1) - window
+    return causal & ((j < sink) | (j >= window_begin) | (p >= kv_len - last_q))

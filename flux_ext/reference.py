@@ -1,0 +1,199 @@
+"""The slow, obvious twins: plain PyTorch that says what every operator computes.
+
+Same signatures as :func:`flux_ext.attention` and the routers' operator; any floating dtype, differentiable,
+one dense mask per (sequence, KV head). Tests compare everything else with these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
+
+
+def _gather_pages(cache: Tensor, pages: Tensor, head: int, length: int) -> Tensor:
+    """The first ``length`` rows of one head of a paged cache: ``[length, D]``."""
+    count = -(-length // cache.shape[1])
+    head = head if cache.shape[2] > 1 else 0
+    return cache[pages[:count].long(), :, head].reshape(-1, cache.shape[-1])[:length]
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One query head: q ``[S, D]``, k, v ``[T, D]``, mask ``[S, T]`` -> out ``[S, D]``, lse ``[S]``."""
+    scores = (q @ k.T * scale).masked_fill(~mask, -math.inf)
+    seen = mask.any(-1, keepdim=True)
+    scores = torch.where(seen, scores, torch.zeros_like(scores))  # no NaN, not even in the gradient
+    out = torch.where(seen, torch.softmax(scores, -1) @ v, torch.zeros_like(q[:, :1]))
+    lse = torch.where(seen[:, 0], torch.logsumexp(scores, -1), -math.inf)
+    return out, lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    full: Pattern,
+    sparse: Pattern,
+    scale: float,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+    kv_begin: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by hard routes, in the dtype of ``q`` (upcast first for a precise answer).
+
+    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence; the bounds are
+    ``[B]`` (``kv_end`` also ``[B, Hkv]``), None meaning the whole tensor. ``q`` is ``[B, S, Hq, D]``, or
+    packed ``[T, Hq, D]``. Returns ``out`` like ``q`` and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``), zero
+    and ``-inf`` in rows that belong to no sequence.
+    """
+    packed = q.dim() == 3
+    num_q_heads = q.shape[-2]
+    num_kv_heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
+    group = num_q_heads // num_kv_heads
+    batch = len(q_begin) if packed else q.shape[0]  # type: ignore[arg-type]
+    capacity = page_table.shape[-1] * k.shape[1] if page_table is not None else k.shape[-3]
+    device = q.device
+
+    def bound(t: Tensor | None, b: int, h: int, default: int) -> int:
+        if t is None:
+            return default
+        return int(t[b, h] if t.dim() == 2 else t[b])
+
+    out = torch.zeros_like(q)
+    lse = torch.full((*q.shape[:-3], num_q_heads, q.shape[-3]), -math.inf, dtype=q.dtype, device=device)
+    pieces = []
+    for b in range(batch):
+        q0, q1 = bound(q_begin, b, 0, 0), bound(q_end, b, 0, q.shape[-3])
+        for h in range(num_kv_heads):
+            k0, k1 = bound(kv_begin, b, h, 0), bound(kv_end, b, h, capacity)
+            if page_table is not None:
+                pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
+                keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
+            elif packed:
+                keys, values = k[k0:k1, h], v[k0:k1, h]
+            else:
+                keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
+            if route is None:
+                mode = 0
+            else:
+                mode = int(route[b, h] if route.dim() == 2 else route[b])
+            pattern = sparse if mode else full
+            mask = dense_mask(pattern, q1 - q0, k1 - k0, device)
+            if isinstance(pattern, BlockSparse):
+                mask = mask[b, h]
+            for g in range(h * group, (h + 1) * group):
+                rows = q[q0:q1, g] if packed else q[b, q0:q1, g]
+                pieces.append(((b, g, q0, q1), *_attend_one(rows, keys, values, mask, scale)))
+    for (b, g, q0, q1), o, l in pieces:
+        if packed:
+            out[q0:q1, g], lse[g, q0:q1] = o, l
+        else:
+            out[b, q0:q1, g], lse[b, g, q0:q1] = o, l
+    return out, lse
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = Streaming(),
+    full: Pattern = Full(),
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`flux_ext.attention`, by one dense mask after the other."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    spans: tuple[Tensor | None, ...]
+    if cu_seqlens is not None:
+        spans = (cu_seqlens[:-1], cu_seqlens[1:]) * 2
+    elif seq_start is not None or seq_end is not None:
+        spans = (seq_start, seq_end) * 2
+    else:
+        spans = (None, None, None, kv_len)
+
+    def run(r: Tensor | None) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, r, full, sparse, scale, *spans, page_table)
+
+    if route is not None and route.is_floating_point():
+        if return_lse:
+            raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
+        hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
+        w = mixing_weight(route, q, cu_seqlens)
+        return (1 - w) * run(hard)[0] + w * run(hard + 1)[0]
+    out, lse = run(route)
+    return (out, lse) if return_lse else out
+
+
+def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output."""
+    w = route[:, None] if route.dim() == 1 else route
+    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1)  # [B, Hq]
+    if cu_seqlens is None:
+        return w[:, None, :, None].to(q.dtype)
+    rows = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return w[sequence.clamp(max=len(w) - 1)][:, :, None].to(q.dtype)
+
+
+def pool(x: Tensor, pool_size: int, per_head: bool) -> Tensor:
+    """Mean over the first and the last ``pool_size`` rows of one sequence ``[S, H, D]``, in fp32 or better.
+
+    Shorter sequences: the two windows overlap and the overlap counts twice, as published. ``[H, D]``, or
+    ``[D]`` averaged over the heads too. An empty sequence pools to zero.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows = torch.cat([x[:pool_size], x[-pool_size:]])
+    pooled = rows.mean(0) if len(rows) else x.new_zeros(x.shape[1:])
+    return pooled if per_head else pooled.mean(0)
+
+
+def route_logits(pooled: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The routers' two MLPs: ``pooled [..., D] -> logits [..., 2]``; weights ``(w1, b1, ..., w5, b5)``."""
+    w = [t.to(pooled.dtype) for t in weights]
+    hidden = F.linear(F.silu(F.linear(pooled, w[0], w[1])), w[2], w[3])  # encoder
+    hidden = F.silu(F.linear(hidden, w[4], w[5]))  # classifier
+    hidden = F.silu(F.linear(hidden, w[6], w[7]))
+    return F.linear(hidden, w[8], w[9])
+
+
+def decide(logits: Tensor) -> Tensor:
+    """0 (full) where ``logits[..., 1] > logits[..., 0]`` or either is NaN, else 1 (sparse). int32."""
+    return (logits[..., 0] >= logits[..., 1]).to(torch.int32)
+
+
+def route(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    pool_size: int,
+    per_head: bool,
+    begin: Tensor | None = None,
+    end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Pool, both MLPs, decision. x ``[B, S, H, D]`` or packed ``[T, H, D]`` with ``begin`` and ``end`` [B].
+
+    Returns logits ``[B, 2]`` (``per_head``: ``[B, H, 2]``) and the route, int32 of the same leading shape.
+    """
+    batch = len(begin) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
+    pooled = []
+    for b in range(batch):
+        rows = x if x.dim() == 3 else x[b]
+        first = 0 if begin is None else int(begin[b])
+        last = rows.shape[0] if end is None else int(end[b])
+        pooled.append(pool(rows[first:last], pool_size, per_head))
+    logits = route_logits(torch.stack(pooled), weights)
+    return logits, decide(logits)

@@ -1,0 +1,127 @@
+"""The routers: small MLPs that decide from a prompt's pooled query or key states.
+
+``LayerRouter`` is the Layer Router of Flux Attention (arXiv 2604.07394, section 3), one decision per sequence and
+layer; ``HeadRouter`` the Attention Router of Elastic Attention (arXiv 2601.17367), one per key-value head with
+shared weights. Shapes, names and pooling are the published ones, so published weights load bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+PUBLISHED_ENCODER = "cls_feat_extractor"
+PUBLISHED_CLASSIFIER = "cls_router_head_agnostic"
+FULL_BIAS = 4.5
+"""Last bias of the class "full" at the start: everything is routed full, as published."""
+
+
+class Router(nn.Module):
+    """Base of both routers: ``encoder`` (two layers) and ``classifier`` (three), SiLU between.
+
+    Args:
+        head_dim: width D of one head's states.
+        pool_size: rows pooled at either end of the prompt (published: 100).
+    """
+
+    per_head: bool
+    hidden_factor: int
+    feature_factor: int
+
+    def __init__(self, head_dim: int, pool_size: int = 100) -> None:
+        super().__init__()
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be >= 1, got {head_dim}")
+        if pool_size < 1:
+            raise ValueError(f"pool_size must be >= 1, got {pool_size}")
+        self.head_dim, self.pool_size = head_dim, pool_size
+        d, hidden, feature = head_dim, self.hidden_factor * head_dim, self.feature_factor * head_dim
+        self.encoder = nn.Sequential(nn.Linear(d, hidden), nn.SiLU(), nn.Linear(hidden, feature))
+        self.classifier = nn.Sequential(
+            nn.Linear(feature, 4 * d), nn.SiLU(), nn.Linear(4 * d, d), nn.SiLU(), nn.Linear(d, 2)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's default initialisation, and a last bias that routes everything full."""
+        for layer in self._linears():
+            layer.reset_parameters()
+        with torch.no_grad():
+            self.classifier[-1].bias.copy_(torch.tensor([0.0, FULL_BIAS]))
+
+    def _linears(self) -> list[nn.Linear]:
+        return [m for m in (*self.encoder, *self.classifier) if isinstance(m, nn.Linear)]
+
+    def weights(self) -> list[Tensor]:
+        """``[w1, b1, ..., w5, b5]``, the order the operator takes."""
+        return [p for layer in self._linears() for p in (layer.weight, layer.bias)]
+
+    def decide(
+        self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(logits, route)`` of the sequences in x, by one fused operator.
+
+        Args:
+            x: ``[B, S, H, D]`` (rows ``[seq_start, seq_end)`` of each sequence count), or packed ``[T, H, D]``
+                with both bounds given.
+
+        Returns:
+            logits fp32 ``[B, 2]`` (per head ``[B, H, 2]``): index 1 argues for full attention; route int32
+            ``[B]`` (``[B, H]``): 0 full where ``logits[..., 1] > logits[..., 0]``, else 1 sparse.
+        """
+        return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
+
+    def forward(self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None) -> Tensor:
+        """The logits of :meth:`decide`."""
+        return self.decide(x, seq_start, seq_end)[0]
+
+    def load_published(self, state_dict: Mapping[str, Tensor], layer: int | None = None) -> None:
+        """Loads weights that carry the published names, from one router or a whole checkpoint.
+
+        Args:
+            state_dict: keys ending in ``cls_feat_extractor.{0,2}.*`` and ``cls_router_head_agnostic.{0,2,4}.*``, bare or
+                below ``model.layers.N.self_attn.mask_allocator.``.
+            layer: N, needed where the checkpoint has several layers.
+
+        Raises:
+            KeyError: a tensor is missing, or several layers match and ``layer`` is None.
+            ValueError: a tensor has another shape than this router.
+        """
+        scope = "" if layer is None else f"layers.{layer}."
+        found: dict[str, Tensor] = {}
+        for part, published in (("encoder", PUBLISHED_ENCODER), ("classifier", PUBLISHED_CLASSIFIER)):
+            for name, own in getattr(self, part).named_parameters():
+                suffix = f"{published}.{name}"
+                keys = [
+                    key
+                    for key in state_dict
+                    if (key == suffix or key.endswith("." + suffix)) and f".{scope}" in f".{key}"
+                ]
+                if not keys:
+                    raise KeyError(f"the state dict has no tensor ...{scope}...{suffix}")
+                if len(keys) > 1:
+                    raise KeyError(f"layer must be given: {len(keys)} tensors end in {suffix}")
+                value = state_dict[keys[0]]
+                if value.shape != own.shape:
+                    raise ValueError(f"{keys[0]} has shape {list(value.shape)}, this router {list(own.shape)}")
+                found[f"{part}.{name}"] = value
+        self.load_state_dict(found)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, pool_size={self.pool_size}"
+
+
+class LayerRouter(Router):
+    """One decision per sequence from its query states; 592,002 parameters at head_dim 128."""
+
+    per_head, hidden_factor, feature_factor = False, 8, 2
+
+
+class HeadRouter(Router):
+    """One decision per key-value head from its key states; 263,682 parameters at head_dim 128."""
+
+    per_head, hidden_factor, feature_factor = True, 4, 1
