@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/params.h"
 #include "core/schedule.h"
@@ -68,6 +69,16 @@ struct Workspace {
   Partials partials;
   size_t bytes = 0;
 };
+
+// Query tokens of a tile of `tile_rows` rows. A block list belongs to 128 query rows, so with lists a tile must not
+// straddle two of them.
+inline int32_t q_tokens_of(const ProblemShape& s, int32_t tile_rows) {
+  const int32_t most = tile_rows / s.group();
+  if (!s.blocks[0].blocks && !s.blocks[1].blocks) return most;
+  int32_t tokens = 1;
+  while (2 * tokens <= most) tokens *= 2;
+  return tokens;
+}
 
 inline int32_t num_rows(const ProblemShape& s) { return s.batch * s.num_kv_heads; }
 

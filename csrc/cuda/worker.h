@@ -37,22 +37,29 @@ __device__ inline Piece piece_of(const PlanView& plan, const ProblemShape& shape
   return p;
 }
 
-// Calls body(piece) for all the work of a block; every thread takes part. `shared_item` is one word of shared memory.
-// The body may use all shared memory: a barrier stands between pieces.
+// Calls body(piece) for all the work of a block; every thread takes part. The piece stands in shared memory, where it
+// costs no registers. The body may use all other shared memory: barriers stand between pieces.
+struct WorkerState {
+  Piece piece;
+  int32_t item;
+};
+
 template <typename Body>
 __device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
-                               int32_t* shared_item, Body body) {
+                               WorkerState& shared, Body body) {
   const int32_t num_items = plan.header->num_items;
   int32_t item = blockIdx.x;
   while (item < num_items) {
     const WorkRange range = item_range(plan, item);
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      body(piece_of(plan, shape, tile, range, item, t));
+      if (threadIdx.x == 0) shared.piece = piece_of(plan, shape, tile, range, item, t);
+      __syncthreads();
+      body(shared.piece);
       __syncthreads();
     }
-    if (threadIdx.x == 0) *shared_item = take_item(plan);
+    if (threadIdx.x == 0) shared.item = take_item(plan);
     __syncthreads();
-    item = *shared_item;
+    item = shared.item;
   }
 }
 
