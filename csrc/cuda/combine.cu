@@ -21,7 +21,7 @@ __device__ float warp_sum(float x) {
 // One block per worker and `kWarps` rows. The worker that holds the first piece of a cut tile leads it; its pieces are
 // the worker's own and those of the workers after it that start inside the tile. One warp per row, four elements a lane.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
                    const Partials partials, const int32_t num_workers) {
   if (plan.header->whole_tiles) return;

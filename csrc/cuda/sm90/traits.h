@@ -36,10 +36,13 @@ struct Traits {
   static constexpr int kStageElements = kKvBlock * kHeadDim;
   static constexpr int kStages = stages_that_fit(kRows * kHeadDim, kStageElements);
 
-  // One producer warpgroup, then the consumers. Registers: 65,536 are shared out by role.
+  // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
+  // thread alike; asking for more than that sum would wait for ever.
   static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = 128 + kMathThreads;
-  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 64;
+  static constexpr int kLaunchRegs = kWarpgroups == 1 ? 224 : 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 56;
   static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : 224;
+  static_assert(kProducerRegs + kWarpgroups * kMathRegs <= (1 + kWarpgroups) * kLaunchRegs);
 
   // A tile lies in shared memory as slabs of kSlab columns, each as TMA writes it: rows of 128 (or 64) bytes, swizzled.
   static constexpr int kSlab = kHeadDim % 64 == 0 ? 64 : 32, kSlabs = kHeadDim / kSlab;
