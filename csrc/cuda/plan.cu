@@ -3,6 +3,7 @@
 
 #include "cuda/cuda.h"
 #include "cuda/launch.h"
+#include "cuda/plan.h"
 
 namespace flux::cuda {
 namespace {
@@ -19,43 +20,6 @@ struct Shared {
   int32_t rows_differ;
 };
 
-// values[i] becomes the sum of those before it, values[n] the sum of all; any kThreads in a row must sum to 31 bits.
-template <int kThreads, typename Int>
-__device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
-  constexpr int kWarps = kThreads / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Int carry = 0;
-  for (int32_t first = 0; first < n; first += kThreads) {
-    const int32_t i = first + int32_t(threadIdx.x);
-    const int32_t own = i < n ? int32_t(values[i]) : 0;
-    int32_t sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    if (lane == 31) warp_sums[warp] = sum;
-    __syncthreads();
-    int32_t before = 0, all = lane < kWarps ? warp_sums[lane] : 0;  // every warp sums the warps for itself
-    before = __reduce_add_sync(~0u, lane < warp ? all : 0);
-    all = __reduce_add_sync(~0u, all);
-    if (i < n) values[i] = carry + before + sum - own;
-    carry += all;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) values[n] = carry;
-  __syncthreads();
-}
-
-// The row that a tile belongs to: the last with begin[row] <= tile that has any.
-__device__ int32_t find_row(const int32_t* begin, int32_t rows, int32_t tile) {
-  int32_t lo = 0, hi = rows;
-  while (hi - lo > 1) {
-    const int32_t mid = (lo + hi) / 2;
-    (begin[mid] <= tile ? lo : hi) = mid;
-  }
-  return lo;
-}
-
 // Bitonic network; `n` is a power of two.
 template <int kThreads>
 __device__ void sort(int64_t* keys, int32_t n) {
@@ -69,11 +33,6 @@ __device__ void sort(int64_t* keys, int32_t n) {
       }
       __syncthreads();
     }
-}
-
-// The tiles of a row stand from its last query block to its first.
-__device__ Tile make_tile(const ProblemShape& s, int32_t row, int32_t count, int32_t index) {
-  return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
 }
 
 template <int kThreads>
@@ -153,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
+  if (c.inline_plan) return cudaSuccess;
   const auto tiles = int32_t(max_tiles(s, c.tile));
   if (tiles <= kSmall && num_rows(s) <= kSmall)
     plan_kernel<kSmallThreads><<<1, kSmallThreads, 0, stream>>>(s, c.tile, tiles, c.num_workers, plan);
