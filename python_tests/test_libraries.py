@@ -9,7 +9,7 @@ import torch
 
 import flux_ext._library as library
 
-# The stable-ABI functions that torch 2.10 exports and this package uses. A new name here must exist in 2.10.
+# Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, names from torch_ and aoti_torch_).
 STABLE_2_10 = Path(__file__).parent / "stable_abi_2_10.txt"
 LIBRARIES = sorted(library.FOLDER.glob("libflux_ext_*.so"))
 
