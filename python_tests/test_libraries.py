@@ -9,7 +9,7 @@ import torch
 
 import flux_ext._library as library
 
-# Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, names from torch_ and aoti_torch_).
+# Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, torch_* and aoti_torch_*).
 STABLE_2_10 = Path(__file__).parent / "stable_abi_2_10.txt"
 LIBRARIES = sorted(library.FOLDER.glob("libflux_ext_*.so"))
 
