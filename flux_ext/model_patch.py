@@ -52,7 +52,10 @@ class PatchedLayer:
         self.tap: families.Tap | None = None
         self.tapped: nn.Module | None = None
         self.tap_handle: Any = None
-        self.handles = [attention.register_forward_pre_hook(self.before, with_kwargs=True)]
+        self.handles = [
+            attention.register_forward_pre_hook(self.before, with_kwargs=True),
+            attention.register_forward_hook(self.after),
+        ]
         attention._flux_ext = self  # type: ignore[assignment]
 
     def remove(self) -> None:
@@ -92,6 +95,10 @@ class PatchedLayer:
             self.attach_tap()  # the submodule was replaced, by a LoRA adapter for one
         return args, kwargs
 
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the attention module: lets go of the cache."""
+        self.patch.local.batch = self.patch.local.cache = None
+
     def attach_tap(self) -> None:
         """Hooks the submodule that makes the states the router sees."""
         if self.tap_handle is not None:
@@ -105,6 +112,8 @@ class PatchedLayer:
         local = self.patch.local
         batch, cache = local.batch, local.cache
         assert self.slot is not None and self.tap is not None
+        if batch is None:
+            return  # called from outside the attention module
         if batch.probe is not None:
             batch.probe[self.index]["tapped"] = output
             return
@@ -133,7 +142,7 @@ class Patch:
         self.model: Any = model
         self.decoder: Any = model.get_decoder()
         self.text_config = model.config.get_text_config(decoder=True)
-        families.refuse_unsupported(model, self.text_config)
+        families.refuse_unsupported(model, self.decoder, self.text_config)
         self.num_q_heads: int = self.text_config.num_attention_heads
         self.num_kv_heads: int = getattr(self.text_config, "num_key_value_heads", None) or self.num_q_heads
         self.local = _Local()
