@@ -117,7 +117,8 @@ def measure(case: Case, threads: int, seconds: float) -> dict[str, object]:
     work_ratio = replace(case, pattern="full").visible_pairs() / case.visible_pairs()
     return {
         "threads": threads, "stage": case.stage, "pattern": case.pattern,
-        "dtype": str(case.dtype).removeprefix("torch."), "head_dim": case.head_dim, "kv_len": case.kv_len, "q_heads": case.num_q_heads, "kv_heads": case.num_kv_heads,
+        "dtype": str(case.dtype).removeprefix("torch."), "head_dim": case.head_dim, "kv_len": case.kv_len,
+        "q_heads": case.num_q_heads, "kv_heads": case.num_kv_heads,
         "ms": round(wall, 4), "peer_ms": round(peer_wall, 4), "ratio": round(peer_wall / wall, 2),
         "cpu_ms": round(cpu, 4), "peer_cpu_ms": round(peer_cpu, 4), "cpu_ratio": round(peer_cpu / cpu, 2),
         "cpu_gflops": round(case.flops() / cpu / 1e6, 1),
