@@ -26,7 +26,8 @@ class Batch:
 
     ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
     (None: all); ``cu_seqlens``, int32 ``[n + 1]``, bounds sequences packed into one row; ``mask`` is the padding
-    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding.
+    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding; of a first forward that has more than
+    the prompt, only the first ``prompt_len`` tokens decide.
     """
 
     policy: Policy | None = None
@@ -34,6 +35,7 @@ class Batch:
     seq_end: Tensor | None = None
     cu_seqlens: Tensor | None = None
     mask: Tensor | None = None
+    prompt_len: int | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
     probe: dict[int, dict[str, Any]] | None = None
     _host: tuple[np.ndarray, np.ndarray] | None = None
