@@ -30,9 +30,9 @@ struct Tile {
 // Everything a kernel has to know about a tile.
 struct TileView {
   Tile tile;
-  Span q_rows;             // rows of q that belong to the tile
-  Span kv_rows;            // rows of k of the whole sequence
-  int32_t q_pos;           // position of the first row, in key coordinates
+  Span q_rows;    // rows of q that belong to the tile
+  Span kv_rows;   // rows of k of the whole sequence
+  int32_t q_pos;  // position of the first row, in key coordinates
   Pattern pattern;
   BlockList list;
   KvBlocks blocks;
