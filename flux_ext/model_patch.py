@@ -175,11 +175,6 @@ class Patch:
 
     def _fill(self, config: FluxConfig) -> FluxConfig:
         """The configuration with the model's own numbers; ValueError where it is one of another model."""
-        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
-            raise ValueError(
-                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
-                f"got {config.layers_to_route}"
-            )
         own: dict[str, Any] = {
             "num_layers": len(self.decoder.layers),
             "head_dim": self.head_dim,
@@ -189,6 +184,11 @@ class Patch:
         for name, value in own.items():
             if (given := getattr(config, name)) not in (None, value):
                 raise ValueError(f"the routers were made for another model: {name} is {given!r}, here {value!r}")
+        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
+            raise ValueError(
+                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
+                f"got {config.layers_to_route}"
+            )
         return dataclasses.replace(
             config,
             **own,
