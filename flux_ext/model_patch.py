@@ -18,6 +18,7 @@ from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
+from .static_cache import FluxStaticCache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -305,7 +306,7 @@ class Patch:
         cache = kwargs.get("past_key_values")
         self.check_cache(cache)
         self.check_checkpointing()
-        batch = make_batch(self.local.policy, kwargs, tokens, cache is not None)
+        batch = make_batch(self.local.policy, kwargs, tokens, cache)
         if cache is not None:
             batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:
@@ -364,12 +365,18 @@ class Patch:
         cache = model_kwargs.get("past_key_values")
         self.check_cache(cache)
         if cache is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported by a "
                     "patched model; leave it out, or pass past_key_values=flux_ext.FluxCache(...)"
                 )
-            model_kwargs["past_key_values"] = cache = self.new_cache()
+            if generation_config.cache_implementation == "static":
+                stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
+                call = stock.bind(self.model, generation_config, model_kwargs, *args, **kwargs).arguments
+                cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
+            else:
+                cache = self.new_cache()
+            model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         else:

@@ -131,7 +131,7 @@ def get_routers(model: Any) -> FluxRouters:
     patch = _patch_of(model)
     for layer in patch.layers:
         if layer.slot is not None:
-            router = layer.attention.flux_router
+            router: Any = layer.attention.flux_router
             copies = getattr(router, "modules_to_save", None)
             patch.routers.layers[layer.slot] = router if copies is None else copies[router.active_adapters[0]]
     return patch.routers

@@ -283,6 +283,7 @@ def test_copies_are_independent(how: str) -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), want)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = patched_model().train()
     ids = torch.randint(2, 128, (2, 50))
