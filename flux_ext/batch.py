@@ -75,7 +75,7 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, has_cache: bool) -> Batch:
+def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> Batch:
     """The sequences of a decoder's forward, from its keyword arguments.
 
     tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, H]``.
@@ -93,10 +93,12 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ha
             )
         mask = mask.to(device=tokens.device, dtype=torch.bool)
         # A decode step's token counts in every sequence: nothing to read, and nothing to wait for.
-        start, end = span(mask[:, -q_len:]) if q_len > 1 else (None, None)
+        # A static cache's mask covers its whole length, and only its prompt has several tokens.
+        rows = slice(q_len) if cache is not None and cache.is_compileable else slice(-q_len, None)
+        start, end = span(mask[:, rows]) if q_len > 1 else (None, None)
         return Batch(policy, start, end, None, mask)
     cu_seqlens = None
-    if batch_size == 1 and q_len > 1 and not has_cache:
+    if batch_size == 1 and q_len > 1 and cache is None:
         cu_seqlens = packed_bounds(kwargs, q_len)
     return Batch(policy, cu_seqlens=cu_seqlens)
 

@@ -18,6 +18,7 @@ from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
+from .static_cache import FluxStaticCache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -175,11 +176,6 @@ class Patch:
 
     def _fill(self, config: FluxConfig) -> FluxConfig:
         """The configuration with the model's own numbers; ValueError where it is one of another model."""
-        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
-            raise ValueError(
-                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
-                f"got {config.layers_to_route}"
-            )
         own: dict[str, Any] = {
             "num_layers": len(self.decoder.layers),
             "head_dim": self.head_dim,
@@ -189,6 +185,11 @@ class Patch:
         for name, value in own.items():
             if (given := getattr(config, name)) not in (None, value):
                 raise ValueError(f"the routers were made for another model: {name} is {given!r}, here {value!r}")
+        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
+            raise ValueError(
+                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
+                f"got {config.layers_to_route}"
+            )
         return dataclasses.replace(
             config,
             **own,
@@ -305,7 +306,7 @@ class Patch:
         cache = kwargs.get("past_key_values")
         self.check_cache(cache)
         self.check_checkpointing()
-        batch = make_batch(self.local.policy, kwargs, tokens, cache is not None)
+        batch = make_batch(self.local.policy, kwargs, tokens, cache)
         if cache is not None:
             batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:
@@ -364,12 +365,18 @@ class Patch:
         cache = model_kwargs.get("past_key_values")
         self.check_cache(cache)
         if cache is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported by a "
                     "patched model; leave it out, or pass past_key_values=flux_ext.FluxCache(...)"
                 )
-            model_kwargs["past_key_values"] = cache = self.new_cache()
+            if generation_config.cache_implementation == "static":
+                stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
+                call = stock.bind(self.model, generation_config, model_kwargs, *args, **kwargs).arguments
+                cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
+            else:
+                cache = self.new_cache()
+            model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         else:

@@ -1,6 +1,7 @@
 """The cache: what is dropped, that dropping changes nothing, and every operation transformers asks of a cache."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,16 @@ from flux_ext.cache import FluxLayer
 from flux_ext.patterns import dense_mask
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def nan_memory() -> Iterator[None]:
+    """torch fills new memory with NaN, so that a page's unused end cannot hide."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 MIXED = torch.tensor(
     [
         [[0, 0], [0, 1], [1, 1], [1, 0]],

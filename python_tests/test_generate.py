@@ -204,7 +204,7 @@ def test_triangle_decodes_as_streaming() -> None:
     assert not torch.allclose(full[:, -1], prompt[:, -1], atol=1e-3)  # keys of the upper layers are still sparse
 
 
-@pytest.mark.parametrize("name", ["static", "quantized", "offloaded"])
+@pytest.mark.parametrize("name", ["quantized", "offloaded"])
 def test_other_cache_implementations_are_refused(model: Any, name: str) -> None:
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(torch.randint(2, 128, (1, 10)), max_new_tokens=2, cache_implementation=name)
