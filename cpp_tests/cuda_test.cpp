@@ -1,12 +1,12 @@
 // The plan stage on the device against a twin on the host made of the same functions of core/schedule.h: equal bits.
+#include "cuda/cuda.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <numeric>
 #include <random>
 #include <vector>
-
-#include "cuda/cuda.h"
 
 namespace flux::cuda {
 namespace {

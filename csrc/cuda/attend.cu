@@ -1,10 +1,13 @@
 // Stage 3: the choice between the families of attend kernels.
 #include "cuda/cuda.h"
+#include "cuda/launch.h"
 
 namespace flux::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
+
+__global__ void probe_kernel() { wait_for_previous(); }  // compiled as all others are
 
 // Asked once per device: the driver takes microseconds to answer.
 cudaError_t current_device(Device* d) {
@@ -19,10 +22,15 @@ cudaError_t current_device(Device* d) {
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&d->num_sms, cudaDevAttrMultiProcessorCount, index)) return e;
+  cudaFuncAttributes attributes;
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, probe_kernel)) return e;
+  d->index = index;
+  d->overlap = attributes.ptxVersion >= 90;
   d->capability = 10 * major + minor;
   if (index < kMaxDevices) {
-    known[index].num_sms = d->num_sms;
-    known[index].capability = d->capability;
+    Device& k = known[index];
+    k.index = index, k.num_sms = d->num_sms, k.overlap = d->overlap;
+    k.capability = d->capability;
   }
   return cudaSuccess;
 }
@@ -35,6 +43,7 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
   if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
+  c->overlap = device.overlap;
 #ifdef FLUX_SM90
   if (device.capability == 90 && sm90::configure(p, device, c)) return {};
 #endif

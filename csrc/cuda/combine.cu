@@ -1,6 +1,7 @@
 // Stage 4: the pieces of cut tiles, merged in the order of their workers.
 #include "cuda/cuda.h"
 #include "cuda/element.h"
+#include "cuda/launch.h"
 #include "cuda/rows.h"
 
 namespace flux::cuda {
@@ -19,15 +20,17 @@ __device__ float warp_sum(float x) {
 }
 
 // One block per worker and `kWarps` rows. The worker that holds the first piece of a cut tile leads it; its pieces are
-// the worker's own and those of the workers after it that start inside the tile. One warp per row, four elements a lane.
+// the worker's own and those of the workers after it that start inside the tile. One warp per row, four elements a
+// lane.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
                    const Partials partials, const int32_t num_workers) {
-  if (plan.header->whole_tiles) return;
+  wait_for_previous();
   const int32_t leader = blockIdx.x;
-  if (leader >= plan.header->num_items) return;
+  const PlanHeader header = *plan.header;
   const WorkRange range = plan.ranges[leader];
+  if (header.whole_tiles || leader >= header.num_items) return;
   const int32_t tile = leads_tile(range);
   if (tile < 0) return;
   const int lane = threadIdx.x % 32;
@@ -83,11 +86,8 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
 
 cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   const dim3 grid(c.num_workers, (c.tile_rows + kWarps - 1) / kWarps);
-  if (p.dtype == DType::kFloat16)
-    combine_kernel<__half><<<grid, 32 * kWarps, 0, stream>>>(p, c.tile, w.plan, w.partials, c.num_workers);
-  else
-    combine_kernel<__nv_bfloat16><<<grid, 32 * kWarps, 0, stream>>>(p, c.tile, w.plan, w.partials, c.num_workers);
-  return cudaGetLastError();
+  const auto kernel = p.dtype == DType::kFloat16 ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
+  return launch(kernel, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials, c.num_workers);
 }
 
 }  // namespace flux::cuda

@@ -43,9 +43,7 @@ struct Partials {
   SoftmaxState* state = nullptr;  // [2 * num_workers, tile_rows]
   int32_t tile_rows = 0, head_dim = 0;
 
-  FLUX_HD float* out_row(int32_t slot, int32_t row) const {
-    return out + (int64_t(slot) * tile_rows + row) * head_dim;
-  }
+  FLUX_HD float* out_row(int32_t slot, int32_t row) const { return out + (int64_t(slot) * tile_rows + row) * head_dim; }
   FLUX_HD SoftmaxState& state_of(int32_t slot, int32_t row) const { return state[int64_t(slot) * tile_rows + row]; }
 };
 
@@ -54,14 +52,17 @@ enum class Arch : int32_t { kSm80, kSm90 };  // family of kernels, not of device
 // One launch configuration, chosen on the host from shapes alone (never from values on the device).
 struct AttendConfig {
   Arch arch = Arch::kSm80;
-  TileShape tile;         // q_tokens = tile_rows / group
-  int32_t tile_rows = 0;  // chooses the kernel within its family
+  TileShape tile;           // q_tokens = tile_rows / group
+  int32_t tile_rows = 0;    // chooses the kernel within its family
   int32_t num_workers = 0;  // blocks of the attend kernel: all that fit on the device at once
+  bool overlap = false;     // kernels may be launched as launch.h describes
 };
 
 struct Device {
+  int32_t index;
   int32_t capability;  // 80, 90, ...
   int32_t num_sms;
+  bool overlap;  // the kernels' machine code has what launch.h needs
 };
 
 struct Workspace {
@@ -107,7 +108,7 @@ inline Workspace lay_out(const ProblemShape& s, const AttendConfig& c, void* bas
 
 // An error has a message the operators show; null: none.
 struct Status {
-  const char* what = nullptr;         // the stage or rule that failed
+  const char* what = nullptr;  // the stage or rule that failed
   cudaError_t error = cudaSuccess;
   bool ok() const { return what == nullptr; }
 };

@@ -1,4 +1,4 @@
-// The pattern of one query row, ready for many keys: what `visible` says, with the divisions done once.
+// What `visible` and `needs_mask` say, with the divisions done once per tile instead of once per key block.
 #pragma once
 
 #include "core/schedule.h"
@@ -23,5 +23,21 @@ FLUX_HD RowMask row_mask(const TileView& v, int32_t token) {
   m.sink = v.pattern.sink;
   return m;
 }
+
+// Whether a block of keys must be masked: `TileView::masked`.
+struct TileMask {
+  int32_t first;  // position of the first query
+  int32_t begin;  // the last window of the tile starts here
+  int32_t sink;
+
+  FLUX_HD explicit TileMask(const TileView& v) : first(v.q_pos), begin(-kUnlimited), sink(v.pattern.sink) {
+    const int32_t last = min_of(v.q_pos_end(), v.kv_rows.size() - v.pattern.last_q) - 1;
+    if (!v.list.blocks && last >= v.q_pos) begin = v.pattern.window_begin(last);
+  }
+
+  FLUX_HD bool operator()(int32_t kv_begin, int32_t kv_end) const {
+    return kv_end - 1 > first || (kv_end > sink && max_of(kv_begin, sink) < begin);
+  }
+};
 
 }  // namespace flux::cuda

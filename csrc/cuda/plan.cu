@@ -2,6 +2,7 @@
 #include <climits>
 
 #include "cuda/cuda.h"
+#include "cuda/launch.h"
 
 namespace flux::cuda {
 namespace {
@@ -79,10 +80,11 @@ __device__ Tile make_tile(const ProblemShape& s, int32_t row, int32_t count, int
   return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
 }
 
-__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ ProblemShape s, const TileShape tile,
-                                                        const int32_t tiles_max, const int32_t num_workers,
-                                                        PlanView plan) {
+__global__ void __launch_bounds__(kThreads)
+    plan_kernel(const __grid_constant__ ProblemShape s, const TileShape tile, const int32_t tiles_max,
+                const int32_t num_workers, PlanView plan) {
   __shared__ Shared shared;
+  let_next_start();
   const int32_t rows = s.batch * s.num_kv_heads, tid = threadIdx.x;
   const bool small_rows = rows <= kSmall;
   int64_t* row_keys = small_rows ? shared.row_keys : plan.row_keys;

@@ -14,7 +14,7 @@ namespace flux::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kMaxBatch = 4;  // decisions of one cluster
+constexpr int kMaxBatch = 4;                                       // decisions of one cluster
 constexpr int kClusterBytes = 220 * 1024, kLoneBytes = 96 * 1024;  // shared memory to count on: Hopper, any GPU
 
 // Shared memory of a block, in bytes from its start.
@@ -25,32 +25,41 @@ struct RouteLayout {
   int32_t activations;  // float [2, batch, width]
   int32_t sums;         // float [kThreads * 8]: the block's sums before they are added up
   int32_t bias[kRouterLayers];
-  int32_t weight[kRouterLayers];  // the block's rows
-  bool staged;                    // weights in shared memory; else read where they are
+  int32_t weight[kRouterLayers];   // the block's rows
+  bool staged;                     // weights in shared memory; else read where they are
   bool x_vectors, weight_vectors;  // 16-byte loads are possible
   int32_t bytes;
 };
 
 // Outputs of a layer that one block computes; the last layer (two outputs) is the first block's.
-FLUX_HD int32_t share_of(const Linear& layer, bool last, int32_t blocks) { return last ? 2 : ceil_div(layer.out, blocks); }
-
-template <typename T>
-__device__ void load8(float (&y)[8], const T* x, int32_t count, bool vectors) {
-  if (vectors) {
-    T raw[8];
-    const auto* from = reinterpret_cast<const uint4*>(x);
-#pragma unroll
-    for (int i = 0; i < int(sizeof(raw) / 16); ++i) reinterpret_cast<uint4*>(raw)[i] = from[i];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] = float(raw[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) y[i] = i < count ? float(x[i]) : 0.f;
-  }
+FLUX_HD int32_t share_of(const Linear& layer, bool last, int32_t blocks) {
+  return last ? 2 : ceil_div(layer.out, blocks);
 }
 
+// Eight elements in 16-byte pieces.
+template <typename T>
+struct Vector8 {
+  static constexpr int kPieces = sizeof(T) / 2;
+  uint4 pieces[kPieces];
+
+  __device__ void load(const T* x) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
+  // One by one, where 16-byte loads are not possible.
+  __device__ void load(const T* x, int32_t count) {
+    T each[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) each[i] = i < count ? x[i] : T(0.f);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = reinterpret_cast<const uint4*>(each)[i];
+  }
+  __device__ float operator[](int i) const { return float(reinterpret_cast<const T*>(pieces)[i]); }
+};
+
 template <typename W>
-__device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank, int blocks) {
+__device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank,
+                              int blocks) {
   for (int l = 0; l < kRouterLayers; ++l) {
     const Linear& layer = p.layers[l];
     const bool last = l == kRouterLayers - 1;
@@ -59,7 +68,8 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
     auto* bias = reinterpret_cast<float*>(memory + at.bias[l]);
     for (int i = threadIdx.x; i < count; i += kThreads) bias[i] = float(static_cast<const W*>(layer.bias)[first + i]);
     if (!at.staged) continue;
-    const auto* from = reinterpret_cast<const unsigned char*>(static_cast<const W*>(layer.weight) + int64_t(first) * layer.in);
+    const auto* from =
+        reinterpret_cast<const unsigned char*>(static_cast<const W*>(layer.weight) + int64_t(first) * layer.in);
     for (int i = threadIdx.x * 16; i < count * layer.in * int(sizeof(W)); i += kThreads * 16)
       sm80::cp_async16(sm80::shared_address(memory + at.weight[l] + i), from + i, true);
   }
@@ -79,14 +89,25 @@ __device__ void pool_share(const RouteParams& p, const RouteLayout& at, unsigned
   const X* x = static_cast<const X*>(p.x) + b * p.x_stride.b + first_head * p.x_stride.h + chunk * 8;
   float sum[8] = {};
   if (lane < lanes) {
-#pragma unroll 8
-    for (int32_t i = rank * lanes + lane; i < vectors; i += blocks * lanes) {
-      const int32_t r = i / heads, head = i - r * heads;
-      const int64_t row = r < count ? rows.begin + r : rows.end - 2 * count + r;
-      float y[8];
-      load8(y, x + row * p.x_stride.s + head * p.x_stride.h, p.head_dim - chunk * 8, at.x_vectors);
+    constexpr int kInFlight = 8;
+    for (int32_t first = rank * lanes + lane; first < vectors; first += kInFlight * blocks * lanes) {
+      Vector8<X> y[kInFlight];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += y[e];
+      for (int n = 0; n < kInFlight; ++n) {
+        const int32_t i = first + n * blocks * lanes, r = i / heads, head = i - r * heads;
+        const int64_t row = r < count ? rows.begin + r : rows.end - 2 * count + r;
+        const X* from = x + row * p.x_stride.s + head * p.x_stride.h;
+        if (i >= vectors)
+          y[n] = {};
+        else if (at.x_vectors)
+          y[n].load(from);
+        else
+          y[n].load(from, p.head_dim - chunk * 8);
+      }
+#pragma unroll
+      for (int n = 0; n < kInFlight; ++n)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += y[n][e];
     }
   }
   auto* sums = reinterpret_cast<float*>(memory + at.sums);  // [lanes, chunks * 8]
@@ -96,6 +117,7 @@ __device__ void pool_share(const RouteParams& p, const RouteLayout& at, unsigned
   auto* pooled = reinterpret_cast<float*>(memory + at.pooled) + (rank * at.batch + j) * p.head_dim;
   for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
     float total = 0.f;
+#pragma unroll 8
     for (int i = 0; i < lanes; ++i) total += sums[i * chunks * 8 + d];
     for (int to = 0; to < blocks; ++to) store_to(pooled + d, to, total);
   }
@@ -107,11 +129,13 @@ __device__ float dot(const W* w, const float* x, int32_t n, bool vectors) {
   const int lane = threadIdx.x % 32;
   float sum = 0.f;
   if (vectors) {
+#pragma unroll 4
     for (int32_t i = 8 * lane; i < n; i += 256) {
-      float y[8];
-      load8(y, w + i, 8, true);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum += y[e] * x[i + e];
+      Vector8<W> y;
+      y.load(w + i);
+      const float4 lo = *reinterpret_cast<const float4*>(x + i), hi = *reinterpret_cast<const float4*>(x + i + 4);
+      sum +=
+          y[0] * lo.x + y[1] * lo.y + y[2] * lo.z + y[3] * lo.w + y[4] * hi.x + y[5] * hi.y + y[6] * hi.z + y[7] * hi.w;
     }
   } else {
     for (int32_t i = lane; i < n; i += 32) sum += float(w[i]) * x[i];
@@ -138,6 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = threadIdx.x; i < batch * p.head_dim; i += kThreads) {
     const int j = i / p.head_dim, d = i % p.head_dim;
     float sum = 0.f;
+#pragma unroll 8
     for (int r = 0; r < blocks; ++r) sum += shares[(r * at.batch + j) * p.head_dim + d];
     const int32_t b = (first + j) / (p.per_head ? p.num_heads : 1);
     const int32_t count = min_of(p.pool_size, p.rows(b, 0).size());
@@ -202,8 +227,7 @@ RouteLayout lay_out(const RouteParams& p, int blocks, int batch, int most_bytes)
   take(at.pooled, int64_t(4) * blocks * batch * p.head_dim);
   take(at.activations, int64_t(4) * 2 * batch * at.width);
   take(at.sums, 4 * 8 * kThreads);
-  for (int l = 0; l < kRouterLayers; ++l)
-    take(at.bias[l], 4 * share_of(p.layers[l], l == kRouterLayers - 1, blocks));
+  for (int l = 0; l < kRouterLayers; ++l) take(at.bias[l], 4 * share_of(p.layers[l], l == kRouterLayers - 1, blocks));
   int64_t weights = 0;
   for (int l = 0; l < kRouterLayers; ++l)
     weights += int64_t(share_of(p.layers[l], l == kRouterLayers - 1, blocks)) * p.layers[l].in * w_size;
@@ -255,9 +279,12 @@ cudaError_t launch(const RouteParams& p, cudaStream_t stream) {
 template <typename Use>
 cudaError_t with_type(DType dtype, Use use) {
   switch (dtype) {
-    case DType::kFloat16: return use(__half{});
-    case DType::kBFloat16: return use(__nv_bfloat16{});
-    default: return use(float{});
+    case DType::kFloat16:
+      return use(__half{});
+    case DType::kBFloat16:
+      return use(__nv_bfloat16{});
+    default:
+      return use(float{});
   }
 }
 

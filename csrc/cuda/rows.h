@@ -48,15 +48,16 @@ struct KvRows {
 
   FLUX_HD bool contains(int32_t kv_pos) const { return kv_pos >= 0 && kv_pos < count; }
 
-  // Offset in elements of a key that the sequence contains.
-  FLUX_HD int64_t operator()(int32_t kv_pos) const {
+  // Offset from `base`, in elements, of a key that the sequence contains.
+  FLUX_HD int64_t offset(int32_t kv_pos) const {
     const int32_t row = first + kv_pos;
-    if (!pages) return base + row * row_stride;
+    if (!pages) return row * row_stride;
     const int32_t page = row / page_size;
     // Tables are not read back to check them: an entry outside the cache is clamped into it.
     const int32_t index = min_of(max_of(pages[page], 0), last_page);
-    return base + index * page_stride + (row - page * page_size) * row_stride;
+    return index * page_stride + (row - page * page_size) * row_stride;
   }
+  FLUX_HD int64_t operator()(int32_t kv_pos) const { return base + offset(kv_pos); }
 };
 
 FLUX_HD KvRows kv_rows(const AttendParams& p, const Strides& s, const TileView& v) {

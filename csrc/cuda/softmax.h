@@ -12,13 +12,16 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
-// Scores become scale_log2 * score. A scale that is not positive is moved into the scores themselves, because the running
-// maximum is taken before scaling.
+// Scores become scale_log2 * score. A scale that is not positive is moved into the scores themselves, because the
+// running maximum is taken before scaling.
 struct SoftmaxScale {
   float sign, log2;  // the score times sign, then times log2 > 0
 
   FLUX_HD explicit SoftmaxScale(float scale)
-      : sign(scale > 0.f ? 1.f : scale < 0.f ? -1.f : 0.f), log2((scale == 0.f ? 1.f : fabsf(scale)) * kLog2e) {}
+      : sign(scale > 0.f   ? 1.f
+             : scale < 0.f ? -1.f
+                           : 0.f),
+        log2((scale == 0.f ? 1.f : fabsf(scale)) * kLog2e) {}
 };
 
 // Maximum and sum of kRows rows. The four lanes that share a row agree on the maximum; each sums its own columns.

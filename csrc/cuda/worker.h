@@ -27,6 +27,11 @@ __device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&pl
 __device__ inline WorkRange item_range(const PlanView& plan, int32_t item) {
   return plan.header->whole_tiles ? WorkRange{item, 0, item + 1, 0} : plan.ranges[item];
 }
+// A block's first item, without waiting for the header before the range is asked for.
+__device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& header) {
+  const WorkRange range = plan.ranges[blockIdx.x];
+  return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
+}
 
 __device__ inline Piece piece_of(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
                                  const WorkRange& range, int32_t item, int32_t t) {
@@ -47,19 +52,21 @@ struct WorkerState {
 template <typename Body>
 __device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
                                WorkerState& shared, Body body) {
-  const int32_t num_items = plan.header->num_items;
+  const PlanHeader header = *plan.header;
+  WorkRange range = first_range(plan, header);
   int32_t item = blockIdx.x;
-  while (item < num_items) {
-    const WorkRange range = item_range(plan, item);
+  while (item < header.num_items) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
       if (threadIdx.x == 0) shared.piece = piece_of(plan, shape, tile, range, item, t);
       __syncthreads();
       body(shared.piece);
       __syncthreads();
     }
+    if (!header.whole_tiles) break;  // a share per block
     if (threadIdx.x == 0) shared.item = take_item(plan);
     __syncthreads();
     item = shared.item;
+    range = item_range(plan, item);
   }
 }
 

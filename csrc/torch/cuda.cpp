@@ -1,8 +1,8 @@
 // The operators on CUDA. Compiled by the host compiler; nvcc never sees a torch header.
 //
-// USE_CUDA (set by CMake for this file) declares the functions that live in libtorch_cuda; the one that is used is weak,
-// so that the library also loads beside a CPU-only torch. `attend_backward` has no CUDA kernel yet: it is not registered,
-// and torch says so by name.
+// USE_CUDA (set by CMake for this file) declares the functions that live in libtorch_cuda; the one that is used is
+// weak, so that the library also loads beside a CPU-only torch. `attend_backward` has no CUDA kernel yet: it is not
+// registered, and torch says so by name.
 #include "cuda/cuda.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -12,7 +12,7 @@
 #include "torch/convert.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
+                                                                                   void** ret_stream);
 
 namespace flux::torch_ops {
 namespace {
@@ -30,7 +30,8 @@ void check_cuda(cudaError_t error, const char* stage) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // do not leave it to the next caller
   if (error == cudaErrorNoKernelImageForDevice)
-    throw std::runtime_error("flux_ext was not built for this GPU: set FLUX_CUDA_ARCHS to its architecture and rebuild");
+    throw std::runtime_error(
+        "flux_ext was not built for this GPU: set FLUX_CUDA_ARCHS to its architecture and rebuild");
   throw std::runtime_error(std::string("flux_ext: ") + stage + ": " + cudaGetErrorString(error));
 }
 
@@ -50,8 +51,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
                                   OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
                                   OptionalTensor kv_end, OptionalTensor page_table) {
   const DeviceGuard guard(q_any.get_device_index());
-  const AttendArgs args{route,         patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
-                        scale,         q_begin,  q_end,       kv_begin,    kv_end,        page_table};
+  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
+                        scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
   to_attend_params(q_any, k_any, v_any, args);  // the checks come before any copy
   FLUX_CHECK(q_any.scalar_type() != ScalarType::Float, "q must be float16 or bfloat16 on CUDA, got float32");
   const Tensor q = aligned(q_any), k = aligned(k_any), v = aligned(v_any);
@@ -80,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   constexpr int32_t kMaxRouterDim = 512;
   const DeviceGuard guard(x.get_device_index());
   RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
-  FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ", p.head_dim);
+  FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ",
+             p.head_dim);
   std::vector<int64_t> leading{p.batch};
   if (per_head) leading.push_back(p.num_heads);
   std::vector<int64_t> pooled_sizes = leading, logit_sizes = leading;

@@ -1,5 +1,5 @@
-// Attention over tiles of 16 rows, bound by memory: every warp takes its own 16 keys of each block, with its own ring of
-// stages and no barrier among warps until the tile's end, where their results are merged.
+// Attention over tiles of 16 rows, bound by memory: every warp takes its own 16 keys of each block, with its own ring
+// of stages and no barrier among warps until the tile's end, where their results are merged.
 #pragma once
 
 #include "cuda/sm80/fragments.h"
@@ -32,9 +32,8 @@ struct Decode {
       const T* source = row < valid ? q_row<T>(p, v, tile_row(p, v, row)) : nullptr;
 #pragma unroll
       for (int k = 0; k < kDim / 8; ++k)
-        q[k / 2][k % 2 * 2 + half] = source && k * 8 < p.shape.head_dim
-                                         ? *reinterpret_cast<const uint32_t*>(source + k * 8 + lane % 4 * 2)
-                                         : 0;
+        q[k / 2][k % 2 * 2 + half] =
+            source && k * 8 < p.shape.head_dim ? *reinterpret_cast<const uint32_t*>(source + k * 8 + lane % 4 * 2) : 0;
     }
   }
 
@@ -49,16 +48,15 @@ struct Decode {
     const int32_t num_blocks = piece.span.end - piece.span.begin;
     const auto keys_of = [&](int stage) { return Tile{ring + stage * kStageBytes}; };
     const auto values_of = [&](int stage) { return Tile{ring + stage * kStageBytes + kStageBytes / 2}; };
-    const auto kv_begin_of = [&](int32_t b) {
-      return v.blocks[piece.span.begin + b] * kKeys + warp * kWarpKeys;
-    };
+    const auto kv_begin_of = [&](int32_t b) { return v.blocks[piece.span.begin + b] * kKeys + warp * kWarpKeys; };
+    using Loader = RowLoader<T, kDim, kWarpKeys, 32>;
+    const Loader load_keys(p, p.k, p.k_stride, v, lane), load_values(p, p.v, p.v_stride, v, lane);
+    const TileMask masked(v);
     const auto load = [&](int32_t b, int stage) {
       if (b < num_blocks) {
-        const int32_t kv_begin = kv_begin_of(b), dim = p.shape.head_dim;
-        load_keys<kWarpKeys, 32>(keys_of(stage), static_cast<const T*>(p.k), kv_rows(p, p.k_stride, v), kv_begin, dim,
-                                 lane);
-        load_keys<kWarpKeys, 32>(values_of(stage), static_cast<const T*>(p.v), kv_rows(p, p.v_stride, v), kv_begin, dim,
-                                 lane);
+        const int32_t kv_begin = kv_begin_of(b);
+        load_keys(keys_of(stage), p, p.k_stride, v, kv_begin);
+        load_values(values_of(stage), p, p.v_stride, v, kv_begin);
       }
       cp_async_commit();
     };
@@ -67,9 +65,6 @@ struct Decode {
 
     uint32_t q[kDim / 16][4];
     load_queries(p, v, q);
-    RowMask rows[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) rows[r] = row_mask(v, (lane / 4 + 8 * r) / p.shape.group());
     const SoftmaxScale scale(p.scale);
     OnlineSoftmax<2> softmax;
     Out out = {};
@@ -85,8 +80,9 @@ struct Decode {
       });
       apply_sign<1, kWarpKeys>(scores, scale);
       const int32_t kv_begin = kv_begin_of(b);
-      if (v.masked(kv_begin, kv_begin + kWarpKeys)) 
-        apply_mask<1, kWarpKeys>(scores, kv_begin, [&](int r) { return rows[r]; });
+      if (masked(kv_begin, kv_begin + kWarpKeys))
+        apply_mask<1, kWarpKeys>(scores, kv_begin,
+                                 [&](int r) { return row_mask(v, (lane / 4 + 8 * r) / p.shape.group()); });
       update_softmax<1, kWarpKeys, kDim>(softmax, scores, out, scale);
       multiply_pv<T, 1, kWarpKeys>(out, scores, values_of(stage));
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -107,7 +103,7 @@ struct Decode {
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n)
         *reinterpret_cast<float2*>(out_of(warp) + row * kDim + n * 8 + lane % 4 * 2) = {out[0][n][2 * r],
-                                                                                       out[0][n][2 * r + 1]};
+                                                                                        out[0][n][2 * r + 1]};
     }
     __syncthreads();
     const int32_t valid = valid_rows(p, v);
@@ -128,7 +124,7 @@ struct Decode {
         const TileRow at = tile_row(p, v, row);
         const float norm = state.normalizer();
         *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(sum.x * norm, sum.y * norm),
-                                                              pack<T>(sum.z * norm, sum.w * norm)};
+                                                               pack<T>(sum.z * norm, sum.w * norm)};
         if (d == 0) lse_at(p, v, at) = state.lse();
       } else {
         *reinterpret_cast<float4*>(partials.out_row(piece.slot, row) + d) = sum;

@@ -1,6 +1,9 @@
 // Definitions of kernels.h.
 #pragma once
 
+#include <atomic>
+
+#include "cuda/launch.h"
 #include "cuda/sm80/decode.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/prefill.h"
@@ -13,6 +16,8 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
                   const Partials partials) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
+  wait_for_previous();
+  let_next_start();
   for_each_piece(plan, p.shape, tile, *reinterpret_cast<WorkerState*>(worker),
                  [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(memory)); });
 }
@@ -43,12 +48,16 @@ bool Kernels<kDim>::configure(const AttendParams& p, const Device& device, Atten
   return with_body<kDim>(p.dtype, c->tile_rows, [&](auto body) {
     using Body = decltype(body);
     c->tile = {q_tokens_of(p.shape, c->tile_rows), Body::kKeys};
-    int blocks = 0;
+    static std::atomic<int> known[64];  // blocks per multiprocessor, by device: asking takes microseconds
+    std::atomic<int>& cached = known[device.index % 64];
+    int blocks = device.index < 64 ? cached.load() : 0;
     const auto kernel = attend_kernel<Body>;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes) != cudaSuccess ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Body::kThreads, Body::kSmemBytes) !=
-            cudaSuccess)
+    if (blocks == 0 &&
+        (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes) != cudaSuccess ||
+         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Body::kThreads, Body::kSmemBytes) !=
+             cudaSuccess))
       return false;
+    cached = blocks;
     c->num_workers = blocks * device.num_sms;
     return blocks > 0;
   });
@@ -59,8 +68,8 @@ cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, 
                                   cudaStream_t stream) {
   return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
     using Body = decltype(body);
-    attend_kernel<Body><<<c.num_workers, Body::kThreads, Body::kSmemBytes, stream>>>(p, c.tile, w.plan, w.partials);
-    return cudaGetLastError();
+    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
+                  c.tile, w.plan, w.partials);
   });
 }
 

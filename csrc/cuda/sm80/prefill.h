@@ -83,13 +83,16 @@ struct Prefill {
     const Tile q{smem};
     const auto slot_tile = [&](int i) { return Tile{smem + 2 * kDim * (kRows + i % kSlots * kKeys)}; };
     const int32_t num_blocks = piece.span.end - piece.span.begin;
+    using Loader = RowLoader<T, kDim, kKeys, kThreads>;
+    const Loader load_keys(p, p.k, p.k_stride, v, threadIdx.x), load_values(p, p.v, p.v_stride, v, threadIdx.x);
+    const TileMask masked(v);
     const auto load = [&](int i) {  // tile i of the ring's sequence; always one group
       if (i < 2 * num_blocks) {
         const int32_t kv_begin = v.blocks[piece.span.begin + i / 2] * kKeys;
-        const bool is_value = i % 2;
-        const KvRows rows = kv_rows(p, is_value ? p.v_stride : p.k_stride, v);
-        load_keys<kKeys, kThreads>(slot_tile(i), static_cast<const T*>(is_value ? p.v : p.k), rows, kv_begin,
-                                   p.shape.head_dim, threadIdx.x);
+        if (i % 2)
+          load_values(slot_tile(i), p, p.v_stride, v, kv_begin);
+        else
+          load_keys(slot_tile(i), p, p.k_stride, v, kv_begin);
       }
       cp_async_commit();
     };
@@ -106,12 +109,11 @@ struct Prefill {
       __syncthreads();
       load(2 * b + kSlots - 1);
       float scores[kRowTiles][kKeys / 8][4];
-      multiply_qk<T, kRowTiles, kKeys>(scores, slot_tile(2 * b), [&](uint32_t(&a)[4], int m, int k) {
-        q.left(a, first_row + 16 * m, 2 * k);
-      });
+      multiply_qk<T, kRowTiles, kKeys>(scores, slot_tile(2 * b),
+                                       [&](uint32_t(&a)[4], int m, int k) { q.left(a, first_row + 16 * m, 2 * k); });
       apply_sign<kRowTiles, kKeys>(scores, scale);
       const int32_t kv_begin = v.blocks[piece.span.begin + b] * kKeys;
-      if (v.masked(kv_begin, kv_begin + kKeys))
+      if (masked(kv_begin, kv_begin + kKeys))
         apply_mask<kRowTiles, kKeys>(scores, kv_begin, [&](int r) {
           return row_mask(v, (first_row + r / 2 * 16 + r % 2 * 8 + lane / 4) / p.shape.group());
         });

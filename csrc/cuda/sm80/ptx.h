@@ -36,7 +36,8 @@ __device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t shared) {
                : "memory");
 }
 
-// c += a b: a is 16 x 16, b 16 x 8, c 16 x 8. In c, lane l holds columns 2 (l % 4) + {0, 1} of rows l / 4 and l / 4 + 8.
+// c += a b: a is 16 x 16, b 16 x 8, c 16 x 8. In c, lane l holds columns 2 (l % 4) + {0, 1} of rows l / 4 and l / 4
+// + 8.
 template <typename T>
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
