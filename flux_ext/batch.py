@@ -26,7 +26,8 @@ class Batch:
 
     ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
     (None: all); ``cu_seqlens``, int32 ``[n + 1]``, bounds sequences packed into one row; ``mask`` is the padding
-    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding.
+    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding; of a first forward that has more than
+    the prompt, only the first ``prompt_len`` tokens decide.
     """
 
     policy: Policy | None = None
@@ -34,6 +35,7 @@ class Batch:
     seq_end: Tensor | None = None
     cu_seqlens: Tensor | None = None
     mask: Tensor | None = None
+    prompt_len: int | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
     probe: dict[int, dict[str, Any]] | None = None
     _host: tuple[np.ndarray, np.ndarray] | None = None
@@ -73,7 +75,7 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, has_cache: bool) -> Batch:
+def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> Batch:
     """The sequences of a decoder's forward, from its keyword arguments.
 
     tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, H]``.
@@ -91,10 +93,12 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ha
             )
         mask = mask.to(device=tokens.device, dtype=torch.bool)
         # A decode step's token counts in every sequence: nothing to read, and nothing to wait for.
-        start, end = span(mask[:, -q_len:]) if q_len > 1 else (None, None)
+        # A static cache's mask covers its whole length, and only its prompt has several tokens.
+        rows = slice(q_len) if cache is not None and cache.is_compileable else slice(-q_len, None)
+        start, end = span(mask[:, rows]) if q_len > 1 else (None, None)
         return Batch(policy, start, end, None, mask)
     cu_seqlens = None
-    if batch_size == 1 and q_len > 1 and not has_cache:
+    if batch_size == 1 and q_len > 1 and cache is None:
         cu_seqlens = packed_bounds(kwargs, q_len)
     return Batch(policy, cu_seqlens=cu_seqlens)
 
