@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     info = machine()
-    path = args.out / f"cpu-{info['kernels']}.csv"
+    path = args.out / f"cpu-{info['kernels']}-{'-'.join(args.stages)}.csv"
     print(" ".join(f"{k}={v}" for k, v in info.items()))
     print(" ".join(f"{name:>10}" for name in FIELDS))
     runs = [(case, threads) for threads in args.threads for case in cases(args)]
