@@ -64,16 +64,20 @@ def _isa() -> str:
 
 
 def best_of(functions: list[Callable[[], object]], seconds: float) -> list[tuple[float, float]]:
-    """Best wall and processor milliseconds of each; they take turns for about ``seconds``, at least 3 rounds."""
+    """Best wall and processor milliseconds of each; they take turns for about ``seconds``, at least 2 rounds."""
     best = [(float("inf"), float("inf"))] * len(functions)
     calls = []
     for f in functions:  # warm up; short calls are timed in groups of about 10 ms
-        f()
         begin = time.perf_counter()
         f()
-        calls.append(max(1, int(0.01 / max(time.perf_counter() - begin, 1e-7))))
+        elapsed = time.perf_counter() - begin
+        if elapsed < 0.05:
+            begin = time.perf_counter()
+            f()
+            elapsed = time.perf_counter() - begin
+        calls.append(max(1, int(0.01 / max(elapsed, 1e-7))))
     start, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - start < seconds:
+    while rounds < 2 or time.perf_counter() - start < seconds:
         for i, f in enumerate(functions):
             wall, cpu = time.perf_counter(), time.process_time()
             for _ in range(calls[i]):
@@ -117,7 +121,8 @@ def measure(case: Case, threads: int, seconds: float) -> dict[str, object]:
     work_ratio = replace(case, pattern="full").visible_pairs() / case.visible_pairs()
     return {
         "threads": threads, "stage": case.stage, "pattern": case.pattern,
-        "dtype": str(case.dtype).removeprefix("torch."), "head_dim": case.head_dim, "kv_len": case.kv_len, "q_heads": case.num_q_heads, "kv_heads": case.num_kv_heads,
+        "dtype": str(case.dtype).removeprefix("torch."), "head_dim": case.head_dim, "kv_len": case.kv_len,
+        "q_heads": case.num_q_heads, "kv_heads": case.num_kv_heads,
         "ms": round(wall, 4), "peer_ms": round(peer_wall, 4), "ratio": round(peer_wall / wall, 2),
         "cpu_ms": round(cpu, 4), "peer_cpu_ms": round(peer_cpu, 4), "cpu_ratio": round(peer_cpu / cpu, 2),
         "cpu_gflops": round(case.flops() / cpu / 1e6, 1),
@@ -148,12 +153,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--stages", choices=("prefill", "decode", "backward"), nargs="+", default=["prefill", "decode"])
     parser.add_argument("--max-backward", type=int, default=4096, help="longest sequence of the backward cases")
-    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time per case, at least 3 rounds")
+    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time per case, at least 2 rounds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     info = machine()
-    path = args.out / f"cpu-{info['kernels']}.csv"
+    path = args.out / f"cpu-{info['kernels']}-{'-'.join(args.stages)}.csv"
     print(" ".join(f"{k}={v}" for k, v in info.items()))
     print(" ".join(f"{name:>10}" for name in FIELDS))
     runs = [(case, threads) for threads in args.threads for case in cases(args)]

@@ -252,21 +252,18 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
 
 // ---- few rows ----
 
-// scores[r][j] = q[r] . k[j] for kRows rows and 4 keys.
+// scores[r][j] = q[r] . k[j] for kRows rows and 4 keys, one key after the other: the order in which they lie in memory
+// is the one that the processor's prefetcher follows.
 template <int kRows, typename T>
 FLUX_HD void few_scores(const float* q, int64_t q_stride, const T* const* k, int32_t dim, float scale, float* scores) {
   Vec c[kRows][4] = {};
-  for (int32_t d = 0; d < dim; d += kLanes) {
-    const Vec k0 = load(k[0] + d), k1 = load(k[1] + d), k2 = load(k[2] + d), k3 = load(k[3] + d);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const Vec x = load(q + r * q_stride + d);
-      c[r][0] += x * k0;
-      c[r][1] += x * k1;
-      c[r][2] += x * k2;
-      c[r][3] += x * k3;
+  for (int j = 0; j < 4; ++j)
+    for (int32_t d = 0; d < dim; d += kLanes) {
+      const Vec x = load(k[j] + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) c[r][j] += load(q + r * q_stride + d) * x;
     }
-  }
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -296,14 +293,11 @@ FLUX_HD void few_values(const float* p, const float* rescale, const T* const* v,
 }
 
 // One block of keys against all rows; `dim` is a multiple of kLanes, k holds `padded` (a multiple of 4) pointers.
-// prefetch(j) is called once for every 4 keys.
-template <int kRows, typename T, typename Prefetch>
+template <int kRows, typename T>
 FLUX_HD void few_rows_scores(int32_t r, const float* q, int64_t stride, const T* const* k, int32_t padded, int32_t dim,
-                             float scale, float* scores, const Prefetch& prefetch) {
-  for (int32_t j = 0; j < padded; j += 4) {
-    if (r == 0) prefetch(j);
+                             float scale, float* scores) {
+  for (int32_t j = 0; j < padded; j += 4)
     few_scores<kRows>(q + r * stride, stride, k + j, dim, scale, scores + r * kKvBlock + j);
-  }
 }
 template <int kRows, typename T>
 FLUX_HD void few_rows_values(int32_t r, const float* scores, const float* rescale, const T* const* v, int32_t keys,
@@ -316,15 +310,15 @@ FLUX_HD void few_rows_values(int32_t r, const float* scores, const float* rescal
     few_values<kRows, 1>(scores + r * kKvBlock, rescale + r, v, d, keys, out + r * stride, stride);
 }
 
-template <typename T, typename Prefetch>
+template <typename T>
 FLUX_HD void few_block(const float* q, int64_t stride, int32_t rows, int32_t dim, const T* const* k, const T* const* v,
                        const TileView& view, int32_t group, const KeyRange& keys, float scale, float* scores,
-                       const TileState& state, int64_t out_stride, const Prefetch& prefetch) {
+                       const TileState& state, int64_t out_stride) {
   const int32_t padded = round_up(keys.size, 4);
   int32_t r = 0;
-  for (; r + 4 <= rows; r += 4) few_rows_scores<4>(r, q, stride, k, padded, dim, scale, scores, prefetch);
-  for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores, prefetch);
-  for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores, prefetch);
+  for (; r + 4 <= rows; r += 4) few_rows_scores<4>(r, q, stride, k, padded, dim, scale, scores);
+  for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores);
+  for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores);
 
   const bool masked = view.masked(keys.begin, keys.begin + kKvBlock);
   float rescale[kFewRows];
@@ -369,13 +363,6 @@ struct BlockRows {
       v[j] = kv_row<T>(p, p.v, p.v_stride, view, key);
     }
   }
-  // Rows are a few cache lines each, far apart: the processor does not foresee the next.
-  FLUX_HD void prefetch(int32_t j, int32_t dim) const {
-    for (int32_t d = 0; d < dim; d += 64 / int32_t(sizeof(T))) {
-      __builtin_prefetch(k[j] + d, 0, 2);
-      __builtin_prefetch(v[j] + d, 0, 2);
-    }
-  }
 };
 
 template <typename T>
@@ -396,19 +383,12 @@ void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t
     state.rows[r] = {-INFINITY, 0.f};
   }
   const float scale = p.scale * kLog2e;
-  BlockRows<T> two[2];
-  if (begin < end) two[begin % 2].find(p, v, keys_of(v, v.blocks[begin]));
+  BlockRows<T> now;
   for (int32_t n = begin; n < end; ++n) {
     const KeyRange keys = keys_of(v, v.blocks[n]);
-    const BlockRows<T>& now = two[n % 2];
-    BlockRows<T>& next = two[(n + 1) % 2];
-    if (n + 1 < end) next.find(p, v, keys_of(v, v.blocks[n + 1]));
-    const auto prefetch = [&](int32_t j) {
-      if (n + 1 < end)
-        for (int32_t i = j; i < j + 4; ++i) next.prefetch(i, dim);
-    };
+    now.find(p, v, keys);
     if (in_place) {
-      few_block(q, stride, rows, dim, now.k, now.v, v, group, keys, scale, scores, state, stride, prefetch);
+      few_block(q, stride, rows, dim, now.k, now.v, v, group, keys, scale, scores, state, stride);
       continue;
     }
     const float* k_copies[kKvBlock];
@@ -419,8 +399,7 @@ void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t
       k_copies[j] = k_copy + j * stride;
       v_copies[j] = v_copy + j * stride;
     }
-    few_block(q, stride, rows, round_up(dim, kLanes), k_copies, v_copies, v, group, keys, scale, scores, state, stride,
-              prefetch);
+    few_block(q, stride, rows, round_up(dim, kLanes), k_copies, v_copies, v, group, keys, scale, scores, state, stride);
   }
 }
 

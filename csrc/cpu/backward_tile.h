@@ -17,10 +17,12 @@ FLUX_HD T* row_of(const void* base, const Strides& s, int32_t seq, int32_t row, 
   return static_cast<T*>(const_cast<void*>(base)) + seq * s.b + row * s.s + head * s.h;
 }
 
-// c[kStepRows, kPanel] = A B, A row-major
-FLUX_HD void multiply_rows(const float* a, int64_t stride, const float* panel, int32_t dim, Accumulators& c) {
+// c[kStepRows, kPanel] = A B, A row-major. Both come straight from the inputs, so pairs of bf16 lose nothing here; the
+// products with P and dS stay fp32.
+template <typename Op, typename Unit>
+FLUX_HD void multiply_rows(const Unit* a, int64_t stride, const Unit* panel, int32_t units, Accumulators& c) {
   clear(c);
-  multiply<Float32Units>(a, stride, 1, panel, kPanel, dim, c);
+  multiply<Op>(a, stride, 1, panel, kPanel, units, c);
 }
 
 // out[kPanel, dim] += left^T right, left [n, kPanel]
@@ -46,26 +48,29 @@ FLUX_HD void write_row(const float* from, int32_t dim, T* to) {
 }
 
 // First pass. Writes grad_q of the tile, and stats.
-template <typename T>
+template <typename Op, typename T>
 void queries_backward(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats) {
+  using Unit = typename Op::Unit;
   const AttendParams& p = b.forward;
   const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = v.kv_rows.size();
+  const int32_t dim_units = dim / Op::kPerUnit;
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
   const int64_t stride = padded_dim(p.shape) + kLanes;
   Scratch memory{scratch};
-  float* const q = memory.take(int64_t(padded_rows) * dim);     // [panels][dim][kPanel]
-  float* const dout = memory.take(int64_t(padded_rows) * dim);  // the same
+  Unit* const q = memory.take<Unit>(int64_t(padded_rows) * dim_units);     // [panels][dim_units][kPanel]
+  Unit* const dout = memory.take<Unit>(int64_t(padded_rows) * dim_units);  // the same
   float* const dq = memory.take(padded_rows * stride);
   float* const k = memory.take(kKvBlock * stride);
-  float* const values = memory.take(kKvBlock * stride);
-  float* const staging = memory.take(2 * kPanel * stride);
+  Unit* const k_units = memory.take<Unit>(kKvBlock * stride);
+  Unit* const values = memory.take<Unit>(kKvBlock * stride);
+  Unit* const staging = memory.take<Unit>(2 * kPanel * stride);
   float* const dscores = memory.take(kKvBlock * kPanel);
   int32_t* const pos = memory.take<int32_t>(padded_rows);
   int32_t* const first_key = memory.take<int32_t>(padded_rows);
 
   for (int32_t panel = 0; panel < panels; ++panel) {
-    float* const q_rows = staging;
-    float* const dout_rows = staging + kPanel * stride;
+    Unit* const q_rows = staging;
+    Unit* const dout_rows = staging + kPanel * stride;
     clear_rows(staging, stride, int32_t(stride), 0, 2 * kPanel);
     for (int32_t i = 0; i < kPanel; ++i) {
       const int32_t r = panel * kPanel + i;
@@ -73,15 +78,16 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
       stats.delta[r] = 0.f;
       if (r >= rows) continue;
       const int32_t row = v.q_rows.begin + r / group, head = v.tile.kv_head * group + r % group;
-      pack_row(q_row<T>(p, v.tile, row, head), dim, q_rows + i * stride);
-      pack_row(row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head), dim, dout_rows + i * stride);
+      const T* grad = row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head);
       const T* out = out_row<const T>(p, v.tile, row, head);
-      for (int32_t d = 0; d < dim; ++d) stats.delta[r] += to_float(out[d]) * dout_rows[i * stride + d];
+      Op::pack_keys(q_row<T>(p, v.tile, row, head), dim, q_rows + i * stride);
+      Op::pack_keys(grad, dim, dout_rows + i * stride);
+      for (int32_t d = 0; d < dim; ++d) stats.delta[r] += to_float(out[d]) * to_float(grad[d]);
       const float lse = lse_at(p, v.tile, row, head);
       if (lse != -INFINITY) stats.lse[r] = lse * kLog2e;
     }
-    transpose_panel(q_rows, stride, dim, q + int64_t(panel) * dim * kPanel);
-    transpose_panel(dout_rows, stride, dim, dout + int64_t(panel) * dim * kPanel);
+    transpose_panel(q_rows, stride, dim_units, q + int64_t(panel) * dim_units * kPanel);
+    transpose_panel(dout_rows, stride, dim_units, dout + int64_t(panel) * dim_units * kPanel);
   }
   find_visible(v, group, rows, padded_rows, pos, first_key);
   clear_rows(dq, stride, int32_t(stride), 0, padded_rows);
@@ -92,25 +98,27 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
     const KeyRange keys = keys_of(v, v.blocks[n]);
     const int32_t padded = round_up(keys.size, kStepRows);
     for (int32_t j = 0; j < keys.size; ++j) {
-      pack_row(kv_row<T>(p, p.k, p.k_stride, v, keys.begin + j), dim, k + j * stride);
-      pack_row(kv_row<T>(p, p.v, p.v_stride, v, keys.begin + j), dim, values + j * stride);
+      const T* key = kv_row<T>(p, p.k, p.k_stride, v, keys.begin + j);
+      pack_row(key, dim, k + j * stride);
+      Op::pack_keys(key, dim, k_units + j * stride);
+      Op::pack_keys(kv_row<T>(p, p.v, p.v_stride, v, keys.begin + j), dim, values + j * stride);
     }
-    clear_rows(k, stride, dim, keys.size, padded);
-    clear_rows(values, stride, dim, keys.size, padded);
+    clear_rows(k_units, stride, dim_units, keys.size, padded);
+    clear_rows(values, stride, dim_units, keys.size, padded);
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
       if (sees_nothing(v.pattern, v.list, kv_len, seen, keys)) continue;
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators s;
-        multiply_rows(k + j * stride, stride, q + int64_t(row) * dim, dim, s);
+        multiply_rows<Op>(k_units + j * stride, stride, q + int64_t(row) * dim_units, dim_units, s);
         store_step(s, scale2, dscores + j * kPanel);
       }
       if (needs_mask(v.pattern, seen.q_begin, seen.q_end, keys.begin, keys.begin + kKvBlock, kv_len, v.list))
         mask_panel(v.pattern, seen, keys, padded, dscores);
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators dp;
-        multiply_rows(values + j * stride, stride, dout + int64_t(row) * dim, dim, dp);
+        multiply_rows<Op>(values + j * stride, stride, dout + int64_t(row) * dim_units, dim_units, dp);
         for (int half = 0; half < 2; ++half) {
           const Vec lse = load(stats.lse + row + half * kLanes), delta = load(stats.delta + row + half * kLanes);
           for (int i = 0; i < kStepRows; ++i) {
@@ -145,23 +153,27 @@ FLUX_HD void mask_keys(const TileView& v, int32_t group, int32_t rows, int32_t k
 }
 
 // Second pass. Writes grad_k and grad_v of one key block of a (sequence, KV head), whose tiles are views[num_views].
-template <typename T>
+template <typename Op, typename T>
 void keys_backward(const AttendBackwardParams& b, const TileView* views, const RowStats* stats, int32_t num_views,
                    int32_t block, float* scratch) {
+  using Unit = typename Op::Unit;
   const AttendParams& p = b.forward;
   const TileView& any = views[0];
   const KeyRange keys = keys_of(any, block);
   const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = any.kv_rows.size();
   const int64_t stride = padded_dim(p.shape) + kLanes;
+  const int32_t dim_units = dim / Op::kPerUnit;
   const int32_t max_rows = tile_rows(p.shape), panels = ceil_div(keys.size, kPanel);
   Scratch memory{scratch};
-  float* const k = memory.take(kKvBlock * dim);       // [panels][dim][kPanel]
-  float* const values = memory.take(kKvBlock * dim);  // the same
+  Unit* const k = memory.take<Unit>(kKvBlock * dim_units);       // [panels][dim_units][kPanel]
+  Unit* const values = memory.take<Unit>(kKvBlock * dim_units);  // the same
   float* const dk = memory.take(kKvBlock * stride);
   float* const dv = memory.take(kKvBlock * stride);
-  float* const staging = memory.take(2 * kPanel * stride);
+  Unit* const staging = memory.take<Unit>(2 * kPanel * stride);
   float* const q = memory.take(max_rows * stride);
   float* const dout = memory.take(max_rows * stride);
+  Unit* const q_units = memory.take<Unit>(max_rows * stride);
+  Unit* const dout_units = memory.take<Unit>(max_rows * stride);
   float* const probs = memory.take(max_rows * kPanel);
   float* const dscores = memory.take(max_rows * kPanel);
 
@@ -169,11 +181,11 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
     clear_rows(staging, stride, int32_t(stride), 0, 2 * kPanel);
     for (int32_t i = 0; i < kPanel && panel * kPanel + i < keys.size; ++i) {
       const int32_t key = keys.begin + panel * kPanel + i;
-      pack_row(kv_row<T>(p, p.k, p.k_stride, any, key), dim, staging + i * stride);
-      pack_row(kv_row<T>(p, p.v, p.v_stride, any, key), dim, staging + (kPanel + i) * stride);
+      Op::pack_keys(kv_row<T>(p, p.k, p.k_stride, any, key), dim, staging + i * stride);
+      Op::pack_keys(kv_row<T>(p, p.v, p.v_stride, any, key), dim, staging + (kPanel + i) * stride);
     }
-    transpose_panel(staging, stride, dim, k + int64_t(panel) * dim * kPanel);
-    transpose_panel(staging + kPanel * stride, stride, dim, values + int64_t(panel) * dim * kPanel);
+    transpose_panel(staging, stride, dim_units, k + int64_t(panel) * dim_units * kPanel);
+    transpose_panel(staging + kPanel * stride, stride, dim_units, values + int64_t(panel) * dim_units * kPanel);
   }
   clear_rows(dk, stride, int32_t(stride), 0, kKvBlock);
   clear_rows(dv, stride, int32_t(stride), 0, kKvBlock);
@@ -187,11 +199,15 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
     const int32_t rows = v.q_rows.size() * group, padded = round_up(rows, kStepRows);
     for (int32_t r = 0; r < rows; ++r) {
       const int32_t row = v.q_rows.begin + r / group, head = v.tile.kv_head * group + r % group;
-      pack_row(q_row<T>(p, v.tile, row, head), dim, q + r * stride);
-      pack_row(row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head), dim, dout + r * stride);
+      const T* query = q_row<T>(p, v.tile, row, head);
+      const T* grad = row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head);
+      pack_row(query, dim, q + r * stride);
+      pack_row(grad, dim, dout + r * stride);
+      Op::pack_keys(query, dim, q_units + r * stride);
+      Op::pack_keys(grad, dim, dout_units + r * stride);
     }
-    clear_rows(q, stride, dim, rows, padded);
-    clear_rows(dout, stride, dim, rows, padded);
+    clear_rows(q_units, stride, dim_units, rows, padded);
+    clear_rows(dout_units, stride, dim_units, rows, padded);
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t column = panel * kPanel;
       const KeyRange seen{keys.begin + column, flux::min_of(kPanel, keys.size - column)};
@@ -199,13 +215,13 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
       if (sees_nothing(v.pattern, v.list, kv_len, all, seen)) continue;
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators s;
-        multiply_rows(q + r * stride, stride, k + int64_t(column) * dim, dim, s);
+        multiply_rows<Op>(q_units + r * stride, stride, k + int64_t(column) * dim_units, dim_units, s);
         store_step(s, scale2, probs + r * kPanel);
       }
       if (v.masked(seen.begin, seen.begin + kPanel)) mask_keys(v, group, padded, seen.begin, probs);
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators dp;
-        multiply_rows(dout + r * stride, stride, values + int64_t(column) * dim, dim, dp);
+        multiply_rows<Op>(dout_units + r * stride, stride, values + int64_t(column) * dim_units, dim_units, dp);
         for (int i = 0; i < kStepRows; ++i)
           for (int half = 0; half < 2; ++half) {
             float* s = probs + (r + i) * kPanel + half * kLanes;

@@ -10,17 +10,19 @@
 namespace flux::cpu::FLUX_ISA {
 
 #ifdef __AVX512BF16__
-using Product16 = BFloat16Product;
+using ProductOfBFloat16 = BFloat16Product;
 #else
-using Product16 = Float32Product;
+using ProductOfBFloat16 = Float32Product;
 #endif
 
 extern const Kernels table;
 const Kernels table = {
     FLUX_STRING(FLUX_ISA),
-    {attend_tile<Float32Product, float>, attend_tile<Float32Product, Half>, attend_tile<Product16, BFloat16>},
-    {queries_backward<float>, queries_backward<Half>, queries_backward<BFloat16>},
-    {keys_backward<float>, keys_backward<Half>, keys_backward<BFloat16>},
+    {attend_tile<Float32Product, float>, attend_tile<Float32Product, Half>, attend_tile<ProductOfBFloat16, BFloat16>},
+    {queries_backward<Float32Product, float>, queries_backward<Float32Product, Half>,
+     queries_backward<ProductOfBFloat16, BFloat16>},
+    {keys_backward<Float32Product, float>, keys_backward<Float32Product, Half>,
+     keys_backward<ProductOfBFloat16, BFloat16>},
 };
 
 }  // namespace flux::cpu::FLUX_ISA

@@ -51,7 +51,7 @@ struct RowStats {
 
 inline size_t backward_scratch(const ProblemShape& s) {
   const size_t rows = tile_rows(s), stride = padded_dim(s) + kPad, block = kKvBlock;
-  return 3 * rows * stride + 4 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
+  return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
 }
 
 struct Kernels {
