@@ -50,9 +50,7 @@ class Toy:
 
 def toy(num_heads: int = 1, batch: int = 8, **kwargs) -> Toy:
     generator = torch.Generator().manual_seed(3)
-    return Toy(
-        torch.randn(2, LAYERS, num_heads, generator=generator), torch.arange(batch) % 2, **kwargs
-    )
+    return Toy(torch.randn(2, LAYERS, num_heads, generator=generator), torch.arange(batch) % 2, **kwargs)
 
 
 def objective(num_heads: int = 1, **recipe):

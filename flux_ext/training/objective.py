@@ -70,7 +70,9 @@ class Multipliers(nn.Module):
     lambda2: Tensor
     target: Tensor
 
-    def __init__(self, tasks: Sequence[str], recipe: Recipe, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self, tasks: Sequence[str], recipe: Recipe, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.tasks, self.form, self.rate = tuple(tasks), recipe.multipliers, recipe.multiplier_lr
         start = torch.zeros(2, len(self.tasks))
@@ -78,7 +80,9 @@ class Multipliers(nn.Module):
             start = 0.5 * torch.rand(start.shape, generator=generator)
         self.register_buffer("lambda1", start[0].clone())
         self.register_buffer("lambda2", start[1].clone())
-        self.register_buffer("target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32))
+        self.register_buffer(
+            "target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32)
+        )
 
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
         """The scalar term of the loss.
