@@ -244,8 +244,8 @@ def _generate(args: argparse.Namespace) -> None:
     routes = out.past_key_values.routes[0].float()  # [L, Hkv]
     modes = "".join("F" if s == 0 else "s" if s == 1 else "m" for s in routes.mean(1).tolist())
     print(
-        f"[{length} + {out.sequences.shape[1] - length} tokens in {seconds:.1f} s; sparsity {routes.mean():.2f}; "
-        f"layers {modes} (F full, s sparse, m mixed heads)]",
+        f"[{length} + {out.sequences.shape[1] - length} tokens in {seconds:.1f} s; "
+        f"sparsity {routes.mean():.2f}; layers {modes} (F full, s sparse, m mixed heads)]",
         file=sys.stderr,
     )
 

@@ -1,8 +1,8 @@
 """The main job on real text: ``flux-ext demo``.
 
-A small pretrained backbone (``assets/demo_backbone``, a Qwen3 over bytes) is frozen and patched. Its routers learn two
-tasks over the Python standard library's sources: answering questions about facts hidden far beyond the window, and
-continuing code. Held-out files are then scored dense, all sparse and routed.
+A small pretrained backbone (``assets/demo_backbone``, a Qwen3 over bytes) is frozen and patched. Its routers
+learn two tasks over the Python standard library's sources: answering questions about facts hidden far beyond
+the window, and continuing code. Held-out files are then scored dense, all sparse and routed.
 """
 
 from __future__ import annotations

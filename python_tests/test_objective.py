@@ -15,7 +15,8 @@ LAYERS = 4
 class Toy:
     """A loss per sequence that depends on the routes alone: each task pays for the units it misses.
 
-    ``cost [T, L, H]`` is what a sequence of a task loses per sparse unit; ``pairs`` adds a loss unless two layers are both full.
+    ``cost [T, L, H]`` is what a sequence of a task loses per sparse unit; ``pair`` adds a loss of 1 unless
+    those two layers are both full.
     """
 
     def __init__(self, cost: torch.Tensor, tasks: torch.Tensor, pair: tuple[int, int] | None = None) -> None:

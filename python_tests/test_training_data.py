@@ -45,7 +45,7 @@ def test_parquet(tmp_path):
     with pytest.raises(ValueError, match=r"y.parquet, line 1: the column 'task' must be text, got NoneType"):
         load_examples(tmp_path / "y.parquet")
     (tmp_path / "z.parquet").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="z.parquet: not a Parquet file"):
+    with pytest.raises(ValueError, match=r"z\.parquet: not a Parquet file"):
         load_examples(tmp_path / "z.parquet")
 
 
@@ -82,7 +82,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"x.csv: the name must end in .jsonl or .parquet"):
         load_examples(tmp_path / "x.csv")
     (tmp_path / "x.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="x.jsonl: the file has no examples"):
+    with pytest.raises(ValueError, match=r"x\.jsonl: the file has no examples"):
         load_examples(tmp_path / "x.jsonl")
 
 

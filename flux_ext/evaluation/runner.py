@@ -1,11 +1,13 @@
 """Scores a patched model on examples: dense, all sparse, or as its routers decide.
 
-Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from the prompt
-alone, sparse layers drop what they cannot see), then the answer is generated or continued from that cache.
+Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
+the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
+that cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ class Score:
     mode: Mode
     examples: int
     accuracy: float
-    """Share of examples whose generated answer is right to the last character; NaN where nothing was generated."""
+    """Share of generated answers that are right to the last character; NaN where none were generated."""
     bits_per_byte: float
     """Code length of the answers' UTF-8 bytes."""
     sparsity: float
@@ -62,8 +64,8 @@ def evaluate(
         tokenizer: its tokenizer.
         examples: prompts and answers; batches hold one task each and may be ragged.
         modes: ``"dense"`` (all full), ``"sparse"`` (all sparse), ``"routed"``.
-        generate: whether answers are generated greedily and compared (as many tokens as the right answer has), for all
-            tasks or by task. Otherwise ``accuracy`` is NaN.
+        generate: whether answers are generated greedily and compared (as many tokens as the right answer
+            has), for all tasks or by task. Otherwise ``accuracy`` is NaN.
         batch_size: examples at a time.
         progress: show a progress bar.
 
@@ -99,7 +101,7 @@ def _score(
 ) -> Score:
     start = time.perf_counter()
     right, nats, kv_bytes, sparse = 0, 0.0, 0.0, []
-    with patching.routes(model, _ROUTES.get(mode)):
+    with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
         for batch in _batches(examples, batch_size):
             prompts = [tokenizer(e.prompt)["input_ids"] for e in batch]
             answers = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in batch]
@@ -143,7 +145,7 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 def _continue(
     model: nn.Module, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
 ) -> tuple[float, int, Tensor]:
-    """Nats of the answers after the prompts, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
+    """Nats of the answers, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
     out = model(prompt, attention_mask=mask, use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
     kept, routes = cache.nbytes(), cache.routes.clone()
@@ -179,7 +181,9 @@ def _generated(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
     new = out[:, prompt.shape[1] :]
-    return [tokenizer.decode(row[: len(a)]) == e.answer for row, a, e in zip(new, answers, batch)]
+    return [
+        tokenizer.decode(row[: len(a)]) == e.answer for row, a, e in zip(new, answers, batch, strict=True)
+    ]
 
 
 def format_table(scores: Sequence[Score]) -> str:
@@ -200,6 +204,8 @@ def format_table(scores: Sequence[Score]) -> str:
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths)))
+        return "  ".join(
+            x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        )
 
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])

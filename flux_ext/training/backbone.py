@@ -1,4 +1,4 @@
-"""A patched Hugging Face model and one batch, as the objectives see them (:class:`~.objective.RoutedModel`)."""
+"""A patched Hugging Face model and one batch, as the objectives see them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OURS = ("labels", "task_ids", "prompt_lengths")
 
 
 class PatchedModel:
-    """The losses of one batch under any routes.
+    """The losses of one batch under any routes: a :class:`~.objective.RoutedModel`.
 
-    The second run of some sequences, with one layer routed otherwise, starts at that layer: the first run keeps the
-    layer's input for them (together no more than one layer's hidden states per flip).
+    The second run of some sequences, with one layer routed otherwise, starts at that layer: the first run
+    keeps the layer's input for them (together no more than one layer's hidden states per flip).
 
     Args:
         model: the patched model, as wrapped for training.

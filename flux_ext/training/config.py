@@ -1,4 +1,4 @@
-"""What a recipe for the routers' training can choose; everything else is the Hugging Face ``TrainingArguments``."""
+"""The options of the routers' training; all others are the Hugging Face ``TrainingArguments``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ class Recipe:
     """How routers are trained.
 
     Args:
-        objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the backbone),
-            ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or ``"straight_through"`` (Elastic
-            Attention, arXiv 2601.17367, and both published codes: hard forward, soft gradient).
+        objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the
+            backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
+            ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
+            forward, soft gradient).
         targets: per task, the share of sparse attention to reach, in [0, 1].
         default_target: the target of tasks that ``targets`` does not name.
-        multipliers: ``"inequality"``: ``lambda1 * (target - sparsity)``, a price that may fall again once the target
-            is met. ``"published"``: ``lambda1 * d + lambda2 * d^2`` with ``d = sparsity - target``;
-            ``"published_abs"``: with ``|d|``, as in the published code.
-        multiplier_lr: step of the multipliers' gradient ascent (published: 1e-3), in nats per unit of sparsity.
-        tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start to end
-            over the first ``tau_share`` of the steps and stays there.
-        start_bias: log-odds of full attention at the start. None: the objective's own, 4.5 as published, 2 for
-            counterfactuals, whose exploration comes from sampling.
+        multipliers: ``"inequality"``: ``lambda1 * (target - sparsity)``, a price that may fall again once
+            the target is met. ``"published"``: ``lambda1 * d + lambda2 * d^2`` with ``d = sparsity -
+            target``; ``"published_abs"``: with ``|d|``, as in the published code.
+        multiplier_lr: step of the multipliers' gradient ascent (published: 1e-3), in nats per unit of
+            sparsity.
+        tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start
+            to end over the first ``tau_share`` of the steps and stays there.
+        start_bias: log-odds of full attention at the start. None: the objective's own, 4.5 as published, 2
+            for counterfactuals, whose exploration comes from sampling.
         flips: counterfactuals per sequence and step; they share one base forward.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
@@ -112,10 +114,10 @@ class Recipe:
 
 
 def training_arguments(output_dir: str, **changes: Any) -> Any:
-    """``transformers.TrainingArguments`` with the published optimiser settings, any of them open to ``changes``.
+    """``TrainingArguments`` with the published optimiser settings, any of them open to ``changes``.
 
-    AdamW with learning rate 5e-4, betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the steps, then
-    cosine (arXiv 2604.07394, section 4).
+    AdamW with learning rate 5e-4, betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the
+    steps, then cosine (arXiv 2604.07394, section 4).
     """
     from transformers import TrainingArguments
 

@@ -1,7 +1,8 @@
 """Training and evaluation examples: files, tokens, batches.
 
-A file is JSON lines (``.jsonl``) or Parquet (``.parquet``, needs pyarrow) with the columns ``context``, ``question``,
-``answer`` and ``task``. The prompt is ``context + question``; the loss is that of the answer's tokens alone.
+A file is JSON lines (``.jsonl``) or Parquet (``.parquet``, needs pyarrow) with the columns ``context``,
+``question``, ``answer`` and ``task``. The prompt is ``context + question``; the loss is that of the answer's
+tokens alone.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def load_examples(path: str | Path) -> list[Example]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, empty, or a line breaks a rule; the message names file, line and column.
-        ImportError: Parquet without pyarrow.
+        ValueError: the file is of another kind, empty, or a line breaks a rule; the message names file, line
+        and column. ImportError: Parquet without pyarrow.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,8 +112,8 @@ class RouterDataset(Dataset):
         examples: what to learn from.
         tokenizer: a Hugging Face tokenizer. The prompt gets its special tokens, the answer none.
         tasks: the tasks' names in order; default: those of the examples, sorted.
-        max_length: longer examples lose tokens from the middle of the prompt, so that its beginning and the question
-            stay.
+        max_length: longer examples lose tokens from the middle of the prompt, so that its beginning and the
+            question stay.
     """
 
     def __init__(
@@ -147,8 +148,10 @@ class RouterDataset(Dataset):
         if self.max_length is not None and len(prompt) + len(answer) > self.max_length:
             room = self.max_length - len(answer)
             if room < 2:
-                raise ValueError(f"max_length {self.max_length} has no room for a prompt beside the {len(answer)} answer "
-                                 f"tokens of example {i}")  # fmt: skip
+                raise ValueError(
+                    f"max_length {self.max_length} has no room for a prompt beside the {len(answer)} answer tokens "
+                    f"of example {i}"
+                )
             prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
         return {"prompt": prompt, "answer": answer, "task": self._index[e.task]}
 
@@ -157,8 +160,8 @@ class RouterDataset(Dataset):
 class PaddedCollator:
     """Batches padded on the left, so that the answers end together and few logits are needed.
 
-    Returns ``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, ``task_ids`` and ``prompt_lengths`` ``[B]``, all
-    int64. Without any padding there is no mask.
+    Returns ``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, ``task_ids`` and ``prompt_lengths``
+    ``[B]``, all int64. Without any padding there is no mask.
     """
 
     pad_token_id: int = 0
@@ -183,10 +186,12 @@ class PaddedCollator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Batches packed into one row without padding, in the form of transformers' ``DataCollatorWithFlattening``.
+    """Batches packed into one row without padding, in the form of transformers'
+    ``DataCollatorWithFlattening``.
 
-    Returns ``input_ids``, ``labels`` and ``position_ids`` ``[1, T]``, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` int32
-    ``[B + 1]``, ``max_length_q`` and ``max_length_k``, ``task_ids`` and ``prompt_lengths`` ``[B]``.
+    Returns ``input_ids``, ``labels`` and ``position_ids`` ``[1, T]``, ``cu_seq_lens_q`` and
+    ``cu_seq_lens_k`` int32 ``[B + 1]``, ``max_length_q`` and ``max_length_k``, ``task_ids`` and
+    ``prompt_lengths`` ``[B]``.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Three ways to train routers against a frozen backbone, behind one interface.
 
-An objective sees the backbone as a function from routes to one loss per sequence (:class:`RoutedModel`) and returns a
-scalar whose gradient trains the routers (:class:`Step`). It knows nothing of transformers.
+An objective sees the backbone as a function from routes to one loss per sequence (:class:`RoutedModel`) and
+returns a scalar whose gradient trains the routers (:class:`Step`). It knows nothing of transformers.
 
-Log-odds ``z`` are those of full attention, ``logits[..., 1] - logits[..., 0]``; units are the places that decide:
-one per layer, or one per layer and KV head.
+Log-odds ``z`` are those of full attention, ``logits[..., 1] - logits[..., 0]``; units are the places that
+decide: one per layer, or one per layer and KV head.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .config import Recipe
 
 Policy = Callable[[int, Tensor], Tensor]
-"""``(layer, logits [B, 2] or [B, Hkv, 2]) -> route [B] or [B, Hkv]``: integers choose (0 full, 1 sparse), floats are
-the weight of sparse attention. ``layer`` counts routed layers from 0."""
+"""``(layer, logits [B, 2] or [B, Hkv, 2]) -> route [B] or [B, Hkv]``: integers choose (0 full, 1 sparse),
+floats are the weight of sparse attention. ``layer`` counts routed layers from 0."""
 
 
 class RoutedModel(Protocol):
@@ -42,8 +42,8 @@ class RoutedModel(Protocol):
     def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
         """The losses ``[len(rows)]`` of these sequences of the last batch, no gradient.
 
-        The policy answers as in the last :meth:`loss` below ``layer``: the model may start there. It is asked with
-        the logits of ``rows`` only.
+        The policy answers as in the last :meth:`loss` below ``layer``: the model may start there. It is
+        asked with the logits of ``rows`` only.
         """
         ...
 
@@ -61,9 +61,11 @@ class Step:
 
 
 class Multipliers(nn.Module):
-    """Lagrange multipliers of the tasks' target sparsities, kept as buffers and moved by explicit dual ascent.
+    """Lagrange multipliers of the tasks' target sparsities, kept as buffers and moved by explicit dual
+    ascent.
 
-    They see no weight decay and no gradient clipping. Buffers ``lambda1``, ``lambda2`` and ``target`` are ``[T]``.
+    They see no weight decay and no gradient clipping. Buffers ``lambda1``, ``lambda2`` and ``target`` are
+    ``[T]``.
     """
 
     lambda1: Tensor
@@ -87,9 +89,10 @@ class Multipliers(nn.Module):
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
         """The scalar term of the loss.
 
-        sparsity: ``[B]``, differentiable. tasks: int64 ``[B]``. The inequality form is a mean over sequences (each pays
-        the price of its own task); the published forms are a mean over the tasks present of a function of the task's
-        mean sparsity.
+        sparsity: ``[B]``, differentiable. tasks: int64 ``[B]``. The inequality form is a mean over sequences
+            (each pays
+        the price of its own task); the published forms are a mean over the tasks present of a function of
+        the task's mean sparsity.
         """
         if self.form == "inequality":
             return (self.lambda1[tasks] * (self.target[tasks] - sparsity)).mean()
@@ -104,7 +107,8 @@ class Multipliers(nn.Module):
     def ascend(self, sparsity: Tensor, count: Tensor) -> None:
         """One step of gradient ascent.
 
-        sparsity: ``[T]``, the mean of each task over all sequences of the step (all ranks). count: ``[T]``, how many there
+        sparsity: ``[T]``, the mean of each task over all sequences of the step (all ranks). count: ``[T]``,
+            how many there
         were; tasks with none stay as they are.
         """
         d = sparsity - self.target
@@ -118,14 +122,15 @@ class Multipliers(nn.Module):
 
 
 class Objective(nn.Module):
-    """Base of the three. Calling it gives a :class:`Step`; its state (multipliers, random draws) is a state dict.
+    """Base of the three. Calling it gives a :class:`Step`; its state (multipliers, random draws) is a state
+    dict.
 
     Args:
         recipe: the options.
         tasks: the tasks' names; batches name them by index.
         num_layers, num_heads: see :class:`RoutedModel`.
-        seed: all draws come from one generator of its own, on the CPU. Ranks that share a sequence (sequence parallel)
-            take the same seed, ranks with different sequences different ones.
+        seed: all draws come from one generator of its own, on the CPU. Ranks that share a sequence (sequence
+            parallel) take the same seed, ranks with different sequences different ones.
     """
 
     def __init__(
@@ -168,7 +173,8 @@ def _stack(per_layer: Mapping[int, Tensor]) -> Tensor:
 
 
 class Soft(Objective):
-    """Full and sparse attention mixed by Gumbel-softmax weights (Flux Attention, arXiv 2604.07394, section 3).
+    """Full and sparse attention mixed by Gumbel-softmax weights (Flux Attention, arXiv 2604.07394, section
+    3).
 
     ``r = softmax((logits + g) / tau)[1]``, ``out = r * full + (1 - r) * sparse``.
     """
@@ -207,12 +213,12 @@ class StraightThrough(Soft):
 class Counterfactual(Objective):
     """What would this sequence's loss be, had one layer taken the other route?
 
-    Routes are drawn from the routers' own policy and the model runs once without a graph. Then one layer per sequence
-    (or a group of its heads) takes the other route, all else being equal: the difference is that layer's exact worth
-    ``delta = loss(full) - loss(sparse)`` for this sequence in this company. The routers' log-odds get the gradient
-    ``(L * delta + price) / 4``: what it would be at even odds, so that a confident router can still turn, with a soft bound
-    on the log-odds for the same reason. The price is the multipliers' gradient. No backward pass goes through the
-    backbone.
+    Routes are drawn from the routers' own policy and the model runs once without a graph. Then one layer per
+    sequence (or a group of its heads) takes the other route, all else being equal: the difference is that
+    layer's exact worth ``delta = loss(full) - loss(sparse)`` for this sequence in this company. The routers'
+    log-odds get the gradient ``(L * delta + price) / 4``: what it would be at even odds, so that a confident
+    router can still turn, with a soft bound on the log-odds for the same reason. The price is the
+    multipliers' gradient. No backward pass goes through the backbone.
 
     The layers to flip come off a shuffled deck per task, so every task sees every layer equally often.
     """
@@ -229,7 +235,8 @@ class Counterfactual(Objective):
             raise ValueError(f"flips must be at most the {num_layers} routed layers, got {recipe.flips}")
         if recipe.heads_per_flip > num_heads:
             raise ValueError(
-                f"heads_per_flip must be at most the {num_heads} decisions of a layer, got {recipe.heads_per_flip}"
+                f"heads_per_flip must be at most the {num_heads} decisions of a layer, "
+                f"got {recipe.heads_per_flip}"
             )
         self.register_buffer("deck", torch.zeros(len(self.tasks), num_layers, dtype=torch.long))
         self.register_buffer("dealt", torch.full((len(self.tasks),), num_layers))

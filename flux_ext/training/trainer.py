@@ -27,9 +27,10 @@ OBJECTIVE_FILE = "objective.safetensors"
 class FluxTrainer(Trainer):
     """Trains the routers of a patched model; the backbone is frozen.
 
-    A checkpoint holds the routers (as :meth:`FluxRouters.save_pretrained` writes them), the recipe and the objective's
-    state, and what every Trainer keeps for resuming. Metrics per task go to any logger and to the progress bar:
-    ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss`` (nats per answer token).
+    A checkpoint holds the routers (as :meth:`FluxRouters.save_pretrained` writes them), the recipe and the
+    objective's state, and what every Trainer keeps for resuming. Metrics per task go to any logger and to
+    the progress bar: ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss`` (nats per
+    answer token).
 
     Args:
         model: a patched causal language model.
@@ -41,7 +42,8 @@ class FluxTrainer(Trainer):
         kwargs: as for ``Trainer``.
 
     Raises:
-        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot work.
+        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot
+        work.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class FluxTrainer(Trainer):
 
     def _ascend(self) -> None:
         """One step of the multipliers, with the sequences of all micro-batches and ranks."""
-        sums = self._step_sums.to(self.args.device)
+        sums = self._step_sums.clone().to(self.args.device)
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums)
         self._step_sums.zero_()
@@ -178,7 +180,10 @@ class FluxTrainer(Trainer):
         for name, own in {"tasks": list(self.tasks), "objective": self.recipe.objective}.items():
             if recipe.get(name) != own:
                 raise ValueError(f"{folder} was trained with {name} {recipe.get(name)!r}, not {own!r}")
-        self.routers.load_state_dict(type(self.routers).from_pretrained(folder).state_dict())
+        saved = type(self.routers).from_pretrained(folder)
+        if difference := self.routers.config.differences(saved.config):
+            raise ValueError(f"the routers in {folder} have other settings: {difference}")
+        self.routers.load_state_dict(saved.state_dict())
         self.objective.load_state_dict(load_file(folder / OBJECTIVE_FILE))
 
     def _load_best_model(self) -> None:
