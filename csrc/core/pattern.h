@@ -67,7 +67,8 @@ struct KvBlocks {
 };
 
 // Blocks of `block` keys that hold at least one key visible to a query in [q_begin, q_end).
-// `list.width` must be a multiple of `block`, and its entries must start at or before q_end - 1.
+// `list.width` must be a multiple of `block`. A list may reach past the diagonal of the tile: it belongs to a query
+// block that can hold several tiles.
 FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_len, int32_t block,
                            const BlockList& list = {}) {
   KvBlocks b;
@@ -77,9 +78,10 @@ FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int
   if (list.blocks) {
     b.list = list.blocks;
     b.per_entry = list.width / block;
-    // Only the last entry can reach past the diagonal.
-    b.window_count = list.count * b.per_entry;
-    if (list.count > 0) b.window_count -= max_of((list.blocks[list.count - 1] + 1) * b.per_entry - end, 0);
+    int32_t count = list.count;
+    while (count > 0 && list.blocks[count - 1] * b.per_entry >= end) --count;
+    b.window_count = count * b.per_entry;
+    if (count > 0) b.window_count -= max_of((list.blocks[count - 1] + 1) * b.per_entry - end, 0);
     return b;
   }
   const bool reaches_last_q = q_end > kv_len - p.last_q;
