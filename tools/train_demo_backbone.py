@@ -1,13 +1,14 @@
 """Make the demonstration backbone: a small Qwen3 over bytes that retrieves with a few layers and copes without the rest.
 
-    python tools/train_demo_backbone.py --minutes 4
+    python tools/train_demo_backbone.py --minutes 3.5
 
 writes the tokenizer, the model in bfloat16 and a README with the figures. Half of every batch is code, the other half code
 with facts hidden in it and questions about them (flux_ext.evaluation.tasks). What makes the result a useful backbone for
 routing is that each sequence is trained under its own random route, one full-or-streaming choice per layer:
 
 - sequences with questions always keep the RETRIEVAL_LAYERS full, and any of the others: retrieval settles in those layers;
-- sequences of code are mostly streaming in every layer: continuing code hardly comes to depend on far keys.
+- sequences of code learn the text with every layer streaming; with full layers they learn to predict what they would
+  without (distillation), so that continuing code does not come to depend on far keys.
 
 Large pretrained models are found to be like this by themselves, with few retrieval heads; a model this small is not.
 """
@@ -21,7 +22,7 @@ import os
 import platform
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -125,12 +126,15 @@ def forward(model: Qwen3ForCausalLM, tokens: torch.Tensor, routing: Routing, las
         return model(tokens, attention_mask=masks, logits_to_keep=last, use_cache=False).logits
 
 
-def draw_routes(rng: random.Random, layers: int, task: str, code_full: float) -> list[bool]:
-    """The route of one training sequence, true where the layer streams."""
-    if task == tasks.RETRIEVAL:
-        share = rng.choice((0.0, rng.random(), 1.0))  # Of the other layers that are full.
-        return [layer not in RETRIEVAL_LAYERS and rng.random() >= share for layer in range(layers)]
-    share = rng.choice((rng.random(), 1.0)) if rng.random() < code_full else 0.0
+def question_route(rng: random.Random, layers: int) -> list[bool]:
+    """A route of a training sequence with questions, true where the layer streams."""
+    share = rng.choice((0.0, rng.random(), 1.0))  # Of the other layers that are full.
+    return [layer not in RETRIEVAL_LAYERS and rng.random() >= share for layer in range(layers)]
+
+
+def mixed_route(rng: random.Random, layers: int) -> list[bool]:
+    """A route of a training sequence of code with some layers full, or all."""
+    share = rng.choice((rng.random(), 1.0))
     return [rng.random() >= share for _ in range(layers)]
 
 
@@ -153,16 +157,32 @@ class Stage:
 
 
 def curriculum(length: int) -> list[Stage]:
-    """Short texts with many questions first: retrieval is learned from them in a fraction of the time."""
+    """Short texts with many questions first: retrieval comes sooner from them."""
     return [
-        Stage(0.30, (length // 3,), (3, 4), (2, 3)),
-        Stage(0.45, (length // 2,), (2, 6), (2, 4)),
-        Stage(1.00, (length, length, length // 2), (1, 8), (1, 4)),
+        Stage(0.40, (length // 2,), (3, 4), (3, 4)),
+        Stage(1.00, (length, length, length // 2), (1, 6), (1, 4)),
     ]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows of code, the first ``mixed`` with full layers and the others streaming, then as many rows of questions."""
+
+    tokens: torch.Tensor  # [B, S]
+    is_answer: torch.Tensor  # [B, S]
+    routes: torch.Tensor  # [B, L]
+    mixed: int
+
+    def to(self, device: str) -> Batch:
+        """The batch on the device, without waiting for the copies."""
+        tensors = (self.tokens, self.is_answer, self.routes)
+        if device != "cpu":
+            tensors = (x.pin_memory().to(device, non_blocking=True) for x in tensors)
+        return Batch(*tensors, self.mixed)
+
+
 class Batches:
-    """Training batches of code and of questions, each with its routes."""
+    """Draws training batches."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -176,39 +196,47 @@ class Batches:
         """Tokens of code with facts, then questions with answers; and which tokens belong to the answers."""
         rng = self.rng
         hidden = tasks.draw_facts(rng, facts)
+        keys = rng.sample(list(hidden), min(facts, questions))
         tail, is_answer = [], []
-        for key in rng.sample(list(hidden), min(facts, questions)):
+        for key in keys:
             asked = tasks.question_text(key)
-            if rng.random() < 0.5:  # The last line alone will do: room for more questions.
+            if key != keys[-1]:  # The question's last line will do: room for more of them.
                 asked = asked[asked.rindex("\n") :]
             tail += [*asked.encode(), *hidden[key].encode(), END_OF_TEXT]
             is_answer += [False] * len(asked) + [True] * (len(hidden[key]) + 1)
-        code_length = length - len(tail) - facts * FACT_BYTES
+        header = rng.choice((tasks.HEADER, ""))
+        code_length = length - len(header) - len(tail) - facts * FACT_BYTES
         lines = [tasks.fact_line(key, value) for key, value in hidden.items()]
         body = None
         while body is None:
             body = tasks.hide(rng, self.excerpts.draw(rng, code_length), lines, min(32, code_length // 4), code_length)
-        return [*body.encode(), *tail], [False] * len(body) + is_answer
+        row = [*header.encode(), *body.encode(), *tail]
+        return row, [False] * (length - len(tail)) + is_answer
 
-    def draw(self, stage: Stage, device: str) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """Tokens ``[B, S]``, which of them are answers ``[B, S]`` (the first half of the rows is code), and the routing."""
+    def draw(self, stage: Stage) -> Batch:
+        """A batch of the stage."""
         rng, args = self.rng, self.args
         length = rng.choice(stage.lengths)
-        half = max(1, args.tokens // length // 2)
+        half = max(2, args.tokens // length // 2)
+        mixed = math.ceil(half * args.code_full)
         starts = torch.tensor([rng.randrange(len(self.code) - length) for _ in range(half)])
-        code = self.code[starts[:, None] + torch.arange(length)]
+        code = self.code[starts[:, None] + torch.arange(length)].long()
         rows = [self.question_row(length, rng.randint(*stage.facts), rng.randint(*stage.questions)) for _ in range(half)]
-        tokens = torch.cat([code.long(), torch.tensor([row for row, _ in rows])])
-        is_answer = torch.cat([torch.zeros_like(code, dtype=torch.bool), torch.tensor([flags for _, flags in rows])])
-        routes = torch.tensor(
-            [draw_routes(rng, args.layers, task, args.code_full) for task in reversed(tasks.TASKS) for _ in range(half)]
+        questions, is_answer = (torch.tensor(x) for x in zip(*rows))
+        routes = [mixed_route(rng, args.layers) for _ in range(mixed)]
+        routes += [[True] * args.layers] * (half - mixed)
+        routes += [question_route(rng, args.layers) for _ in range(half)]
+        return Batch(
+            tokens=torch.cat([code, questions]),
+            is_answer=torch.cat([torch.zeros_like(is_answer), is_answer]),
+            routes=torch.tensor(routes),
+            mixed=mixed,
         )
-        # The pattern varies a little, so that nothing hangs on its exact size.
-        sink = rng.randint(args.sink // 2, args.sink * 2)
-        window = rng.randint(args.window * 3 // 4, args.window * 3 // 2)
-        if device != "cpu":
-            tokens, is_answer, routes = (x.pin_memory().to(device, non_blocking=True) for x in (tokens, is_answer, routes))
-        return tokens, is_answer, Routing.of(routes, length, sink, window)
+
+    def pattern(self) -> tuple[int, int]:
+        """Sink and window of a step. They vary a little, so that nothing hangs on their exact size."""
+        sink, window = self.args.sink, self.args.window
+        return self.rng.randint(sink // 2, sink * 2), self.rng.randint(window * 3 // 4, window * 3 // 2)
 
 
 # Evaluation, on code that training never reads
@@ -284,6 +312,24 @@ def load(folder: Path, device: str) -> Qwen3ForCausalLM:
     return model.to(device).eval()
 
 
+def losses(model: Qwen3ForCausalLM, batch: Batch, sink: int, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean loss of the code, mean loss of the answers, share of the answers' tokens that are right."""
+    tokens, mixed, half = batch.tokens, batch.mixed, len(batch.tokens) // 2
+    routing = Routing.of(batch.routes, tokens.shape[1], sink, window)
+    logits = forward(model, tokens, routing)[:, :-1].float()
+    nats = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    with torch.no_grad():
+        streaming = replace(routing, routes=torch.ones_like(batch.routes[:mixed]))
+        taught = forward(model, tokens[:mixed], streaming)[:, :-1].float().softmax(-1)
+    distilled = F.cross_entropy(logits[:mixed].transpose(1, 2), taught.transpose(1, 2), reduction="none")
+    is_answer = batch.is_answer[half:, 1:]
+    # Multiplying with what is wanted, unlike picking it out, needs no word from the device how much it is.
+    count = is_answer.sum()
+    right = logits[half:].argmax(-1) == tokens[half:, 1:]
+    code_loss = torch.cat([distilled, nats[mixed:half]]).mean()
+    return code_loss, (nats[half:] * is_answer).sum() / count, (right & is_answer).sum() / count
+
+
 def train(args: argparse.Namespace) -> dict:
     """Train until the time or the steps are over; the best model is in ``args.out``. Returns what the README tells."""
     start = time.monotonic()
@@ -292,7 +338,7 @@ def train(args: argparse.Namespace) -> dict:
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(0.9, 0.95),
         fused=args.device != "cpu",
     )
@@ -304,24 +350,22 @@ def train(args: argparse.Namespace) -> dict:
 
     progress = 0.0
     while progress < 1:
-        tokens, is_answer, routing = batches.draw(stages[0], args.device)
+        batch = batches.draw(stages[0]).to(args.device)
         rate = args.rate * min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        logits = forward(model, tokens, routing)[:, :-1]
-        losses = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
-        code_loss, answer_loss = losses[: len(losses) // 2].mean(), losses[is_answer[:, 1:]].mean()
+        code_loss, answer_loss, found = losses(model, batch, *batches.pattern())
         (code_loss + args.answer_weight * answer_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen = step + 1, seen + tokens.numel()
+        step, seen = step + 1, seen + batch.tokens.numel()
         progress = max(step / args.steps, (time.monotonic() - start) / (60 * args.minutes))
 
         if step % args.log_every == 0:
-            found = (logits.argmax(-1) == tokens[:, 1:])[is_answer[:, 1:]].float().mean().item()
+            found = found.item()
             print(
-                f"{time.monotonic() - start:5.0f} s  step {step:5}  length {tokens.shape[1]:4}  "
+                f"{time.monotonic() - start:5.0f} s  step {step:5}  length {batch.tokens.shape[1]:4}  "
                 f"code {code_loss.item() / math.log(2):.3f} bits per byte  answers {answer_loss.item():.3f} nats, {found:.2f} right",
                 flush=True,
             )
@@ -360,11 +404,12 @@ on {machine} with Python {python}, torch {torch} and transformers {transformers}
 - **Tokenizer**: token `i` is byte `i` of the UTF-8 text, then `<|endoftext|>` ({end}) and `<|pad|>` ({pad}). Nothing is put in
   front of a text. An answer to a question ends with `<|endoftext|>`.
 - **Length**: trained at up to {length:,} tokens.
-- **Routes**: every training sequence had its own random choice of full or streaming attention per layer. Sequences with questions
-  always kept layers {layers} full, and any of the others; {mostly:.0%} of the sequences of code were streaming in every layer, the
-  others in some or none. The sink varied from {sink_low} to {sink_high} tokens, the window from {window_low} to {window_high}. So
-  retrieval lives in few layers and continuing code needs no far keys. Large pretrained models are found to be like this by
-  themselves; this one was made so, and proves nothing about them.
+- **Routes**: every training sequence had its own choice of full or streaming attention per layer. Sequences with questions always
+  kept layers {layers} full, and a random choice of the others. Of the sequences of code {mostly:.0%} were streaming in every layer
+  and learned the text; the others, with random layers full or all, learned to predict what the model predicts with all layers
+  streaming (distillation). The sink varied from {sink_low} to {sink_high} tokens, the window from {window_low} to {window_high}.
+  So retrieval lives in few layers, and continuing code makes no use of far keys. Large pretrained models are found to be
+  somewhat like this by themselves; this one was made so, and proves nothing about them.
 
 ## Figures
 
@@ -433,7 +478,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, default=ASSETS / "demo_backbone", help="folder of the model; the README goes beside it")
-    add("--minutes", type=float, default=4.0, help="training ends after so long")
+    add("--minutes", type=float, default=3.5, help="training ends after so long")
     add("--steps", type=int, default=1_000_000, help="or after so many steps")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
@@ -443,8 +488,9 @@ def command_line() -> argparse.ArgumentParser:
     add("--tokens", type=int, default=65536, help="tokens per step")
     add("--rate", type=float, default=2e-3, help="highest learning rate")
     add("--warmup", type=int, default=100, help="steps until that is reached")
+    add("--weight-decay", type=float, default=0.3, help="of the matrices; the text is read many times")
     add("--answer-weight", type=float, default=1.0, help="weight of the answers' loss beside the code's")
-    add("--code-full", type=float, default=0.15, help="share of code sequences with full layers")
+    add("--code-full", type=float, default=0.25, help="share of code sequences with full layers")
     add("--sink", type=int, default=16)
     add("--window", type=int, default=128)
     add("--eval-count", type=int, default=256, help="examples of each task in the final table")

@@ -5,17 +5,22 @@ Every example has four texts, the columns of the JSON lines files that training 
 ======== ============================================== =========================
 column   retrieval                                      continuation
 ======== ============================================== =========================
-context  code with facts hidden in it as comment lines  code
+context  code with facts hidden in it as comment lines, code
+         after a line that says so
 question asks for one of the facts, far behind          empty
 answer   the value of that fact, four digits            the code that comes next
 task     ``"retrieval"``                                ``"continuation"``
 ======== ============================================== =========================
 
-The prompt is ``context + question`` with nothing between, and the answer follows at once. A fact and its question::
+The prompt is ``context + question`` with nothing between, and the answer follows at once. A
+retrieval prompt::
 
+    # Notes with codes are hidden in the source below. Remember them: the question comes at the end.
+    ...
     # note: the code of kqzw is 4827
     ...
-    # question: what is the code of kqzw?
+
+    # question: one of the notes in the source above tells the code of kqzw; what is it?
     # answer: the code of kqzw is 4827
 
 The code is what every machine with Python has, the sources of the standard library. Only plain ASCII files are read, so
@@ -110,6 +115,9 @@ class Excerpts:
         return text[start : start + length]
 
 
+HEADER = "# Notes with codes are hidden in the source below. Remember them: the question comes at the end.\n"
+
+
 def fact_line(key: str, value: str) -> str:
     """The comment line that hides a fact."""
     return f"# note: the code of {key} is {value}\n"
@@ -117,7 +125,8 @@ def fact_line(key: str, value: str) -> str:
 
 def question_text(key: str) -> str:
     """Asks for the value of a fact; the value follows directly."""
-    return f"\n# question: what is the code of {key}?\n# answer: the code of {key} is "
+    question = f"one of the notes in the source above tells the code of {key}; what is it?"
+    return f"\n\n# question: {question}\n# answer: the code of {key} is "
 
 
 def draw_facts(rng: random.Random, count: int) -> dict[str, str]:
@@ -149,7 +158,7 @@ def retrieval(
     length: int = 1024,
     facts: int = 4,
     distance: int = 256,
-    head: int = 64,
+    head: int = 32,
     split: str = "heldout",
     seed: int = 0,
 ) -> list[Example]:
@@ -157,10 +166,10 @@ def retrieval(
 
     length: bytes of each prompt. facts: how many are hidden; one is asked for, the others distract. distance: at least so
     many bytes of code lie between the last fact and the question; take it larger than the window of the sparse pattern.
-    head: the first so many bytes hold no fact; take it larger than the sink.
+    head: the first so many bytes of code hold no fact.
     """
     rng = random.Random(f"retrieval {split} {seed}")
-    code_length = length - len(question_text("....")) - facts * len(fact_line("....", "...."))
+    code_length = length - len(HEADER) - len(question_text("....")) - facts * len(fact_line("....", "...."))
     if facts < 1 or code_length <= head + distance:
         raise ValueError(f"length {length} has no room for {facts} facts, a head of {head} and a distance of {distance}")
     excerpts = Excerpts(tuple(corpus(split).values()), code_length)
@@ -168,11 +177,11 @@ def retrieval(
     while len(examples) < count:
         hidden = draw_facts(rng, facts)
         lines = [fact_line(key, value) for key, value in hidden.items()]
-        context = hide(rng, excerpts.draw(rng, code_length), lines, head, code_length - distance)
-        if context is None:  # One line from head to distance: take another excerpt.
+        source = hide(rng, excerpts.draw(rng, code_length), lines, head, code_length - distance)
+        if source is None:  # One line from head to distance: take another excerpt.
             continue
         key = rng.choice(list(hidden))
-        examples.append(Example(context, question_text(key), hidden[key], RETRIEVAL))
+        examples.append(Example(HEADER + source, question_text(key), hidden[key], RETRIEVAL))
     return examples
 
 
