@@ -48,9 +48,7 @@ def flux_attention(
     if cache is not None and cache.continues:
         return cache.attend(q, scaling, batch), None
     if batch.cu_seqlens is not None:
-        out = ops.attention(
-            q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens
-        )
+        out = ops.attention(q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens)
         return out[None], None
     out = ops.attention(
         q, k, v, route, sparse=layer.pattern, scale=scaling, seq_start=batch.seq_start, seq_end=batch.seq_end
@@ -89,4 +87,3 @@ def register() -> None:
     """Makes both known to transformers."""
     AttentionInterface.register(NAME, flux_attention)
     AttentionMaskInterface.register(NAME, flux_mask)
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ Policy = Callable[[int, Tensor], Tensor]
 
 
 class Decision(NamedTuple):
-    """Of one layer: logits ``[B, 2]`` or ``[B, Hkv, 2]`` (None where an earlier forward decided), route ``[B, Hkv]``."""
+    """Of one layer: route ``[B, Hkv]`` and logits ``[B, 2]`` or ``[B, Hkv, 2]`` (None: an earlier forward decided)."""
 
     logits: Tensor | None
     route: Tensor
@@ -40,8 +40,8 @@ class Batch:
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> Batch:
         """The same on another device; accelerate calls this where a model is spread over several."""
-        moved = (None if t is None else t.to(device) for t in (self.seq_start, self.seq_end, self.cu_seqlens, self.mask))
-        return Batch(self.policy, *moved, self.decisions, self.probe, self._host)
+        names = ("seq_start", "seq_end", "cu_seqlens", "mask")
+        return replace(self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None})
 
     def host_bounds(self, batch_size: int, q_len: int) -> tuple[np.ndarray, np.ndarray]:
         """``seq_start`` and ``seq_end`` on the host, read from the device once per forward."""

@@ -259,8 +259,9 @@ class FluxCache(Cache):
     @property
     def routes(self) -> Tensor:
         """int32 ``[B, L, Hkv]`` over the routed layers: 0 full, 1 sparse."""
-        routes = [layer.route for layer in self.layers if isinstance(layer, FluxLayer) and layer.routed]
-        if not routes or routes[0] is None:
+        routed = [layer for layer in self.layers if isinstance(layer, FluxLayer) and layer.routed]
+        routes = [layer.route for layer in routed if layer.route is not None]
+        if len(routes) < len(routed):
             raise RuntimeError("nothing is routed before the first forward")
         return torch.stack([r.to(routes[0].device) for r in routes], 1)
 
@@ -273,7 +274,7 @@ class FluxCache(Cache):
             for layer in self.layers
         )
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx.cpu())  # one wait for all layers
 
     def batch_select_indices(self, indices: Tensor) -> None:

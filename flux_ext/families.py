@@ -82,13 +82,15 @@ def rotary(attention: nn.Module, cos_sin: tuple[Tensor, Tensor]):
     return rotated
 
 
-def refuse_unsupported(model: nn.Module, text_config: Any) -> None:
+def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -> None:
     """Raises ValueError, naming the reason, for models whose attention this package cannot compute."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model: only decoder-only models can be patched")
     if getattr(text_config, "kv_lora_rank", None):
         raise ValueError(f"{name} uses multi-head latent attention (kv_lora_rank): it cannot be patched")
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise ValueError(f"{name} has no decoder layers of a known form ({type(decoder).__name__}.layers)")
     if getattr(text_config, "attn_logit_softcapping", None):
         raise ValueError(
             f"{name} soft-caps its attention scores (attn_logit_softcapping="

@@ -143,11 +143,9 @@ class FluxRouters(
         layers = sorted({int(key.split("layers.")[1].split(".")[0]) for key in tensors if _is_router(key)})
         if not layers:
             raise ValueError(f"no tensor of a published router ({PUBLISHED_ENCODER}) in the checkpoint")
-        first = next(
-            v for k, v in tensors.items() if _is_router(k) and k.endswith(PUBLISHED_ENCODER + ".0.weight")
-        )
+        first = next(v for k, v in tensors.items() if _is_router(k) and k.endswith(PUBLISHED_ENCODER + ".0.weight"))
         routers = cls(_published_config(config or {}, layers, first))
-        for layer, router in zip(layers, routers.layers):
+        for layer, router in zip(layers, routers.layers, strict=True):
             try:
                 router.load_published(tensors, layer)  # type: ignore[operator]
             except KeyError as error:
@@ -226,4 +224,3 @@ def _read_router_tensors(folder: Path) -> dict[str, Tensor]:
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"{folder / name} is missing, truncated or damaged: {error}") from None
     return tensors
-

@@ -1,14 +1,14 @@
-"""Make the demonstration backbone: a small Qwen3 over bytes that retrieves with a few layers and copes without the rest.
+"""Make the demonstration backbone: a small Qwen3 over bytes that retrieves with few layers and copes without the rest.
 
     python tools/train_demo_backbone.py --minutes 3.5
 
-writes the tokenizer, the model in bfloat16 and a README with the figures. Half of every batch is code, the other half code
-with facts hidden in it and questions about them (flux_ext.evaluation.tasks). What makes the result a useful backbone for
-routing is that each sequence is trained under its own random route, one full-or-streaming choice per layer:
+writes the tokenizer, the model in bfloat16 and a README with the figures. Half of every batch is code, the other half
+code with facts hidden in it and questions about them (flux_ext.evaluation.tasks). What makes the result useful for
+routing is that each sequence is trained under its own route, one full-or-streaming choice per layer:
 
-- sequences with questions always keep the RETRIEVAL_LAYERS full, and any of the others: retrieval settles in those layers;
+- sequences with questions keep the RETRIEVAL_LAYERS full, and any of the others: retrieval settles in those layers;
 - sequences of code learn the text with every layer streaming; with full layers they learn to predict what they would
-  without (distillation), so that continuing code does not come to depend on far keys.
+  without (distillation), so that continuing code hardly comes to depend on far keys.
 
 Large pretrained models are found to be like this by themselves, with few retrieval heads; a model this small is not.
 """
@@ -23,7 +23,6 @@ import platform
 import random
 import time
 from dataclasses import dataclass, replace
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -37,8 +36,10 @@ from flux_ext.evaluation import tasks
 END_OF_TEXT, PAD = 256, 257  # Below are the bytes: token i is byte i.
 SPECIAL_TOKENS = {"<|endoftext|>": END_OF_TEXT, "<|pad|>": PAD}
 VOCABULARY = 264  # The next multiple of 8: odd sizes make slow matrix products.
+SINKS, WINDOWS = (8, 32), (96, 192)  # Streaming in training varies a little, so that nothing hangs on its exact size.
 RETRIEVAL_LAYERS = (3, 5)  # In the middle: what comes before gathers a fact's key, what follows reads the value out.
 FACT_BYTES = len(tasks.fact_line("....", "...."))
+README = Path(__file__).with_name("demo_backbone_readme.md")  # With fields for str.format.
 ASSETS = Path(__file__).resolve().parent.parent / "flux_ext" / "assets"
 
 
@@ -91,7 +92,7 @@ def new_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
 
 @dataclass(frozen=True)
 class Routing:
-    """What each layer of each sequence sees: ``routes [B, L]``, true where the layer streams, and the two masks ``[S, S]``."""
+    """What each layer of each sequence sees: where it streams, ``routes [B, L]``, and both masks, ``[S, S]``."""
 
     routes: torch.Tensor
     full: torch.Tensor
@@ -192,9 +193,10 @@ class Batches:
         stream = [token for text in documents for token in (*text.encode(), END_OF_TEXT)]
         self.code = torch.tensor(stream, dtype=torch.int16)
 
-    def question_row(self, length: int, facts: int, questions: int) -> tuple[list[int], list[bool]]:
+    def question_row(self, length: int, stage: Stage) -> tuple[list[int], list[bool]]:
         """Tokens of code with facts, then questions with answers; and which tokens belong to the answers."""
         rng = self.rng
+        facts, questions = rng.randint(*stage.facts), rng.randint(*stage.questions)
         hidden = tasks.draw_facts(rng, facts)
         keys = rng.sample(list(hidden), min(facts, questions))
         tail, is_answer = [], []
@@ -221,8 +223,8 @@ class Batches:
         mixed = math.ceil(half * args.code_full)
         starts = torch.tensor([rng.randrange(len(self.code) - length) for _ in range(half)])
         code = self.code[starts[:, None] + torch.arange(length)].long()
-        rows = [self.question_row(length, rng.randint(*stage.facts), rng.randint(*stage.questions)) for _ in range(half)]
-        questions, is_answer = (torch.tensor(x) for x in zip(*rows))
+        rows = [self.question_row(length, stage) for _ in range(half)]
+        questions, is_answer = (torch.tensor(x) for x in zip(*rows, strict=True))
         routes = [mixed_route(rng, args.layers) for _ in range(mixed)]
         routes += [[True] * args.layers] * (half - mixed)
         routes += [question_route(rng, args.layers) for _ in range(half)]
@@ -232,11 +234,6 @@ class Batches:
             routes=torch.tensor(routes),
             mixed=mixed,
         )
-
-    def pattern(self) -> tuple[int, int]:
-        """Sink and window of a step. They vary a little, so that nothing hangs on their exact size."""
-        sink, window = self.args.sink, self.args.window
-        return self.rng.randint(sink // 2, sink * 2), self.rng.randint(window * 3 // 4, window * 3 // 2)
 
 
 # Evaluation, on code that training never reads
@@ -272,22 +269,26 @@ class Evaluation:
 
     def bits_per_byte(self, model: Qwen3ForCausalLM, full: tuple[int, ...]) -> float:
         """Mean code length of the continuations, with only these layers full."""
-        nats = [F.cross_entropy(x.transpose(1, 2), y, reduction="none") for x, y in self._answers(model, self.continuation, full)]
+        answers = self._answers(model, self.continuation, full)
+        nats = [F.cross_entropy(x.transpose(1, 2), y, reduction="none") for x, y in answers]
         return torch.cat(nats).mean().item() / math.log(2)
 
 
 def evaluate(model: Qwen3ForCausalLM, args: argparse.Namespace) -> list[dict]:
-    """The final table: dense, all streaming, and the best choice of one, two, three full layers out of all choices."""
+    """The final table: dense, all streaming, and with the one full layer that serves each task best."""
     evaluation, small = Evaluation(args, args.eval_count), Evaluation(args, args.eval_count // 4)
     every = tuple(range(args.layers))
-    chosen = {"dense": every, "all streaming": ()}
-    for size in (1, 2, 3):
-        # Ties go to the layers that retrieval was trained in.
-        best = max(combinations(every, size), key=lambda full: (small.accuracy(model, full), len({*full} & {*RETRIEVAL_LAYERS})))
-        chosen[f"best {size} full: {', '.join(map(str, best))}"] = best
+    ones = [(layer,) for layer in every]
+    chosen = {
+        "dense": every,
+        "all streaming": (),
+        "best layer for retrieval": max(ones, key=lambda full: small.accuracy(model, full)),
+        "best layer for code": min(ones, key=lambda full: small.bits_per_byte(model, full)),
+    }
     return [
         {
             "route": name,
+            "full layers": ", ".join(map(str, full)) or "none",
             "sparsity": 1 - len(full) / args.layers,
             "retrieval accuracy": evaluation.accuracy(model, full),
             "bits per byte": evaluation.bits_per_byte(model, full),
@@ -312,7 +313,7 @@ def load(folder: Path, device: str) -> Qwen3ForCausalLM:
     return model.to(device).eval()
 
 
-def losses(model: Qwen3ForCausalLM, batch: Batch, sink: int, window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def losses(model: Qwen3ForCausalLM, batch: Batch, sink: int, window: int) -> tuple[torch.Tensor, ...]:
     """Mean loss of the code, mean loss of the answers, share of the answers' tokens that are right."""
     tokens, mixed, half = batch.tokens, batch.mixed, len(batch.tokens) // 2
     routing = Routing.of(batch.routes, tokens.shape[1], sink, window)
@@ -346,7 +347,7 @@ def train(args: argparse.Namespace) -> dict:
     stages = curriculum(args.length)
     every = tuple(range(args.layers))
     step, seen, best, next_eval = 0, 0, math.inf, 0.1
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(batches.code):,} bytes of code, {args.device}")
+    print(f"{model.num_parameters():,} parameters, {len(batches.code):,} bytes of code, {args.device}")
 
     progress = 0.0
     while progress < 1:
@@ -354,7 +355,7 @@ def train(args: argparse.Namespace) -> dict:
         rate = args.rate * min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        code_loss, answer_loss, found = losses(model, batch, *batches.pattern())
+        code_loss, answer_loss, found = losses(model, batch, batches.rng.randint(*SINKS), batches.rng.randint(*WINDOWS))
         (code_loss + args.answer_weight * answer_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -366,7 +367,8 @@ def train(args: argparse.Namespace) -> dict:
             found = found.item()
             print(
                 f"{time.monotonic() - start:5.0f} s  step {step:5}  length {batch.tokens.shape[1]:4}  "
-                f"code {code_loss.item() / math.log(2):.3f} bits per byte  answers {answer_loss.item():.3f} nats, {found:.2f} right",
+                f"code {code_loss.item() / math.log(2):.3f} bits per byte  "
+                f"answers {answer_loss.item():.3f} nats, {found:.2f} right",
                 flush=True,
             )
             if len(stages) > 1 and (found > 0.95 or progress > stages[0].until):
@@ -381,7 +383,8 @@ def train(args: argparse.Namespace) -> dict:
             score = (bits[0] + bits[2]) / 2 + 2 * (1 - min(accuracies[:2]))
             print(
                 f"{time.monotonic() - start:5.0f} s  held out, dense / {RETRIEVAL_LAYERS} full / streaming: "
-                f"accuracy {' / '.join(f'{x:.3f}' for x in accuracies)}, bits per byte {' / '.join(f'{x:.4f}' for x in bits)}",
+                f"accuracy {' / '.join(f'{x:.3f}' for x in accuracies)}, "
+                f"bits per byte {' / '.join(f'{x:.4f}' for x in bits)}",
                 flush=True,
             )
             if score < best:
@@ -390,40 +393,7 @@ def train(args: argparse.Namespace) -> dict:
     return {"steps": step, "tokens": seen, "seconds": round(time.monotonic() - start)}
 
 
-README = """# The demonstration backbone
-
-`demo_backbone` is a small Qwen3 over bytes, made for the demonstration and the tests of this package. It was made by
-
-    {command}
-
-on {machine} with Python {python}, torch {torch} and transformers {transformers}: {parameters:,} parameters, {steps:,} steps,
-{tokens:,} tokens, {seconds} seconds. The script decides by the clock when to end, so another machine gives other weights.
-
-- **Text**: the standard library of that Python ({code:,} bytes; tests, tables and help texts left out), but for the files that
-  `flux_ext.evaluation.tasks.is_heldout` names. Facts in comment lines, and questions about them, are hidden in half of it.
-- **Tokenizer**: token `i` is byte `i` of the UTF-8 text, then `<|endoftext|>` ({end}) and `<|pad|>` ({pad}). Nothing is put in
-  front of a text. An answer to a question ends with `<|endoftext|>`.
-- **Length**: trained at up to {length:,} tokens.
-- **Routes**: every training sequence had its own choice of full or streaming attention per layer. Sequences with questions always
-  kept layers {layers} full, and a random choice of the others. Of the sequences of code {mostly:.0%} were streaming in every layer
-  and learned the text; the others, with random layers full or all, learned to predict what the model predicts with all layers
-  streaming (distillation). The sink varied from {sink_low} to {sink_high} tokens, the window from {window_low} to {window_high}.
-  So retrieval lives in few layers, and continuing code makes no use of far keys. Large pretrained models are found to be
-  somewhat like this by themselves; this one was made so, and proves nothing about them.
-
-## Figures
-
-On files that training did not read: {count} questions (prompts of {prompt} bytes, four facts, the one asked for at least
-{distance} bytes of code away, chance 0.0001) and {count} pieces of code ({prompt} bytes, the next {rest} scored); streaming means
-sink {sink}, window {window}. The best choices are out of all choices of so many full layers, by retrieval.
-
-{table}
-
-## Licence
-
-The weights and the tokenizer are part of this package and under its licence. The text they were made from, Python's standard
-library, is under the PSF licence (<https://docs.python.org/3/license.html>).
-"""
+# What is told of it
 
 
 def table(rows: list[dict]) -> str:
@@ -439,13 +409,13 @@ def write_readme(args: argparse.Namespace, facts: dict, rows: list[dict]) -> Non
     machine = f"{os.cpu_count()} cores ({platform.machine()})"
     if args.device != "cpu":
         machine = f"one {torch.cuda.get_device_name()}"
-    parser, given = command_line(), vars(args)
+    defaults = vars(command_line().parse_args([]))
     options = [
-        f"{action.option_strings[0]} {given[action.dest]}"
-        for action in parser._actions
-        if action.dest in given and given[action.dest] != action.default and action.dest not in ("out", "device")
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(args).items()
+        if value != defaults[name] and name not in ("out", "device")
     ]
-    text = README.format(
+    text = README.read_text().format(
         command=" ".join(["python tools/train_demo_backbone.py", *options]),
         machine=machine,
         python=platform.python_version(),
@@ -457,10 +427,8 @@ def write_readme(args: argparse.Namespace, facts: dict, rows: list[dict]) -> Non
         length=args.length,
         layers=" and ".join(map(str, RETRIEVAL_LAYERS)),
         mostly=1 - args.code_full,
-        sink_low=args.sink // 2,
-        sink_high=args.sink * 2,
-        window_low=args.window * 3 // 4,
-        window_high=args.window * 3 // 2,
+        sinks=SINKS,
+        windows=WINDOWS,
         count=args.eval_count,
         prompt=prompt_length(args),
         rest=args.length - prompt_length(args),
@@ -475,9 +443,12 @@ def write_readme(args: argparse.Namespace, facts: dict, rows: list[dict]) -> Non
 
 def command_line() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--out", type=Path, default=ASSETS / "demo_backbone", help="folder of the model; the README goes beside it")
+    add("--table", action="store_true", help="only print the table of figures of the model that is there")
     add("--minutes", type=float, default=3.5, help="training ends after so long")
     add("--steps", type=int, default=1_000_000, help="or after so many steps")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -491,8 +462,8 @@ def command_line() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.3, help="of the matrices; the text is read many times")
     add("--answer-weight", type=float, default=1.0, help="weight of the answers' loss beside the code's")
     add("--code-full", type=float, default=0.25, help="share of code sequences with full layers")
-    add("--sink", type=int, default=16)
-    add("--window", type=int, default=128)
+    add("--sink", type=int, default=16, help="of the figures")
+    add("--window", type=int, default=192, help="of the figures")
     add("--eval-count", type=int, default=256, help="examples of each task in the final table")
     add("--log-every", type=int, default=50, help="steps")
     return parser
@@ -504,14 +475,16 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     AttentionInterface.register("routed", routed_attention)
-    args.out.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer(args.length).save_pretrained(args.out)
+    if not args.table:
+        args.out.mkdir(parents=True, exist_ok=True)
+        byte_tokenizer(args.length).save_pretrained(args.out)
     transformers.utils.logging.disable_progress_bar()
-    facts = train(args)
+    facts = {} if args.table else train(args)
     model = load(args.out, args.device)
     rows = evaluate(model, args)
     print(table(rows))
-    write_readme(args, {**facts, "parameters": model.num_parameters()}, rows)
+    if not args.table:
+        write_readme(args, {**facts, "parameters": model.num_parameters()}, rows)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,20 @@ struct KvBlocks {
   }
 };
 
+// Is kernel block `block` one of them?
+FLUX_HD bool contains(const KvBlocks& b, int32_t block) {
+  if (!b.list) return block < b.sink_count || (block >= b.window_begin && block < b.window_begin + b.window_count);
+  int32_t lo = 0, hi = b.window_count;  // the first entry >= block
+  while (lo < hi) {
+    const int32_t mid = lo + (hi - lo) / 2;
+    if (b[mid] < block)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo < b.window_count && b[lo] == block;
+}
+
 // Blocks of `block` keys that hold at least one key visible to a query in [q_begin, q_end).
 // `list.width` must be a multiple of `block`. A list may reach past the diagonal of the tile: it belongs to a query
 // block that can hold several tiles.

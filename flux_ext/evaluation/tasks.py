@@ -23,9 +23,9 @@ retrieval prompt::
     # question: one of the notes in the source above tells the code of kqzw; what is it?
     # answer: the code of kqzw is 4827
 
-The code is what every machine with Python has, the sources of the standard library. Only plain ASCII files are read, so
-that a character is a byte, and with a byte-level tokenizer a token: ``length`` counts all three, and every prompt of one
-call has exactly that length. The same arguments give the same examples wherever the same Python is installed.
+The code is what every machine with Python has, the sources of the standard library. Only plain ASCII files are read,
+so that a character is a byte, and with a byte-level tokenizer a token: ``length`` counts all three, and every prompt of
+one call has exactly that length. The same arguments give the same examples wherever the same Python is installed.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def hide(rng: random.Random, code: str, lines: Sequence[str], start: int, stop: 
     if not places:
         return None
     pieces, done = [], 0
-    for place, line in zip(sorted(rng.choices(places, k=len(lines))), lines):
+    for place, line in zip(sorted(rng.choices(places, k=len(lines))), lines, strict=True):
         pieces += [code[done:place], line]
         done = place
     return "".join(pieces) + code[done:]
@@ -157,21 +157,21 @@ def retrieval(
     *,
     length: int = 1024,
     facts: int = 4,
-    distance: int = 256,
+    distance: int = 384,
     head: int = 32,
     split: str = "heldout",
     seed: int = 0,
 ) -> list[Example]:
     """Code with facts hidden in it, then a question about one of them.
 
-    length: bytes of each prompt. facts: how many are hidden; one is asked for, the others distract. distance: at least so
-    many bytes of code lie between the last fact and the question; take it larger than the window of the sparse pattern.
-    head: the first so many bytes of code hold no fact.
+    length: bytes of each prompt. facts: how many are hidden; one is asked for, the others distract. distance: at least
+    so many bytes of code lie between the last fact and the question; take it larger than the window of the sparse
+    pattern. head: the first so many bytes of code hold no fact.
     """
     rng = random.Random(f"retrieval {split} {seed}")
     code_length = length - len(HEADER) - len(question_text("....")) - facts * len(fact_line("....", "...."))
     if facts < 1 or code_length <= head + distance:
-        raise ValueError(f"length {length} has no room for {facts} facts, a head of {head} and a distance of {distance}")
+        raise ValueError(f"no room in length {length} for facts {facts}, head {head} and distance {distance}")
     excerpts = Excerpts(tuple(corpus(split).values()), code_length)
     examples = []
     while len(examples) < count:
