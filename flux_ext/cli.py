@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             help="of the weights",
         )
 
-    add = command(
-        "demo", _demo, "train routers of a small shipped model and score them, on the CPU in minutes"
-    )
+    add = command("demo", _demo, "train routers of a small shipped model and score them, on the CPU in minutes")
     add(
         "--output",
         type=Path,
@@ -230,14 +228,10 @@ def _generate(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args, args.routers)
     inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
     torch.manual_seed(args.seed)
-    sampling = (
-        {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
-    )
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     start = time.perf_counter()
     with torch.inference_mode():
-        out = model.generate(
-            **inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True, **sampling
-        )
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True, **sampling)
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     print(tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True))
@@ -335,9 +329,7 @@ def _eval(args: argparse.Namespace) -> None:
 
     examples = load_examples(args.data)
     model, tokenizer = _load(args, args.routers)
-    scores = evaluate(
-        model, tokenizer, examples, args.modes, generate=not args.no_generate, batch_size=args.batch_size
-    )
+    scores = evaluate(model, tokenizer, examples, args.modes, generate=not args.no_generate, batch_size=args.batch_size)
     print(format_table(scores))
     if args.output:
         args.output.write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n")
@@ -388,10 +380,7 @@ def _bench(args: argparse.Namespace) -> None:
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         works: list[Callable[[], Any]] = [
             lambda h=heads_first: F.scaled_dot_product_attention(*h, is_causal=True, enable_gqa=True),
-            *(
-                lambda q=q, k=k, v=v, r=r: attention(q, k, v, r, sparse=sparse)
-                for r in (route, route + 1, mixed)
-            ),
+            *(lambda q=q, k=k, v=v, r=r: attention(q, k, v, r, sparse=sparse) for r in (route, route + 1, mixed)),
         ]
         with torch.inference_mode():
             a, b, c, d = (least_ms(work) for work in works)

@@ -33,21 +33,23 @@ class Settings:
     sink: int = 16
     window: int = 128
     pool_size: int = 64
-    train_length: int = 640
+    train_length: int = 512
     """Prompts that the routers learn from."""
     length: int = 1024
     """Prompts that are scored."""
     distance: int = 256
-    """Between a hidden fact and its question, at least."""
-    train_answer: int = 64
+    """Between a hidden fact and its question, at least; more than the window."""
+    train_facts: int = 2
+    train_distance: int = 160
+    train_answer: int = 32
     answer: int = 128
     """Code to be continued."""
     steps: int = 60
-    batch_size: int = 16
+    batch_size: int = 8
     flips: int = 2
-    learning_rate: float = 3e-3
-    multiplier_lr: float = 0.05
-    examples: int = 64
+    learning_rate: float = 4e-3
+    multiplier_lr: float = 0.5
+    examples: int = 48
     retrieval_target: float = 0.75
     continuation_target: float = 1.0
 
@@ -75,10 +77,13 @@ def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, outpu
     set_initial_bias(get_routers(model), recipe.initial_bias)
     count = s.steps * s.batch_size // 2
     examples = tasks.retrieval(
-        count, length=s.train_length, distance=s.distance, split="train", seed=seed
-    ) + tasks.continuation(
-        count, length=s.train_length, answer_length=s.train_answer, split="train", seed=seed
-    )
+        count,
+        length=s.train_length,
+        facts=s.train_facts,
+        distance=s.train_distance,
+        split="train",
+        seed=seed,
+    ) + tasks.continuation(count, length=s.train_length, answer_length=s.train_answer, split="train", seed=seed)
     trainer = FluxTrainer(
         model,
         recipe,
@@ -124,10 +129,17 @@ def run(
     trained = time.perf_counter()
     get_routers(model).save_pretrained(output / "routers")
 
-    held_out = tasks.retrieval(
-        s.examples, length=s.length, distance=s.distance, seed=seed
-    ) + tasks.continuation(s.examples, length=s.length, answer_length=s.answer, seed=seed)
-    scores = evaluate(model, tokenizer, held_out, generate={tasks.RETRIEVAL: True}, batch_size=8)
+    held_out = tasks.retrieval(s.examples, length=s.length, distance=s.distance, seed=seed) + tasks.continuation(
+        s.examples, length=s.length, answer_length=s.answer, seed=seed
+    )
+    scores = evaluate(
+        model,
+        tokenizer,
+        held_out,
+        generate={tasks.RETRIEVAL: True},
+        likelihood={tasks.CONTINUATION: True},
+        batch_size=8,
+    )
     print(f"\nheld-out text, prompts of {s.length} bytes, {s.examples} examples per task\n")
     print(format_table(scores))
     print()
@@ -178,9 +190,7 @@ def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> No
         )
     text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     modes = "".join("F" if s == 0 else "s" for s in out.past_key_values.routes[0].float().mean(1).tolist())
-    print(
-        f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated"
-    )
+    print(f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated")
     print(f"{example.prompt[-160:]}[{text}]")
     print(f"--- right: [{example.answer}]")
 
@@ -194,9 +204,7 @@ def draw(scores: Sequence[Score], path: Path) -> None:
 
     routed = [s for s in scores if s.mode == "routed"]
     shares = [s.full_share for s in routed]
-    fig, ax = plt.subplots(
-        figsize=(1.5 + 0.7 * len(shares[0]), 1.4 + 0.6 * len(shares)), layout="constrained"
-    )
+    fig, ax = plt.subplots(figsize=(1.5 + 0.7 * len(shares[0]), 1.4 + 0.6 * len(shares)), layout="constrained")
     image = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for y, row in enumerate(shares):
         for x, share in enumerate(row):

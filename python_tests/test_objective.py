@@ -216,9 +216,7 @@ def test_training_reaches_the_best_routing_where_two_layers_need_each_other(name
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        o.multipliers.ascend(
-            torch.stack([out.sparsity[model.tasks == t].mean() for t in (0, 1)]), torch.tensor([8, 8])
-        )
+        o.multipliers.ascend(torch.stack([out.sparsity[model.tasks == t].mean() for t in (0, 1)]), torch.tensor([8, 8]))
     chosen = (model.z > 0)[..., 0]
     best = min(
         (r for r in itertools.product([False, True], repeat=LAYERS) if sum(r) == 2),

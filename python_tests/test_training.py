@@ -62,9 +62,7 @@ def dataset(count=12, ragged=True):
         return "".join(chr(97 + int(c)) for c in torch.randint(26, (length,), generator=generator))
 
     examples = [
-        Example(
-            text(20 + (5 * i % 17 if ragged else 0)), text(3), text(2 + i % 3 if ragged else 3), "ab"[i % 2]
-        )
+        Example(text(20 + (5 * i % 17 if ragged else 0)), text(3), text(2 + i % 3 if ragged else 3), "ab"[i % 2])
         for i in range(count)
     ]
     return RouterDataset(examples, Bytes())
@@ -129,8 +127,7 @@ def test_losses_are_the_same_alone_padded_and_packed(family):
         alone = torch.cat([losses(m, PaddedCollator(0)([row])) for row in rows])
         padded, packed = losses(m, PaddedCollator(0)(rows)), losses(m, PackedCollator()(rows))
         whole = [
-            m(torch.tensor([row["prompt"] + row["answer"]]), use_cache=False).logits[0].log_softmax(-1)
-            for row in rows
+            m(torch.tensor([row["prompt"] + row["answer"]]), use_cache=False).logits[0].log_softmax(-1) for row in rows
         ]
     slow = torch.stack(
         [
@@ -153,9 +150,7 @@ def test_second_run_from_a_layer_equals_the_whole_run(collator, family):
     flips = {0: torch.tensor([1]), 1: torch.tensor([0, 4]), 2: torch.tensor([3, 2, 4])}
     routed = PatchedModel(m, inputs, LAYERS)
     ran = []
-    handles = [
-        b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(m.model.layers)
-    ]
+    handles = [b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(m.model.layers)]
     routed.loss(lambda layer, logits: base[:, layer], flips)
     assert ran == [0, 1, 2]
     for layer, rows in flips.items():
@@ -248,9 +243,7 @@ def test_resume_gives_the_same_routers(tmp_path, objective):
         "optimizer.pt",
     } <= names
     routers = flux_ext.FluxRouters.from_pretrained(folder)
-    assert sum(p.numel() for p in routers.parameters()) == sum(
-        p.numel() for p in through.routers.parameters()
-    )
+    assert sum(p.numel() for p in routers.parameters()) == sum(p.numel() for p in through.routers.parameters())
 
     second = trainer(tmp_path / "two", recipe=recipe, max_steps=6)
     second.train(resume_from_checkpoint=str(folder))

@@ -36,9 +36,7 @@ def test_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    rows = [
-        {"context": e.context, "question": e.question, "answer": e.answer, "task": e.task} for e in EXAMPLES
-    ]
+    rows = [{"context": e.context, "question": e.question, "answer": e.answer, "task": e.task} for e in EXAMPLES]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert load_examples(tmp_path / "x.parquet") == EXAMPLES
     pq.write_table(pa.Table.from_pylist([{**rows[0], "task": None}]), tmp_path / "y.parquet")

@@ -37,11 +37,11 @@ class Score:
     accuracy: float
     """Share of generated answers that are right to the last character; NaN where none were generated."""
     bits_per_byte: float
-    """Code length of the answers' UTF-8 bytes."""
+    """Code length of the answers' UTF-8 bytes; NaN where it was not asked for."""
     sparsity: float
     """Mean share of sparse attention over layers and heads."""
     kv_bytes: float
-    """Bytes of keys and values kept after the prompt, per example."""
+    """Bytes of keys and values kept of the prompt (generated: and of the answer), per example."""
     full_share: tuple[float, ...]
     """Share of full attention of each routed layer."""
     seconds: float
@@ -54,6 +54,7 @@ def evaluate(
     modes: Sequence[Mode] = MODES,
     *,
     generate: bool | Mapping[str, bool] = True,
+    likelihood: bool | Mapping[str, bool] = True,
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[Score]:
@@ -66,6 +67,7 @@ def evaluate(
         modes: ``"dense"`` (all full), ``"sparse"`` (all sparse), ``"routed"``.
         generate: whether answers are generated greedily and compared (as many tokens as the right answer
             has), for all tasks or by task. Otherwise ``accuracy`` is NaN.
+        likelihood: whether the right answers' code length is measured, likewise. Otherwise ``bits_per_byte`` is NaN.
         batch_size: examples at a time.
         progress: show a progress bar.
 
@@ -83,9 +85,11 @@ def evaluate(
         for mode in modes:
             for task in tasks:
                 bar.set_description(f"evaluating {mode} on {task}")
-                generates = generate.get(task, False) if isinstance(generate, Mapping) else generate
+                wanted = [x.get(task, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)]
+                if not any(wanted):
+                    raise ValueError(f"generate or likelihood must be True for the task {task!r}")
                 chosen = [e for e in examples if e.task == task]
-                scores.append(_score(model, tokenizer, chosen, mode, generates, batch_size, bar))
+                scores.append(_score(model, tokenizer, chosen, mode, *wanted, batch_size, bar))
     model.train(training)
     return scores
 
@@ -95,7 +99,8 @@ def _score(
     tokenizer: Any,
     examples: list[Example],
     mode: Mode,
-    generates: bool,
+    generate: bool,
+    likelihood: bool,
     batch_size: int,
     bar: tqdm,
 ) -> Score:
@@ -106,20 +111,23 @@ def _score(
             prompts = [tokenizer(e.prompt)["input_ids"] for e in batch]
             answers = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in batch]
             prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
-            answer_nats, kept, routes = _continue(model, prompt, mask, answers)
-            nats += answer_nats
+            if generate:
+                texts, kept, routes = _generated(model, tokenizer, prompt, mask, answers)
+                right += sum(text == e.answer for text, e in zip(texts, batch, strict=True))
+            if likelihood:
+                answer_nats, kept, routes = _continue(model, prompt, mask, answers)
+                nats += answer_nats
             kv_bytes += kept
             sparse.append(routes.float().cpu())
-            if generates:
-                right += sum(_generated(model, tokenizer, prompt, mask, batch, answers))
             bar.update(len(batch))
-    route = torch.cat(sparse)
+    route = torch.cat(sparse)  # [N, L, Hkv]
+    answer_bytes = sum(len(e.answer.encode()) for e in examples)
     return Score(
         task=examples[0].task,
         mode=mode,
         examples=len(examples),
-        accuracy=right / len(examples) if generates else math.nan,
-        bits_per_byte=nats / math.log(2) / sum(len(e.answer.encode()) for e in examples),
+        accuracy=right / len(examples) if generate else math.nan,
+        bits_per_byte=nats / math.log(2) / answer_bytes if likelihood else math.nan,
         sparsity=route.mean().item(),
         kv_bytes=kv_bytes / len(examples),
         full_share=tuple((1 - route).mean((0, 2)).tolist()),
@@ -151,9 +159,7 @@ def _continue(
     kept, routes = cache.nbytes(), cache.routes.clone()
     longest = max(map(len, answers))
     tokens = torch.tensor([[*a] + [0] * (longest - len(a)) for a in answers], device=prompt.device)
-    counted = torch.tensor(
-        [[1.0] * len(a) + [0.0] * (longest - len(a)) for a in answers], device=prompt.device
-    )
+    counted = torch.tensor([[1.0] * len(a) + [0.0] * (longest - len(a)) for a in answers], device=prompt.device)
     logits = out.logits
     if longest > 1:
         fed = tokens[:, :-1]
@@ -165,25 +171,20 @@ def _continue(
 
 
 def _generated(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: Tensor,
-    mask: Tensor,
-    batch: Sequence[Example],
-    answers: Sequence[Sequence[int]],
-) -> list[bool]:
-    longest = max(map(len, answers))
+    model: nn.Module, tokenizer: Any, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
+) -> tuple[list[str], int, Tensor]:
+    """Greedy continuations as long as the answers, bytes in the cache at the end, and the routes."""
     out = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=mask,
-        max_new_tokens=longest,
+        max_new_tokens=max(map(len, answers)),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        return_dict_in_generate=True,
     )
-    new = out[:, prompt.shape[1] :]
-    return [
-        tokenizer.decode(row[: len(a)]) == e.answer for row, a, e in zip(new, answers, batch, strict=True)
-    ]
+    new = out.sequences[:, prompt.shape[1] :]
+    texts = [tokenizer.decode(row[: len(a)]) for row, a in zip(new, answers, strict=True)]
+    return texts, out.past_key_values.nbytes(), out.past_key_values.routes
 
 
 def format_table(scores: Sequence[Score]) -> str:
@@ -194,7 +195,7 @@ def format_table(scores: Sequence[Score]) -> str:
             s.task,
             s.mode,
             "-" if math.isnan(s.accuracy) else f"{s.accuracy:.3f}",
-            f"{s.bits_per_byte:.3f}",
+            "-" if math.isnan(s.bits_per_byte) else f"{s.bits_per_byte:.3f}",
             f"{s.sparsity:.3f}",
             f"{s.kv_bytes:,.0f}",
             f"{s.seconds:.1f}",
@@ -204,8 +205,6 @@ def format_table(scores: Sequence[Score]) -> str:
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(
-            x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))
-        )
+        return "  ".join(x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True)))
 
     return "\n".join([line(head), "  ".join("-" * w for w in widths), *map(line, rows)])

@@ -102,9 +102,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     arguments = {k: v for k, v in inputs.items() if k not in _OURS}
     logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
-    nats = F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (targets != IGNORED).float()
     bounds = inputs.get("cu_seq_lens_q")
     if bounds is None:

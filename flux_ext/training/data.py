@@ -89,9 +89,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, Mapping):
-        raise ValueError(
-            f"{where}: a line must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}"
-        )
+        raise ValueError(f"{where}: a line must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}")
     for column in COLUMNS:
         if column not in row:
             raise ValueError(f"{where}: the column {column!r} is missing")
@@ -130,9 +128,7 @@ class RouterDataset(Dataset):
         self._index = {task: i for i, task in enumerate(self.tasks)}
         for e in self.examples:
             if e.task not in self._index:
-                raise ValueError(
-                    f"tasks must name the task of every example, and {e.task!r} is not in {self.tasks}"
-                )
+                raise ValueError(f"tasks must name the task of every example, and {e.task!r} is not in {self.tasks}")
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -142,9 +138,7 @@ class RouterDataset(Dataset):
         prompt = self.tokenizer(e.prompt)["input_ids"]
         answer = self.tokenizer(e.answer, add_special_tokens=False)["input_ids"]
         if not prompt or not answer:
-            raise ValueError(
-                f"example {i} has {len(prompt)} prompt and {len(answer)} answer tokens; both need one"
-            )
+            raise ValueError(f"example {i} has {len(prompt)} prompt and {len(answer)} answer tokens; both need one")
         if self.max_length is not None and len(prompt) + len(answer) > self.max_length:
             room = self.max_length - len(answer)
             if room < 2:

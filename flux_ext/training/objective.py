@@ -72,9 +72,7 @@ class Multipliers(nn.Module):
     lambda2: Tensor
     target: Tensor
 
-    def __init__(
-        self, tasks: Sequence[str], recipe: Recipe, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, tasks: Sequence[str], recipe: Recipe, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.tasks, self.form, self.rate = tuple(tasks), recipe.multipliers, recipe.multiplier_lr
         start = torch.zeros(2, len(self.tasks))
@@ -82,9 +80,7 @@ class Multipliers(nn.Module):
             start = 0.5 * torch.rand(start.shape, generator=generator)
         self.register_buffer("lambda1", start[0].clone())
         self.register_buffer("lambda2", start[1].clone())
-        self.register_buffer(
-            "target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32)
-        )
+        self.register_buffer("target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32))
 
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
         """The scalar term of the loss.
@@ -235,8 +231,7 @@ class Counterfactual(Objective):
             raise ValueError(f"flips must be at most the {num_layers} routed layers, got {recipe.flips}")
         if recipe.heads_per_flip > num_heads:
             raise ValueError(
-                f"heads_per_flip must be at most the {num_heads} decisions of a layer, "
-                f"got {recipe.heads_per_flip}"
+                f"heads_per_flip must be at most the {num_heads} decisions of a layer, got {recipe.heads_per_flip}"
             )
         self.register_buffer("deck", torch.zeros(len(self.tasks), num_layers, dtype=torch.long))
         self.register_buffer("dealt", torch.full((len(self.tasks),), num_layers))

@@ -61,22 +61,16 @@ class FluxTrainer(Trainer):
         self.tasks: tuple[str, ...] = train_dataset.tasks  # type: ignore[attr-defined]
         unknown = sorted(set(self.recipe.targets) - set(self.tasks))
         if unknown:
-            raise ValueError(
-                f"targets names tasks that the data lack: {', '.join(unknown)}; they have {self.tasks}"
-            )
+            raise ValueError(f"targets names tasks that the data lack: {', '.join(unknown)}; they have {self.tasks}")
         self.routers = patching.get_routers(model)
         args = args or training_arguments("flux_routers")
         if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant must be False: reentrant checkpointing loses the routers' gradients"
-            )
+            raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
         model.requires_grad_(False)
         self.routers.requires_grad_(True)
         if "data_collator" not in kwargs:
             pad = getattr(tokenizer, "pad_token_id", None)
-            kwargs["data_collator"] = (
-                PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
-            )
+            kwargs["data_collator"] = PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # Our loss is a mean per batch: the Trainer shall divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -107,9 +101,7 @@ class FluxTrainer(Trainer):
         if not model.training:
             loss = losses(model, inputs).mean()
             return (loss, {}) if return_outputs else loss
-        routed = PatchedModel(
-            model, inputs, self.objective.num_layers, self.objective.num_heads, self._layer_index
-        )
+        routed = PatchedModel(model, inputs, self.objective.num_layers, self.objective.num_heads, self._layer_index)
         progress = self.state.global_step / max(1, self.state.max_steps)
         tasks = inputs["task_ids"]
         step = self.objective(routed, tasks, progress)
@@ -164,9 +156,7 @@ class FluxTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder)
-        save_file(
-            {k: v.contiguous() for k, v in self.objective.state_dict().items()}, folder / OBJECTIVE_FILE
-        )
+        save_file({k: v.contiguous() for k, v in self.objective.state_dict().items()}, folder / OBJECTIVE_FILE)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
         (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
         torch.save(self.args, folder / "training_args.bin")
@@ -197,9 +187,7 @@ class RouterProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[override]
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        shown = {
-            k: f"{v:.2f}" for k, v in logs.items() if k.endswith(("/sparsity", "/lm_loss")) and v is not None
-        }
+        shown = {k: f"{v:.2f}" for k, v in logs.items() if k.endswith(("/sparsity", "/lm_loss")) and v is not None}
         if shown:
             self.training_bar.set_postfix(shown)
 
