@@ -318,8 +318,7 @@ TEST(Cpu, LargeScoresAndInfinities) {
       // NaN in a query reaches its own row, and no other.
       c.q.set(16 * group + 5, NAN);
       cpu::attend(c.params.forward, Workers(3, false));
-      for (int64_t i = 0; i < c.out.size(); ++i)
-        ASSERT_EQ(std::isnan(c.out[i]), i / 16 == group) << "element " << i;
+      for (int64_t i = 0; i < c.out.size(); ++i) ASSERT_EQ(std::isnan(c.out[i]), i / 16 == group) << "element " << i;
       // An infinite value is an infinite output where it has weight.
       c.q.set(16 * group + 5, 0.f);
       c.v.set(3, INFINITY);

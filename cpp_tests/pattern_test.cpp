@@ -21,10 +21,10 @@ struct Case {
 };
 
 std::string describe(const Case& c) {
-  std::string s = "sink " + std::to_string(c.pattern.sink) + " window " + std::to_string(c.pattern.window) + " last_q " +
-                  std::to_string(c.pattern.last_q) + " align " + std::to_string(c.pattern.align) + " queries " +
-                  std::to_string(c.q_begin) + ".." + std::to_string(c.q_end) + " kv_len " + std::to_string(c.kv_len) +
-                  " block " + std::to_string(c.block);
+  std::string s = "sink " + std::to_string(c.pattern.sink) + " window " + std::to_string(c.pattern.window) +
+                  " last_q " + std::to_string(c.pattern.last_q) + " align " + std::to_string(c.pattern.align) +
+                  " queries " + std::to_string(c.q_begin) + ".." + std::to_string(c.q_end) + " kv_len " +
+                  std::to_string(c.kv_len) + " block " + std::to_string(c.block);
   if (c.list.blocks) {
     s += " list of width " + std::to_string(c.list.width) + ":";
     for (int32_t b : c.blocks) s += " " + std::to_string(b);

@@ -31,8 +31,9 @@ class Random {
 inline Pattern random_pattern(Random& random) {
   Pattern p;
   switch (random.integer(0, 3)) {
-    case 0: return p;  // full
-    case 1:            // streaming, token-exact
+    case 0:
+      return p;  // full
+    case 1:      // streaming, token-exact
       p.sink = random.integer(0, 40);
       p.window = random.integer(1, 90);
       return p;
@@ -70,7 +71,7 @@ struct Problem {
 struct ProblemOptions {
   int32_t max_batch = 4, max_q_len = 300, max_kv_len = 400;
   int32_t max_kv_heads = 3, max_group = 5;
-  bool packed = false;      // rows of q and k follow one another; else each sequence has its own
+  bool packed = false;  // rows of q and k follow one another; else each sequence has its own
   bool per_head_lengths = false;
   bool block_lists = false;
 };
@@ -92,9 +93,7 @@ inline void random_problem(Random& random, const ProblemOptions& o, Problem& out
     s.total_q_rows += q_len;
     s.q_rows.capacity = max_of(s.q_rows.capacity, q_at);
     for (int32_t h = 0; h < (o.per_head_lengths ? s.num_kv_heads : 1); ++h) {
-      const int32_t kv_len = random.chance(10)   ? 0
-                             : random.chance(40) ? q_len
-                                                 : random.integer(1, o.max_kv_len);
+      const int32_t kv_len = random.chance(10) ? 0 : random.chance(40) ? q_len : random.integer(1, o.max_kv_len);
       out.kv_begin.push_back(o.packed ? kv_at : random.chance(30) ? random.integer(0, 5) : 0);
       out.kv_end.push_back(out.kv_begin.back() + kv_len);
       kv_at = out.kv_end.back();

@@ -62,7 +62,8 @@ TEST(SoftmaxState, AnyGroupingGivesTheSame) {
     std::vector<Row> rows;
     for (int j = 0; j < n; ++j) rows.push_back(one(random.normal() * 20.f, random.normal()));
     std::vector<Row> pieces = rows;
-    for (int j = random.integer(0, 3); j > 0; --j) pieces.insert(pieces.begin() + random.integer(0, int(pieces.size())), Row{});
+    for (int j = random.integer(0, 3); j > 0; --j)
+      pieces.insert(pieces.begin() + random.integer(0, int(pieces.size())), Row{});
     while (pieces.size() > 1) {  // merge neighbours in random order
       const int at = random.integer(0, int(pieces.size()) - 2);
       pieces[at].merge(pieces[at + 1]);

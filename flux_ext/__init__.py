@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cache import FluxCache
     from .patching import get_routers, is_patched, patch, patched, routes, unpatch
     from .routers import FluxRouters
+    from .static_cache import FluxStaticCache
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "FluxCache": "cache",
     "FluxRouters": "routers",
+    "FluxStaticCache": "static_cache",
     "get_routers": "patching",
     "is_patched": "patching",
     "patch": "patching",
@@ -37,6 +39,7 @@ __all__ = [
     "FluxCache",
     "FluxConfig",
     "FluxRouters",
+    "FluxStaticCache",
     "Full",
     "Streaming",
     "Triangle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -77,9 +78,11 @@ def flux_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask as it came, ``[B, tokens]`` or None: never a dense one."""
+    """The padding mask ``[B, kv_length]`` or None: never a dense one. A static cache's has one shape for all steps."""
     if use_vmap:
         raise ValueError("flux_ext attention is causal: mask functions of a model's own are not supported")
+    if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
+        return F.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
     return attention_mask
 
 

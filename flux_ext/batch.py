@@ -26,7 +26,8 @@ class Batch:
 
     ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
     (None: all); ``cu_seqlens``, int32 ``[n + 1]``, bounds sequences packed into one row; ``mask`` is the padding
-    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding.
+    mask ``[B, tokens seen and new]`` for layers whose cache keeps padding; of a first forward that has more than
+    the prompt, only the first ``prompt_len`` tokens decide.
     """
 
     policy: Policy | None = None
@@ -34,6 +35,7 @@ class Batch:
     seq_end: Tensor | None = None
     cu_seqlens: Tensor | None = None
     mask: Tensor | None = None
+    prompt_len: int | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
     probe: dict[int, dict[str, Any]] | None = None
     _host: tuple[np.ndarray, np.ndarray] | None = None
@@ -73,7 +75,7 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, has_cache: bool) -> Batch:
+def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> Batch:
     """The sequences of a decoder's forward, from its keyword arguments.
 
     tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, H]``.
@@ -91,11 +93,16 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ha
             )
         mask = mask.to(device=tokens.device, dtype=torch.bool)
         # A decode step's token counts in every sequence: nothing to read, and nothing to wait for.
-        start, end = span(mask[:, -q_len:]) if q_len > 1 else (None, None)
+        # A static cache's mask covers its whole length, and only its prompt has several tokens.
+        rows = slice(q_len) if cache is not None and cache.is_compileable else slice(-q_len, None)
+        start, end = span(mask[:, rows]) if q_len > 1 else (None, None)
         return Batch(policy, start, end, None, mask)
     cu_seqlens = None
-    if batch_size == 1 and q_len > 1 and not has_cache:
-        cu_seqlens = packed_bounds(kwargs, q_len)
+    if q_len > 1 and cache is None:
+        if batch_size == 1:
+            cu_seqlens = packed_bounds(kwargs, q_len)
+        elif tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            refuse_packed_batch(kwargs)
     return Batch(policy, cu_seqlens=cu_seqlens)
 
 
@@ -111,3 +118,12 @@ def packed_bounds(kwargs: dict[str, Any], q_len: int) -> Tensor | None:
         return None
     ends = restarts.new_tensor([0, q_len])
     return torch.cat([ends[:1], restarts, ends[1:]]).to(torch.int32)
+
+
+def refuse_packed_batch(kwargs: dict[str, Any]) -> None:
+    """Several rows of packed sequences are not supported; seen on the CPU only, elsewhere it would wait."""
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
+        raise ValueError(
+            "position_ids restart in a batch of several rows: pack sequences into one row, or give an attention_mask"
+        )

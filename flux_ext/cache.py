@@ -60,6 +60,7 @@ class FluxLayer(CacheLayerMixin):
         self.cumulative_length = 0  # tokens seen, padding included: positions count from it
         self.route: Tensor | None = None  # int32 [B, Hkv]
         self.continues = False  # whether the last update added to tokens already here
+        self.waiting = False  # whether a sequence had only padding so far
         self._batch: Batch | None = None
         self._croppable = 0  # trailing tokens that belong to every sequence
 
@@ -69,9 +70,14 @@ class FluxLayer(CacheLayerMixin):
         """Announces a forward's sequences."""
         self._batch = batch
 
-    def set_route(self, route: Tensor) -> None:
-        """The decision of the first forward, int32 ``[B, Hkv]``."""
+    def set_route(self, route: Tensor) -> Tensor:
+        """A forward's decision, int32 ``[B, Hkv]``; returns what holds: a sequence decides at its first tokens."""
+        if self.route is not None:
+            waiting = (self.rows.length == 0).reshape(-1, self.rows.num_heads)
+            route = torch.where(torch.from_numpy(waiting).to(route.device), route, self.route)
+            self.sparse = route.cpu().numpy().astype(bool).reshape(-1)
         self.route = route
+        return route
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.route is None:
@@ -111,6 +117,7 @@ class FluxLayer(CacheLayerMixin):
             skip = self._superfluous(count)
             self.rows.append(key_states, value_states, count - skip, row_begin, self.head, skip)
             self.dropped = self.dropped + skip
+        self.waiting = self.routed and not self.rows.length.all()
         padded = (end < q_len).any()
         self._croppable = 0 if padded else int((q_len - begin).min()) + (0 if begin.any() else self._croppable)
         self.cumulative_length += q_len
@@ -255,6 +262,7 @@ class FluxCache(Cache):
             if type(layer) is DynamicLayer:
                 layers[i] = FluxLayer(flux, page_size, routed is None or i in routed)
         super().__init__(layers=layers)
+        self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
 
     @property
     def routes(self) -> Tensor:
@@ -273,6 +281,9 @@ class FluxCache(Cache):
             else sum(t.nbytes for t in (getattr(layer, n, None) for n in ("keys", "values")) if t is not None)
             for layer in self.layers
         )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(int(tokens_to_remove))  # assisted decoding gives a tensor
 
     def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx.cpu())  # one wait for all layers

@@ -18,6 +18,7 @@ from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
+from .static_cache import FluxStaticCache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -117,22 +118,26 @@ class PatchedLayer:
         if batch.probe is not None:
             batch.probe[self.index]["tapped"] = output
             return
-        if cache is not None and cache.route is not None:
+        if cache is not None and cache.route is not None and not cache.waiting:
             batch.decisions[self.slot] = Decision(None, cache.route)
             return
         x = self.tap.states(output, self.patch.head_dim)
+        seq_end = batch.seq_end
+        if batch.prompt_len is not None and batch.prompt_len < x.shape[1]:  # candidates follow the prompt
+            x = x[:, : batch.prompt_len]
+            seq_end = None if seq_end is None else seq_end.clamp(max=batch.prompt_len)
         router: Any = self.attention.flux_router
         if batch.cu_seqlens is not None:
             logits = router(x[0], batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
         else:
-            logits = router(x, batch.seq_start, batch.seq_end)
+            logits = router(x, batch.seq_start, seq_end)
         route = decide(logits) if batch.policy is None else batch.policy(self.slot, logits)
         route = self.patch.check_route(route, logits)
-        batch.decisions[self.slot] = Decision(logits, route)
         if cache is not None:
             if route.is_floating_point():
                 raise ValueError("a fractional route has no cache: call the model with use_cache=False")
-            cache.set_route(route)
+            route = cache.set_route(route)
+        batch.decisions[self.slot] = Decision(logits, route)
 
 
 class Patch:
@@ -164,18 +169,13 @@ class Patch:
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
         if isinstance(routers, FluxConfig):
             routers = FluxRouters(self.config)
-        routers.config = self.config
         self.routers = routers
         self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
         self._install(attentions, windows)
+        routers.config = self.config
 
     def _fill(self, config: FluxConfig) -> FluxConfig:
         """The configuration with the model's own numbers; ValueError where it is one of another model."""
-        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
-            raise ValueError(
-                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
-                f"got {config.layers_to_route}"
-            )
         own: dict[str, Any] = {
             "num_layers": len(self.decoder.layers),
             "head_dim": self.head_dim,
@@ -185,6 +185,11 @@ class Patch:
         for name, value in own.items():
             if (given := getattr(config, name)) not in (None, value):
                 raise ValueError(f"the routers were made for another model: {name} is {given!r}, here {value!r}")
+        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
+            raise ValueError(
+                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
+                f"got {config.layers_to_route}"
+            )
         return dataclasses.replace(
             config,
             **own,
@@ -207,7 +212,7 @@ class Patch:
         self.layers = []
         self.handles = [self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
         self.ignored_on_save = model._keys_to_ignore_on_save
-        self.shadowed = ["_prepare_cache_for_generation"]
+        self.shadowed: list[str] = []
         model._flux_ext = self  # type: ignore[assignment]
         try:
             for i, attention in attentions.items():
@@ -217,21 +222,23 @@ class Patch:
                 if slot is not None:
                     layer.tap = taps[i]
                     layer.attach_tap()
-                    weight = next(attention.parameters())
-                    if weight.device.type != "meta":
-                        self.routers.layers[slot].to(weight.device)
-                    attention.flux_router = self.routers.layers[slot]
+                    attention.flux_router = self.routers.layers[slot].to(families.device_of(attention))
             own = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".flux_router." in n]
             model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
-            model._prepare_cache_for_generation = self.prepare_cache
+            self._shadow("_prepare_cache_for_generation", self.prepare_cache)
+            self._shadow("_get_candidate_generator", self.candidate_generator)
             for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-                if hasattr(model, name):
-                    setattr(model, name, self.refuse_continuous_batching)
-                    self.shadowed.append(name)
+                self._shadow(name, self.refuse_continuous_batching)
             self._probe()
         except BaseException:
             self.remove()
             raise
+
+    def _shadow(self, name: str, method: Any) -> None:
+        """Replaces a method of this one instance."""
+        if hasattr(self.model, name):
+            setattr(self.model, name, method)
+            self.shadowed.append(name)
 
     def _set_implementation(self, name: str) -> None:
         self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
@@ -255,16 +262,12 @@ class Patch:
     @torch.no_grad()
     def _probe(self) -> None:
         """One tiny forward: every tap fires and sees what the attention gets, up to the rotary embedding."""
-        weight = next(self.decoder.parameters())
-        if weight.device.type == "meta":
-            return
+        tokens = families.probe_tokens(self.text_config, families.device_of(self.decoder))
         training = [m for m in self.decoder.modules() if m.training]
         self.decoder.eval()
         batch = Batch(probe={})
         try:
-            self.decoder(
-                input_ids=families.probe_tokens(self.text_config, weight.device), use_cache=False, **{BATCH: batch}
-            )
+            self.decoder(input_ids=tokens, use_cache=False, **{BATCH: batch})
         finally:
             for module in training:
                 module.training = True
@@ -296,7 +299,9 @@ class Patch:
         cache = kwargs.get("past_key_values")
         self.check_cache(cache)
         self.check_checkpointing()
-        batch = make_batch(self.local.policy, kwargs, tokens, cache is not None)
+        batch = make_batch(self.local.policy, kwargs, tokens, cache)
+        if cache is not None:
+            batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:
             use_cache = kwargs.get("use_cache")
             if batch.cu_seqlens is not None:
@@ -350,19 +355,35 @@ class Patch:
                 'prefill_chunk_size splits the prompt, but FluxConfig(route_on="prompt") decides from all of it; '
                 'patch with route_on="first_chunk"'
             )
-        given = model_kwargs.get("past_key_values")
-        self.check_cache(given)
-        if given is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
+        cache = model_kwargs.get("past_key_values")
+        self.check_cache(cache)
+        if cache is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported by a "
                     "patched model; leave it out, or pass past_key_values=flux_ext.FluxCache(...)"
                 )
-            model_kwargs["past_key_values"] = cache = self.new_cache()
+            if generation_config.cache_implementation == "static":
+                stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
+                call = stock.bind(self.model, generation_config, model_kwargs, *args, **kwargs).arguments
+                cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
+            else:
+                cache = self.new_cache()
+            model_kwargs["past_key_values"] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-            return
-        type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
+        else:
+            type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
+
+    def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``_get_candidate_generator``: the first forward will have candidates after the prompt."""
+        if self.config.pattern == "triangle":
+            raise ValueError('assisted decoding needs pattern="streaming": a triangle ends with the prompt')
+        call = inspect.signature(type(self.model)._get_candidate_generator).bind(self.model, *args, **kwargs).arguments
+        cache = call["model_kwargs"]["past_key_values"]
+        if cache.get_seq_length() == 0:
+            cache.prompt_len = call["input_ids"].shape[1]
+        return type(self.model)._get_candidate_generator(self.model, *args, **kwargs)
 
     def refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("continuous batching (generate_batch) does not work on a patched model: use generate")

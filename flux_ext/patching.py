@@ -124,8 +124,17 @@ def patched(
 
 
 def get_routers(model: Any) -> FluxRouters:
-    """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``."""
-    return _patch_of(model).routers
+    """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``.
+
+    Where PEFT trains copies of them (``modules_to_save=["flux_router"]``), these are the active copies.
+    """
+    patch = _patch_of(model)
+    for layer in patch.layers:
+        if layer.slot is not None:
+            router: Any = layer.attention.flux_router
+            copies = getattr(router, "modules_to_save", None)
+            patch.routers.layers[layer.slot] = router if copies is None else copies[router.active_adapters[0]]
+    return patch.routers
 
 
 def last_routing(model: Any) -> Routing:

@@ -65,5 +65,5 @@ def ragged(lengths: tuple[int, ...] = (60, 43, 55), side: str = "left") -> tuple
 def scramble(routers: nn.Module, scale: float = 0.4) -> None:
     """Random routers that decide differently by layer and prompt."""
     with torch.no_grad():
-        for p in routers.parameters():
-            p.normal_(0, scale)
+        for name, p in routers.named_parameters():
+            p.normal_(0, scale if name.endswith("weight") else 0.0)

@@ -288,7 +288,7 @@ def evaluate(model: Qwen3ForCausalLM, args: argparse.Namespace) -> list[dict]:
     return [
         {
             "route": name,
-            "full layers": ", ".join(map(str, full)) or "none",
+            "full layers": "all" if full == every else ", ".join(map(str, full)) or "none",
             "sparsity": 1 - len(full) / args.layers,
             "retrieval accuracy": evaluation.accuracy(model, full),
             "bits per byte": evaluation.bits_per_byte(model, full),

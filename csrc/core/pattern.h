@@ -33,14 +33,11 @@ struct Pattern {
   int32_t align = 1;            // the window starts at a multiple of `align`; divides `window`
 
   // First key inside the window of a query at q_pos >= 0 (may be negative).
-  FLUX_HD int32_t window_begin(int32_t q_pos) const {
-    return align * (q_pos / align + 1) - window;
-  }
+  FLUX_HD int32_t window_begin(int32_t q_pos) const { return align * (q_pos / align + 1) - window; }
 };
 
 // The specification: does the query at q_pos see the key at kv_pos?
-FLUX_HD bool visible(const Pattern& p, int32_t q_pos, int32_t kv_pos, int32_t kv_len,
-                     const BlockList& list = {}) {
+FLUX_HD bool visible(const Pattern& p, int32_t q_pos, int32_t kv_pos, int32_t kv_len, const BlockList& list = {}) {
   if (kv_pos > q_pos) return false;
   if (list.blocks) {
     for (int32_t i = 0; i < list.count; ++i)

@@ -30,9 +30,9 @@ struct Tile {
 // Everything a kernel has to know about a tile.
 struct TileView {
   Tile tile;
-  Span q_rows;             // rows of q that belong to the tile
-  Span kv_rows;            // rows of k of the whole sequence
-  int32_t q_pos;           // position of the first row, in key coordinates
+  Span q_rows;    // rows of q that belong to the tile
+  Span kv_rows;   // rows of k of the whole sequence
+  int32_t q_pos;  // position of the first row, in key coordinates
   Pattern pattern;
   BlockList list;
   KvBlocks blocks;
@@ -127,6 +127,25 @@ FLUX_HD TileSpan tile_span(const WorkRange& r, int32_t tile, int32_t num_blocks)
 FLUX_HD int32_t partial_slot(const WorkRange& r, int32_t worker, int32_t tile) {
   return 2 * worker + (tile == r.tile ? 0 : 1);
 }
+
+// How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
+// cost no merging, but end raggedly: good only where every worker gets several of the longest tile.
+constexpr int32_t kWholeTileWaves = 4;
+FLUX_HD bool hand_out_whole(int64_t total_cost, int32_t max_tile_cost, int32_t num_workers) {
+  return int64_t(max_tile_cost) * num_workers * kWholeTileWaves <= total_cost;
+}
+
+// Otherwise the line is split evenly, over no more workers than have `kMinShare` units each to do.
+constexpr int32_t kMinShare = 2;
+FLUX_HD int32_t sharing_workers(int64_t total_cost, int32_t num_workers) {
+  const int64_t n = total_cost / kMinShare;
+  return n < 1 ? 1 : n < num_workers ? int32_t(n) : num_workers;
+}
+
+// Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
+constexpr int kRowBits = 22;
+FLUX_HD int64_t row_key(int64_t cost, int32_t row) { return (((int64_t(1) << 40) - cost) << kRowBits) | row; }
+FLUX_HD int32_t row_of_key(int64_t key) { return int32_t(key & ((1 << kRowBits) - 1)); }
 
 // Does this worker hold the first piece of a cut tile? Then it (or its twin in the combine stage) merges
 // the pieces that the following workers hold. Returns the tile, or -1.

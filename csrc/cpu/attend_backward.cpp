@@ -22,9 +22,8 @@ void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
     float* row_stats = memory.data() + 2 * t * rows;
     stats[t] = {row_stats, row_stats + rows};
   }
-  run_dynamic(executor, num_tiles, backward_scratch(s), [&](int64_t t, float* scratch) {
-    kernels().queries_backward[dtype](b, views[t], scratch, stats[t]);
-  });
+  run_dynamic(executor, num_tiles, backward_scratch(s),
+              [&](int64_t t, float* scratch) { kernels().queries_backward[dtype](b, views[t], scratch, stats[t]); });
 
   // The key blocks of a (sequence, KV head) that has queries; the others have gradient 0, as they were handed over.
   struct Keys {

@@ -38,9 +38,9 @@ FLUX_HD KeyRange keys_of(const TileView& v, int32_t block) {
 
 // kPanel neighbouring rows of a tile: what they may see.
 struct PanelRows {
-  int32_t q_begin, q_end;     // positions
-  const int32_t* pos;         // [kPanel] position, -1 in padding
-  const int32_t* first_key;   // [kPanel] the first key a row sees beyond the sink
+  int32_t q_begin, q_end;    // positions
+  const int32_t* pos;        // [kPanel] position, -1 in padding
+  const int32_t* first_key;  // [kPanel] the first key a row sees beyond the sink
 };
 
 FLUX_HD bool sees_nothing(const Pattern& p, const BlockList& list, int32_t kv_len, const PanelRows& rows,
@@ -158,8 +158,8 @@ struct BFloat16Product : BFloat16Pairs {
       for (int half = 0; half < kPanel; half += kLanes) {
         const auto lo = _mm512_cvtneps_pbh(load(p + j * kPanel + half));
         const auto hi = _mm512_cvtneps_pbh(load(p + (j + 1) * kPanel + half));
-        store(to + j / 2 * kPanel + half, __builtin_convertvector((HalfVec)lo, BitsVec) |
-                                              __builtin_convertvector((HalfVec)hi, BitsVec) << 16);
+        store(to + j / 2 * kPanel + half,
+              __builtin_convertvector((HalfVec)lo, BitsVec) | __builtin_convertvector((HalfVec)hi, BitsVec) << 16);
       }
     return to;
   }
@@ -296,11 +296,14 @@ FLUX_HD void few_values(const float* p, const float* rescale, const T* const* v,
 }
 
 // One block of keys against all rows; `dim` is a multiple of kLanes, k holds `padded` (a multiple of 4) pointers.
-template <int kRows, typename T>
+// prefetch(j) is called once for every 4 keys.
+template <int kRows, typename T, typename Prefetch>
 FLUX_HD void few_rows_scores(int32_t r, const float* q, int64_t stride, const T* const* k, int32_t padded, int32_t dim,
-                             float scale, float* scores) {
-  for (int32_t j = 0; j < padded; j += 4)
+                             float scale, float* scores, const Prefetch& prefetch) {
+  for (int32_t j = 0; j < padded; j += 4) {
+    if (r == 0) prefetch(j);
     few_scores<kRows>(q + r * stride, stride, k + j, dim, scale, scores + r * kKvBlock + j);
+  }
 }
 template <int kRows, typename T>
 FLUX_HD void few_rows_values(int32_t r, const float* scores, const float* rescale, const T* const* v, int32_t keys,
@@ -313,15 +316,15 @@ FLUX_HD void few_rows_values(int32_t r, const float* scores, const float* rescal
     few_values<kRows, 1>(scores + r * kKvBlock, rescale + r, v, d, keys, out + r * stride, stride);
 }
 
-template <typename T>
+template <typename T, typename Prefetch>
 FLUX_HD void few_block(const float* q, int64_t stride, int32_t rows, int32_t dim, const T* const* k, const T* const* v,
                        const TileView& view, int32_t group, const KeyRange& keys, float scale, float* scores,
-                       const TileState& state, int64_t out_stride) {
+                       const TileState& state, int64_t out_stride, const Prefetch& prefetch) {
   const int32_t padded = round_up(keys.size, 4);
   int32_t r = 0;
-  for (; r + 4 <= rows; r += 4) few_rows_scores<4>(r, q, stride, k, padded, dim, scale, scores);
-  for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores);
-  for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores);
+  for (; r + 4 <= rows; r += 4) few_rows_scores<4>(r, q, stride, k, padded, dim, scale, scores, prefetch);
+  for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores, prefetch);
+  for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores, prefetch);
 
   const bool masked = view.masked(keys.begin, keys.begin + kKvBlock);
   float rescale[kFewRows];
@@ -353,6 +356,28 @@ FLUX_HD void few_block(const float* q, int64_t stride, int32_t rows, int32_t dim
   for (; r < rows; ++r) few_rows_values<1>(r, scores, rescale, v, keys.size, dim, state.out, out_stride);
 }
 
+// Where the keys and values of a block are. Beyond the last key: that key again, to be masked.
+template <typename T>
+struct BlockRows {
+  const T* k[kKvBlock];
+  const T* v[kKvBlock];
+
+  FLUX_HD void find(const AttendParams& p, const TileView& view, const KeyRange& keys) {
+    for (int32_t j = 0; j < kKvBlock; ++j) {
+      const int32_t key = keys.begin + flux::min_of(j, keys.size - 1);
+      k[j] = kv_row<T>(p, p.k, p.k_stride, view, key);
+      v[j] = kv_row<T>(p, p.v, p.v_stride, view, key);
+    }
+  }
+  // Rows are a few cache lines each, far apart: the processor does not foresee the next.
+  FLUX_HD void prefetch(int32_t j, int32_t dim) const {
+    for (int32_t d = 0; d < dim; d += 64 / int32_t(sizeof(T))) {
+      __builtin_prefetch(k[j] + d, 0, 2);
+      __builtin_prefetch(v[j] + d, 0, 2);
+    }
+  }
+};
+
 template <typename T>
 void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                 const TileState& state) {
@@ -371,28 +396,31 @@ void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t
     state.rows[r] = {-INFINITY, 0.f};
   }
   const float scale = p.scale * kLog2e;
+  BlockRows<T> two[2];
+  if (begin < end) two[begin % 2].find(p, v, keys_of(v, v.blocks[begin]));
   for (int32_t n = begin; n < end; ++n) {
     const KeyRange keys = keys_of(v, v.blocks[n]);
-    const T* k_rows[kKvBlock];
-    const T* v_rows[kKvBlock];
-    for (int32_t j = 0; j < kKvBlock; ++j) {
-      const int32_t key = keys.begin + flux::min_of(j, keys.size - 1);  // beyond the last key: that key again, masked
-      k_rows[j] = kv_row<T>(p, p.k, p.k_stride, v, key);
-      v_rows[j] = kv_row<T>(p, p.v, p.v_stride, v, key);
-    }
+    const BlockRows<T>& now = two[n % 2];
+    BlockRows<T>& next = two[(n + 1) % 2];
+    if (n + 1 < end) next.find(p, v, keys_of(v, v.blocks[n + 1]));
+    const auto prefetch = [&](int32_t j) {
+      if (n + 1 < end)
+        for (int32_t i = j; i < j + 4; ++i) next.prefetch(i, dim);
+    };
     if (in_place) {
-      few_block(q, stride, rows, dim, k_rows, v_rows, v, group, keys, scale, scores, state, stride);
+      few_block(q, stride, rows, dim, now.k, now.v, v, group, keys, scale, scores, state, stride, prefetch);
       continue;
     }
     const float* k_copies[kKvBlock];
     const float* v_copies[kKvBlock];
     for (int32_t j = 0; j < kKvBlock; ++j) {
-      pack_row(k_rows[j], dim, k_copy + j * stride);
-      pack_row(v_rows[j], dim, v_copy + j * stride);
+      pack_row(now.k[j], dim, k_copy + j * stride);
+      pack_row(now.v[j], dim, v_copy + j * stride);
       k_copies[j] = k_copy + j * stride;
       v_copies[j] = v_copy + j * stride;
     }
-    few_block(q, stride, rows, round_up(dim, kLanes), k_copies, v_copies, v, group, keys, scale, scores, state, stride);
+    few_block(q, stride, rows, round_up(dim, kLanes), k_copies, v_copies, v, group, keys, scale, scores, state, stride,
+              prefetch);
   }
 }
 

@@ -3,9 +3,9 @@
 //   P = exp(S - lse), dP = dO V^T, dS = P (dP - delta) scale, delta = dO . O per row    (arXiv 2205.14135, section B)
 //   dQ = dS K, dK = dS^T Q, dV = P^T dO
 //
-// Two passes, each with one writer per result and a fixed order of additions, so the bits depend on nothing else: a tile
-// of queries against its key blocks gives dQ (and leaves lse and delta for the second pass), a block of keys against
-// the tiles that see it gives dK and dV. In both the side that stays lies across the lanes.
+// Two passes, each with one writer per result and a fixed order of additions, so the bits depend on nothing else: a
+// tile of queries against its key blocks gives dQ (and leaves lse and delta for the second pass), a block of keys
+// against the tiles that see it gives dK and dV. In both the side that stays lies across the lanes.
 #pragma once
 
 #include "cpu/attend_tile.h"

@@ -6,7 +6,8 @@
 namespace flux::cpu {
 namespace {
 
-// Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see none.
+// Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
+// none.
 bool sees_a_key(const TileView& v, int32_t q_pos) {
   if (v.list.blocks) return v.list.count > 0 && v.list.blocks[0] * v.list.width <= q_pos;
   return q_pos >= 0;

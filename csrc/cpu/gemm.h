@@ -8,8 +8,8 @@
 
 namespace flux::cpu::FLUX_ISA {
 
-constexpr int kPanel = 2 * kLanes;                      // columns of C per step
-constexpr int kStepRows = kRegisters == 32 ? 8 : 4;     // rows of C per step: its elements stay in registers
+constexpr int kPanel = 2 * kLanes;                   // columns of C per step
+constexpr int kStepRows = kRegisters == 32 ? 8 : 4;  // rows of C per step: its elements stay in registers
 
 struct Float32Units {
   static constexpr int kPerUnit = 1;

@@ -22,7 +22,9 @@ inline TileShape tile_shape(const ProblemShape& shape) {
   while (tokens > 1 && tokens * shape.group() > kMaxTileRows) tokens /= 2;
   return {tokens, kKvBlock};
 }
-inline int32_t tile_rows(const ProblemShape& shape) { return round_up(tile_shape(shape).q_tokens * shape.group(), kPad); }
+inline int32_t tile_rows(const ProblemShape& shape) {
+  return round_up(tile_shape(shape).q_tokens * shape.group(), kPad);
+}
 inline int32_t padded_dim(const ProblemShape& shape) { return round_up(shape.head_dim, kPad); }
 
 // The running result of a tile (row = query * group + head of the group).
@@ -34,7 +36,7 @@ struct TileState {
 // Scratch memory of one worker, in floats.
 inline size_t attend_scratch(const ProblemShape& s) {
   const size_t rows = tile_rows(s), dim = padded_dim(s), block = kKvBlock;
-  return rows * dim             // q, transposed
+  return rows * dim                  // q, transposed
          + 2 * block * (dim + kPad)  // k, v
          + kPad * (dim + kPad)       // rows on their way to q
          + 2 * block * kPad          // scores, probabilities

@@ -13,7 +13,8 @@ FLUX_HD const T* q_row(const AttendParams& p, const Tile& t, int32_t row, int32_
 
 // `pos` counts from the first key of the sequence.
 template <typename T>
-FLUX_HD const T* kv_row(const AttendParams& p, const void* base, const Strides& stride, const TileView& v, int32_t pos) {
+FLUX_HD const T* kv_row(const AttendParams& p, const void* base, const Strides& stride, const TileView& v,
+                        int32_t pos) {
   const int64_t row = v.kv_rows.begin + pos;
   const T* data = static_cast<const T*>(base);
   if (!p.page_table) return data + v.tile.seq * stride.b + row * stride.s + v.tile.kv_head * stride.h;

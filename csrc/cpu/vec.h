@@ -47,9 +47,7 @@ FLUX_HD void store(T* p, V v) {
 
 // kLanes elements as fp32.
 FLUX_HD Vec load(const float* p) { return load_as<Vec>(p); }
-FLUX_HD Vec load(const BFloat16* p) {
-  return Vec(__builtin_convertvector(load_as<HalfVec>(p), BitsVec) << 16);
-}
+FLUX_HD Vec load(const BFloat16* p) { return Vec(__builtin_convertvector(load_as<HalfVec>(p), BitsVec) << 16); }
 FLUX_HD Vec load(const Half* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(load_as<__m256i>(p));

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/params.h"
 #include "core/schedule.h"
@@ -15,44 +16,120 @@ namespace flux::cuda {
 
 // What the plan stage leaves in device memory for attend and combine.
 //
-// Rows are (sequence, KV head) pairs, costliest first; the tiles of a row are neighbours, longest first, so that
-// tiles running at the same time read the same keys. Either every item is one whole tile, taken from a counter
-// (many tiles: balanced by their number), or there is one item per worker, an even share of all key blocks (few tiles).
+// Work comes as items. Where there are many tiles, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
+// costliest first, the tiles of a row neighbours and longest first, so that tiles running at the same time read the
+// same keys. Where there are few, item i is an even share of all key blocks, ranges[i]. A block of the attend kernel
+// does item blockIdx.x, then what the counter `next_item` gives it.
 struct PlanHeader {
   int32_t num_tiles;
-  int32_t num_items;   // whole tiles: num_tiles; else num_workers
-  int32_t whole_tiles; // 1: item i is tile i; 0: item i is ranges[i]
-  int32_t next_item;   // counter of the persistent workers
+  int32_t num_items;    // whole tiles: num_tiles; else at most num_workers
+  int32_t whole_tiles;  // 1: item i is tile i; 0: item i is ranges[i]
+  int32_t next_item;    // starts at num_workers
 };
 
 struct PlanView {
   PlanHeader* header = nullptr;
-  int32_t* row_order = nullptr;   // [rows] seq * num_kv_heads + kv_head
-  int32_t* tile_begin = nullptr;  // [rows + 1]
-  int64_t* cost = nullptr;        // [max_tiles + 1] (split only)
-  WorkRange* ranges = nullptr;    // [num_workers] (split only)
+  Tile* tiles = nullptr;        // [max_tiles]
+  WorkRange* ranges = nullptr;  // [num_workers], split only
+  // Scratch of the plan stage, where shared memory is too small.
+  int64_t* cost = nullptr;        // [max_tiles + 1]
+  int64_t* row_keys = nullptr;    // [rows, up to a power of two]
+  int32_t* tile_begin = nullptr;  // [2, rows + 1]
 };
 
-// Partials of cut tiles: slot s holds `tile_rows` rows; see partial_slot.
+// Partials of cut tiles; for slots see partial_slot (item = worker).
 struct Partials {
   float* out = nullptr;           // [2 * num_workers, tile_rows, D], not normalised
   SoftmaxState* state = nullptr;  // [2 * num_workers, tile_rows]
+  int32_t tile_rows = 0, head_dim = 0;
+
+  FLUX_HD float* out_row(int32_t slot, int32_t row) const { return out + (int64_t(slot) * tile_rows + row) * head_dim; }
+  FLUX_HD SoftmaxState& state_of(int32_t slot, int32_t row) const { return state[int64_t(slot) * tile_rows + row]; }
 };
+
+enum class Arch : int32_t { kSm80, kSm90 };  // family of kernels, not of devices
 
 // One launch configuration, chosen on the host from shapes alone (never from values on the device).
 struct AttendConfig {
-  TileShape tile;       // q_tokens = tile_rows / group
-  int32_t tile_rows = 0;
-  int32_t num_workers = 0;
+  Arch arch = Arch::kSm80;
+  TileShape tile;           // q_tokens = tile_rows / group
+  int32_t tile_rows = 0;    // chooses the kernel within its family
+  int32_t num_workers = 0;  // blocks of the attend kernel: all that fit on the device at once
+  bool overlap = false;     // kernels may be launched as launch.h describes
 };
 
-AttendConfig attend_config(const AttendParams& p, int device);
-size_t workspace_bytes(const AttendParams& p, const AttendConfig& c);
+struct Device {
+  int32_t index;
+  int32_t capability;  // 80, 90, ...
+  int32_t num_sms;
+  bool overlap;  // the kernels' machine code has what launch.h needs
+};
 
-// Stage launchers; `workspace` is 256-byte aligned device memory of workspace_bytes.
+struct Workspace {
+  PlanView plan;
+  Partials partials;
+  size_t bytes = 0;
+};
+
+// Query tokens of a tile of `tile_rows` rows. A block list belongs to 128 query rows, so with lists a tile must not
+// straddle two of them.
+inline int32_t q_tokens_of(const ProblemShape& s, int32_t tile_rows) {
+  const int32_t most = tile_rows / s.group();
+  if (!s.blocks[0].blocks && !s.blocks[1].blocks) return most;
+  int32_t tokens = 1;
+  while (2 * tokens <= most) tokens *= 2;
+  return tokens;
+}
+
+inline int32_t num_rows(const ProblemShape& s) { return s.batch * s.num_kv_heads; }
+
+// Lays the workspace out from `base` (null: only its size counts).
+inline Workspace lay_out(const ProblemShape& s, const AttendConfig& c, void* base) {
+  Workspace w;
+  const auto take = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + w.bytes);
+    w.bytes += (size_t(count) * sizeof(*pointer) + 255) / 256 * 256;
+  };
+  const int64_t tiles = max_tiles(s, c.tile), rows = num_rows(s), slots = 2 * int64_t(c.num_workers) * c.tile_rows;
+  int64_t sorted = 1;
+  while (sorted < rows) sorted *= 2;
+  take(w.plan.header, 1);
+  take(w.plan.tiles, tiles);
+  take(w.plan.ranges, c.num_workers);
+  take(w.plan.cost, tiles + 1);
+  take(w.plan.row_keys, sorted);
+  take(w.plan.tile_begin, 2 * (rows + 1));
+  take(w.partials.state, slots);
+  take(w.partials.out, slots * s.head_dim);
+  w.partials.tile_rows = c.tile_rows;
+  w.partials.head_dim = s.head_dim;
+  return w;
+}
+
+// An error has a message the operators show; null: none.
+struct Status {
+  const char* what = nullptr;  // the stage or rule that failed
+  cudaError_t error = cudaSuccess;
+  bool ok() const { return what == nullptr; }
+};
+
+// Picks kernels and tile shape for the current device. Fails with a clear message where nothing fits.
+Status attend_config(const AttendParams& p, AttendConfig* c);
+
+// Stage launchers; `workspace` is 256-byte aligned device memory of lay_out(...).bytes.
 cudaError_t route(const RouteParams& p, cudaStream_t stream);
-cudaError_t plan(const AttendParams& p, const AttendConfig& c, void* workspace, cudaStream_t stream);
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, void* workspace, cudaStream_t stream);
-cudaError_t combine(const AttendParams& p, const AttendConfig& c, void* workspace, cudaStream_t stream);
+cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+
+// The families of attend kernels. `configure` returns false where the family has no kernel for the problem.
+namespace sm80 {
+bool configure(const AttendParams& p, const Device& device, AttendConfig* c);
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+}  // namespace sm80
+namespace sm90 {
+bool configure(const AttendParams& p, const Device& device, AttendConfig* c);
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+}  // namespace sm90
 
 }  // namespace flux::cuda

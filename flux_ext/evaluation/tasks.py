@@ -173,7 +173,7 @@ def retrieval(
     if facts < 1 or code_length <= head + distance:
         raise ValueError(f"no room in length {length} for facts {facts}, head {head} and distance {distance}")
     excerpts = Excerpts(tuple(corpus(split).values()), code_length)
-    examples = []
+    examples: list[Example] = []
     while len(examples) < count:
         hidden = draw_facts(rng, facts)
         lines = [fact_line(key, value) for key, value in hidden.items()]

@@ -1,0 +1,61 @@
+// Stage 3: the choice between the families of attend kernels.
+#include "cuda/cuda.h"
+#include "cuda/launch.h"
+
+namespace flux::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+__global__ void probe_kernel() { wait_for_previous(); }  // compiled as all others are
+
+// Asked once per device: the driver takes microseconds to answer.
+cudaError_t current_device(Device* d) {
+  static Device known[kMaxDevices];  // a zero capability: not asked yet; racing threads write the same
+  int index = 0;
+  if (cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index < kMaxDevices && known[index].capability) {
+    *d = known[index];
+    return cudaSuccess;
+  }
+  int major = 0, minor = 0;
+  if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&d->num_sms, cudaDevAttrMultiProcessorCount, index)) return e;
+  cudaFuncAttributes attributes;
+  if (cudaError_t e = cudaFuncGetAttributes(&attributes, probe_kernel)) return e;
+  d->index = index;
+  d->overlap = attributes.ptxVersion >= 90;
+  d->capability = 10 * major + minor;
+  if (index < kMaxDevices) {
+    Device& k = known[index];
+    k.index = index, k.num_sms = d->num_sms, k.overlap = d->overlap;
+    k.capability = d->capability;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+
+Status attend_config(const AttendParams& p, AttendConfig* c) {
+  Device device{};
+  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
+  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
+  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
+  c->overlap = device.overlap;
+#ifdef FLUX_SM90
+  if (device.capability == 90 && sm90::configure(p, device, c)) return {};
+#endif
+  if (sm80::configure(p, device, c)) return {};
+  return {"no kernel fits: at most 128 query heads may share a KV head", cudaGetLastError()};
+}
+
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+#ifdef FLUX_SM90
+  if (c.arch == Arch::kSm90) return sm90::attend(p, c, w, stream);
+#endif
+  return sm80::attend(p, c, w, stream);
+}
+
+}  // namespace flux::cuda

@@ -1,0 +1,43 @@
+// What `visible` and `needs_mask` say, with the divisions done once per tile instead of once per key block.
+#pragma once
+
+#include "core/schedule.h"
+
+namespace flux::cuda {
+
+struct RowMask {
+  int32_t begin = 0;  // sees keys [begin, last], and of those before begin the first `sink`
+  int32_t last = -1;
+  int32_t sink = 0;
+
+  FLUX_HD bool sees(int32_t kv_pos) const { return kv_pos <= last && (kv_pos >= begin || kv_pos < sink); }
+};
+
+// `token` counts from the first query of the tile. Block lists are applied by visiting only listed blocks.
+FLUX_HD RowMask row_mask(const TileView& v, int32_t token) {
+  RowMask m;
+  if (token >= v.q_rows.size()) return m;  // padding rows see nothing
+  m.last = v.q_pos + token;
+  if (v.list.blocks || m.last < 0 || m.last >= v.kv_rows.size() - v.pattern.last_q) return m;
+  m.begin = v.pattern.window_begin(m.last);
+  m.sink = v.pattern.sink;
+  return m;
+}
+
+// Whether a block of keys must be masked: `TileView::masked`.
+struct TileMask {
+  int32_t first;  // position of the first query
+  int32_t begin;  // the last window of the tile starts here
+  int32_t sink;
+
+  FLUX_HD explicit TileMask(const TileView& v) : first(v.q_pos), begin(-kUnlimited), sink(v.pattern.sink) {
+    const int32_t last = min_of(v.q_pos_end(), v.kv_rows.size() - v.pattern.last_q) - 1;
+    if (!v.list.blocks && last >= v.q_pos) begin = v.pattern.window_begin(last);
+  }
+
+  FLUX_HD bool operator()(int32_t kv_begin, int32_t kv_end) const {
+    return kv_end - 1 > first || (kv_end > sink && max_of(kv_begin, sink) < begin);
+  }
+};
+
+}  // namespace flux::cuda

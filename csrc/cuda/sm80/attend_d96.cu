@@ -1,0 +1,3 @@
+#include "cuda/sm80/launch.h"
+
+template struct flux::cuda::sm80::Kernels<96>;

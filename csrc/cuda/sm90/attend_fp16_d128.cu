@@ -1,0 +1,9 @@
+#include "cuda/sm90/launch.h"
+
+namespace flux::cuda::sm90 {
+
+template cudaError_t launch<DType::kFloat16, 128, 1, 128>(const KernelParams&, int32_t, cudaStream_t);
+template cudaError_t launch<DType::kFloat16, 128, 2, 128>(const KernelParams&, int32_t, cudaStream_t);
+template cudaError_t launch<DType::kFloat16, 128, 2, 64>(const KernelParams&, int32_t, cudaStream_t);
+
+}  // namespace flux::cuda::sm90

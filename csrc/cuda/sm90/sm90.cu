@@ -1,0 +1,154 @@
+// Chooses the instance for a problem, and describes its tensors to TMA.
+#include "cuda/sm90/sm90.h"
+
+#include <initializer_list>
+
+#include "cuda/sm90/instances.h"
+
+namespace flux::cuda::sm90 {
+namespace {
+
+// Per type and head dimension: decode, prefill, and prefill with block lists 64 wide (D 256 takes 64 keys at a time anyway).
+#define FLUX_INSTANCES(dtype, dim)                                            \
+  {dtype, dim, kDecodeRows, 128, launch<dtype, dim, 1, 128>},                 \
+      {dtype, dim, kPrefillRows, 128, launch<dtype, dim, 2, 128>},            \
+      {dtype, dim, kPrefillRows, 64, launch<dtype, dim, 2, 64>}
+#define FLUX_INSTANCES_256(dtype) \
+  {dtype, 256, kDecodeRows, 64, launch<dtype, 256, 1, 64>}, {dtype, 256, kPrefillRows, 64, launch<dtype, 256, 2, 64>}
+
+constexpr Instance kInstances[] = {
+    FLUX_INSTANCES(DType::kBFloat16, 64),  FLUX_INSTANCES(DType::kBFloat16, 96), FLUX_INSTANCES(DType::kBFloat16, 128),
+    FLUX_INSTANCES_256(DType::kBFloat16),  FLUX_INSTANCES(DType::kFloat16, 64),  FLUX_INSTANCES(DType::kFloat16, 96),
+    FLUX_INSTANCES(DType::kFloat16, 128), FLUX_INSTANCES_256(DType::kFloat16),
+};
+
+int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
+
+// The smallest head dimension that holds the problem's, of those with this tile.
+const Instance* find_instance(const AttendParams& p, int32_t tile_rows, int32_t kv_block) {
+  for (const Instance& i : kInstances)
+    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.tile_rows == tile_rows && i.kv_block == kv_block)
+      return &i;
+  return nullptr;
+}
+
+const Instance* choose_instance(const AttendParams& p) {
+  const ProblemShape& s = p.shape;
+  bool narrow_lists = false;
+  for (const BlockTable& t : s.blocks) narrow_lists |= t.blocks && t.kv_width < 128;
+  const int64_t rows = int64_t(s.max_q_len) * s.group();
+  if (!narrow_lists)
+    if (const Instance* i = find_instance(p, rows <= kDecodeRows ? kDecodeRows : kPrefillRows, 128)) return i;
+  if (s.head_dim > 128 && rows <= kDecodeRows) return find_instance(p, kDecodeRows, 64);
+  return find_instance(p, kPrefillRows, 64);
+}
+
+// ---- tensor maps ----
+
+constexpr int kRank = 4;
+constexpr int kElementBytes = 2;
+
+// Dimensions from the innermost (head_dim) outwards; strides in elements.
+struct TensorShape {
+  const void* data;
+  int64_t size[kRank], stride[kRank];
+
+  // What TMA asks of a tensor.
+  bool describable() const {
+    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
+    for (int i = 0; i < kRank; ++i) {
+      if (size[i] < 1 || size[i] > (int64_t(1) << 32)) return false;
+      if (i == 0 || size[i] == 1) continue;
+      const int64_t bytes = stride[i] * kElementBytes;
+      if (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t(1) << 40) return false;
+    }
+    return true;
+  }
+};
+
+// A batch stride of 0 is a packed tensor, or one sequence shared by all: one entry.
+TensorShape q_shape(const AttendParams& p) {
+  const ProblemShape& s = p.shape;
+  const Strides& t = p.q_stride;
+  return {p.q, {s.head_dim, s.num_q_heads, s.q_rows.capacity, t.b == 0 ? 1 : s.batch}, {1, t.h, t.s, t.b}};
+}
+
+TensorShape kv_shape(const AttendParams& p, const void* data, const Strides& t) {
+  const ProblemShape& s = p.shape;
+  if (p.page_table)
+    return {data, {s.head_dim, p.page_size, p.page_stride_h ? 1 : s.num_kv_heads, p.num_pages}, {1, t.s, t.h, t.b}};
+  return {data, {s.head_dim, s.kv_rows.capacity, s.num_kv_heads, t.b == 0 ? 1 : s.batch}, {1, t.s, t.h, t.b}};
+}
+
+cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int32_t> box, CUtensorMap* map) {
+  static const auto encode_tiled = [] {
+    void* f = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+        e == cudaSuccess && found == cudaDriverEntryPointSuccess ? f : nullptr);
+  }();
+  if (!encode_tiled) return cudaErrorNotSupported;
+  cuuint64_t size[kRank], stride[kRank - 1];
+  cuuint32_t boxes[kRank] = {1, 1, 1, 1}, steps[kRank] = {1, 1, 1, 1};
+  int n = 0;
+  for (int32_t rows : box) boxes[n++] = cuuint32_t(rows);
+  for (int i = 0; i < kRank; ++i) {
+    size[i] = cuuint64_t(t.size[i]);
+    // The stride of a dimension of one entry is never used, but must be valid.
+    if (i > 0) stride[i - 1] = t.size[i] == 1 ? 16 : cuuint64_t(t.stride[i] * kElementBytes);
+  }
+  const bool wide = boxes[0] * kElementBytes == 128;
+  const CUresult r = encode_tiled(
+      map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
+      const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A page is one box, or holds whole key blocks. (Swizzled rows repeat every 8.)
+bool pages_fit(const AttendParams& p, int32_t kv_block) {
+  if (!p.page_table) return true;
+  const int32_t size = p.page_size;
+  return !p.shape.kv_rows.begin && size % 8 == 0 && (size % kv_block == 0 || kv_block % size == 0);
+}
+
+bool writable(const void* out, const Strides& s) {
+  return reinterpret_cast<uintptr_t>(out) % 16 == 0 && s.b % 8 == 0 && s.s % 8 == 0 && s.h % 8 == 0;
+}
+
+}  // namespace
+
+bool configure(const AttendParams& p, AttendConfig& c) {
+  const Instance* i = choose_instance(p);
+  if (!i || p.shape.group() > i->tile_rows || !(p.scale > 0.f)) return false;
+  if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
+      !kv_shape(p, p.v, p.v_stride).describable() || !pages_fit(p, i->kv_block) || !writable(p.out, p.out_stride))
+    return false;
+  c.tile_rows = i->tile_rows;
+  c.tile = {i->tile_rows / p.shape.group(), i->kv_block};
+  for (const BlockTable& t : p.shape.blocks)  // a tile has one block list
+    while (t.blocks && t.q_width % c.tile.q_tokens != 0) --c.tile.q_tokens;
+  return true;
+}
+
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const PlanView& plan, const Partials& partials,
+                   cudaStream_t stream) {
+  const Instance* i = find_instance(p, c.tile_rows, c.tile.kv_block);
+  if (!i) return cudaErrorInvalidConfiguration;
+  KernelParams k;
+  k.attend = p;
+  k.tile = c.tile;
+  k.plan = plan;
+  k.partials = partials;
+  k.kv_box_rows = p.page_table ? min_of(p.page_size, i->kv_block) : i->kv_block;
+  const int32_t slab = slab_columns(*i);
+  cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.shape.group(), c.tile.q_tokens}, &k.q_map);
+  if (e == cudaSuccess) e = encode(kv_shape(p, p.k, p.k_stride), p.dtype, {slab, k.kv_box_rows}, &k.k_map);
+  if (e == cudaSuccess) e = encode(kv_shape(p, p.v, p.v_stride), p.dtype, {slab, k.kv_box_rows}, &k.v_map);
+  return e == cudaSuccess ? i->launch(k, c.num_workers, stream) : e;
+}
+
+}  // namespace flux::cuda::sm90

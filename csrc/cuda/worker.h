@@ -1,0 +1,73 @@
+// Device side of the schedule: from an item of the plan to pieces of tiles.
+//
+//   for (int32_t item = blockIdx.x; item < plan.header->num_items; item = <take_item by one thread, broadcast>) {
+//     const WorkRange range = item_range(plan, item);
+//     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
+//       const Piece piece = piece_of(plan, shape, tile, range, item, t);
+//       ... key blocks piece.view.blocks[i] for i in [piece.span.begin, piece.span.end) ...
+//     }
+//   }
+#pragma once
+
+#include "cuda/cuda.h"
+
+namespace flux::cuda {
+
+struct Piece {
+  TileView view;
+  TileSpan span;
+  int32_t slot;  // of the partial where span.split; else the piece is the whole tile
+
+  __device__ bool final() const { return !span.split; }
+};
+
+// The item after those that blocks start with. By one thread of a block.
+__device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&plan.header->next_item, 1); }
+
+__device__ inline WorkRange item_range(const PlanView& plan, int32_t item) {
+  return plan.header->whole_tiles ? WorkRange{item, 0, item + 1, 0} : plan.ranges[item];
+}
+// A block's first item, without waiting for the header before the range is asked for.
+__device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& header) {
+  const WorkRange range = plan.ranges[blockIdx.x];
+  return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
+}
+
+__device__ inline Piece piece_of(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
+                                 const WorkRange& range, int32_t item, int32_t t) {
+  Piece p;
+  p.view = view_tile(shape, tile, plan.tiles[t]);
+  p.span = tile_span(range, t, p.view.blocks.size());
+  p.slot = partial_slot(range, item, t);
+  return p;
+}
+
+// Calls body(piece) for all the work of a block; every thread takes part. The piece stands in shared memory, where it
+// costs no registers. The body may use all other shared memory: barriers stand between pieces.
+struct WorkerState {
+  Piece piece;
+  int32_t item;
+};
+
+template <typename Body>
+__device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
+                               WorkerState& shared, Body body) {
+  const PlanHeader header = *plan.header;
+  WorkRange range = first_range(plan, header);
+  int32_t item = blockIdx.x;
+  while (item < header.num_items) {
+    for (int32_t t = range.tile; t < tiles_end(range); ++t) {
+      if (threadIdx.x == 0) shared.piece = piece_of(plan, shape, tile, range, item, t);
+      __syncthreads();
+      body(shared.piece);
+      __syncthreads();
+    }
+    if (!header.whole_tiles) break;  // a share per block
+    if (threadIdx.x == 0) shared.item = take_item(plan);
+    __syncthreads();
+    item = shared.item;
+    range = item_range(plan, item);
+  }
+}
+
+}  // namespace flux::cuda

@@ -1,0 +1,107 @@
+// The operators on CUDA. Compiled by the host compiler; nvcc never sees a torch header.
+//
+// USE_CUDA (set by CMake for this file) declares the functions that live in libtorch_cuda; the one that is used is
+// weak, so that the library also loads beside a CPU-only torch. `attend_backward` has no CUDA kernel yet: it is not
+// registered, and torch says so by name.
+#include "cuda/cuda.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "torch/convert.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace flux::torch_ops {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+cudaStream_t current_stream(const Tensor& t) {
+  FLUX_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_cuda(cudaError_t error, const char* stage) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // do not leave it to the next caller
+  if (error == cudaErrorNoKernelImageForDevice)
+    throw std::runtime_error(
+        "flux_ext was not built for this GPU: set FLUX_CUDA_ARCHS to its architecture and rebuild");
+  throw std::runtime_error(std::string("flux_ext: ") + stage + ": " + cudaGetErrorString(error));
+}
+
+// Kernels read 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied first.
+Tensor aligned(const Tensor& t) {
+  const int64_t vector = 16 / int64_t(t.element_size());
+  bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) ok &= t.size(d) <= 1 || t.stride(d) % vector == 0;
+  if (ok) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  return torch::stable::copy_(copy, t);
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, OptionalTensor route,
+                                  std::vector<int64_t> patterns, OptionalTensor full_blocks, OptionalTensor full_counts,
+                                  OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
+                                  OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
+                                  OptionalTensor kv_end, OptionalTensor page_table) {
+  const DeviceGuard guard(q_any.get_device_index());
+  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
+                        scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
+  to_attend_params(q_any, k_any, v_any, args);  // the checks come before any copy
+  FLUX_CHECK(q_any.scalar_type() != ScalarType::Float, "q must be float16 or bfloat16 on CUDA, got float32");
+  const Tensor q = aligned(q_any), k = aligned(k_any), v = aligned(v_any);
+  AttendParams p = to_attend_params(q, k, v, args);
+  if (p.page_table && p.num_pages == 0) p.shape.kv_rows.capacity = 0;
+  auto [out, lse] = make_outputs(q, q_begin || q_end);
+  set_outputs(p, out, lse);
+  if (out.numel() == 0) return {out, lse};
+
+  cuda::AttendConfig config;
+  const cuda::Status status = cuda::attend_config(p, &config);
+  if (status.error != cudaSuccess) check_cuda(status.error, status.what);
+  FLUX_CHECK(status.ok(), status.what);
+  const auto bytes = int64_t(cuda::lay_out(p.shape, config, nullptr).bytes);
+  const Tensor memory = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  const cuda::Workspace workspace = cuda::lay_out(p.shape, config, memory.mutable_data_ptr());
+  cudaStream_t stream = current_stream(q);
+  check_cuda(cuda::plan(p.shape, config, workspace.plan, stream), "plan");
+  check_cuda(cuda::attend(p, config, workspace, stream), "attend");
+  check_cuda(cuda::combine(p, config, workspace, stream), "combine");
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
+                                         OptionalTensor begin, OptionalTensor end) {
+  constexpr int32_t kMaxRouterDim = 512;
+  const DeviceGuard guard(x.get_device_index());
+  RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
+  FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ",
+             p.head_dim);
+  std::vector<int64_t> leading{p.batch};
+  if (per_head) leading.push_back(p.num_heads);
+  std::vector<int64_t> pooled_sizes = leading, logit_sizes = leading;
+  pooled_sizes.push_back(p.head_dim);
+  logit_sizes.push_back(2);
+  Tensor pooled = torch::stable::new_empty(x, pooled_sizes, ScalarType::Float);
+  Tensor logits = torch::stable::new_empty(x, logit_sizes, ScalarType::Float);
+  Tensor decision = torch::stable::new_empty(x, leading, ScalarType::Int);
+  p.pooled = pooled.mutable_data_ptr<float>();
+  p.logits = logits.mutable_data_ptr<float>();
+  p.route = decision.mutable_data_ptr<int32_t>();
+  check_cuda(cuda::route(p, current_stream(x)), "route");
+  return {pooled, logits, decision};
+}
+
+}  // namespace
+}  // namespace flux::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
+  m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
+  m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+}

@@ -1,0 +1,321 @@
+"""The CUDA operators against the reference in fp64, over layouts, patterns, shapes and dtypes."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from flux_ext import BlockSparse, Full, Streaming, Triangle, ops, reference
+from flux_ext.patterns import Pattern
+from flux_ext.router import HeadRouter, LayerRouter
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of ``ops.attend``: everything its inputs are made from."""
+
+    q_lens: tuple[int, ...] = (130, 77)
+    kv_lens: tuple[int, ...] | None = None  # None: as q_lens
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 128
+    layout: str = "batched"  # batched, left, right, packed, cache, cache_heads, paged, paged_heads
+    page_size: int = 16
+    route: str = "heads"  # none, sequence, heads
+    full: Pattern = field(default_factory=Full)
+    sparse: Pattern = field(default_factory=lambda: Streaming(16, 48))
+    dtype: torch.dtype = torch.bfloat16
+    scale: float | None = None
+    odd_strides: bool = False
+
+    def label(self) -> str:
+        q, kv = "_".join(map(str, self.q_lens)), "_".join(map(str, self.kv_lens or self.q_lens))
+        names = [f"q{q}-kv{kv}-h{self.heads}x{self.kv_heads}-d{self.dim}-{self.layout}-{self.route}"]
+        names += [type(self.full).__name__, type(self.sparse).__name__, str(self.dtype)[6:]]
+        return "-".join(names)
+
+
+def random(*shape: int, dtype: torch.dtype, odd: bool = False) -> torch.Tensor:
+    if odd:  # rows that start at no multiple of 16 bytes
+        return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE, dtype=torch.float32).to(dtype)[..., 1:-2]
+    return torch.randn(*shape, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def int32(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def make(case: Case) -> dict:
+    """Arguments of ``ops.attend``; every row of k and v that no sequence owns is NaN."""
+    torch.manual_seed(zlib.crc32(case.label().encode()))
+    batch, kv_lens = len(case.q_lens), case.kv_lens or case.q_lens
+    make_random = lambda *shape: random(*shape, dtype=case.dtype, odd=case.odd_strides)  # noqa: E731
+    bounds: dict = {}
+    longest_q, longest_kv = max(case.q_lens), max(kv_lens)
+    if case.layout == "packed":
+        gap = 3  # rows between sequences that belong to none
+        q_starts = [sum(case.q_lens[:b]) + b * gap for b in range(batch)]
+        kv_starts = [sum(kv_lens[:b]) + b * gap for b in range(batch)]
+        q = make_random(q_starts[-1] + case.q_lens[-1] + gap, case.heads, case.dim)
+        k, v = (make_random(kv_starts[-1] + kv_lens[-1] + gap, case.kv_heads, case.dim) for _ in range(2))
+        owned = torch.zeros(k.shape[0], dtype=torch.bool, device=DEVICE)
+        for start, n in zip(kv_starts, kv_lens):
+            owned[start : start + n] = True
+        k[~owned], v[~owned] = math.nan, math.nan
+        bounds = {
+            "q_begin": int32(q_starts),
+            "q_end": int32([s + n for s, n in zip(q_starts, case.q_lens)]),
+            "kv_begin": int32(kv_starts),
+            "kv_end": int32([s + n for s, n in zip(kv_starts, kv_lens)]),
+        }
+    elif case.layout in ("left", "right", "batched"):
+        q = make_random(batch, longest_q, case.heads, case.dim)
+        k, v = (make_random(batch, longest_kv, case.kv_heads, case.dim) for _ in range(2))
+        if case.layout == "batched":
+            assert len(set(case.q_lens)) == len(set(kv_lens)) == 1
+        for b, (nq, nk) in enumerate(zip(case.q_lens, kv_lens)):
+            unused = slice(0, longest_kv - nk) if case.layout == "left" else slice(nk, longest_kv)
+            k[b, unused], v[b, unused] = math.nan, math.nan
+        if case.layout == "left":
+            bounds = {
+                "q_begin": int32([longest_q - n for n in case.q_lens]),
+                "kv_begin": int32([longest_kv - n for n in kv_lens]),
+            }
+        elif case.layout == "right":
+            bounds = {"q_end": int32(case.q_lens), "kv_end": int32(kv_lens)}
+    else:
+        assert len(set(case.q_lens)) == 1
+        q = make_random(batch, longest_q, case.heads, case.dim)
+        per_head = case.layout in ("cache_heads", "paged_heads")
+        lens = torch.tensor(kv_lens)[:, None].repeat(1, case.kv_heads)
+        if per_head:  # every head its own length
+            lens = (lens - torch.arange(case.kv_heads) * 3).clamp(min=0)
+        if case.layout.startswith("cache"):
+            k, v = (make_random(batch, longest_kv + 9, case.kv_heads, case.dim) for _ in range(2))
+            for b in range(batch):
+                for h in range(case.kv_heads):
+                    k[b, lens[b, h] :, h], v[b, lens[b, h] :, h] = math.nan, math.nan
+        else:
+            pages_of = -(-longest_kv // case.page_size) + 1
+            tables = case.kv_heads if per_head else 1
+            count = batch * tables * pages_of + 2
+            shape = (count, case.page_size, 1 if per_head else case.kv_heads, case.dim)
+            k, v = make_random(*shape), make_random(*shape)
+            table = torch.randperm(count)[: batch * tables * pages_of].view(batch, tables, pages_of)
+            owned = torch.zeros(count, case.page_size, dtype=torch.bool)
+            for b in range(batch):
+                for t in range(tables):
+                    for row in range(int(lens[b, t])):
+                        owned[table[b, t, row // case.page_size], row % case.page_size] = True
+                    used = -(-int(lens[b, t]) // case.page_size)
+                    table[b, t, used:] = 2**30  # entries beyond the length are never read
+            k[~owned.to(DEVICE)], v[~owned.to(DEVICE)] = math.nan, math.nan
+            bounds["page_table"] = int32((table if per_head else table[:, 0]).tolist())
+        bounds["kv_end"] = int32((lens if per_head else lens[:, 0]).tolist())
+    route = None
+    if case.route != "none":
+        sizes = (batch,) if case.route == "sequence" else (batch, case.kv_heads)
+        route = (torch.arange(math.prod(sizes), device=DEVICE).view(sizes) % 2).to(torch.int32)
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    return {"q": q, "k": k, "v": v, "route": route, "full": case.full, "sparse": case.sparse, "scale": scale, **bounds}
+
+
+def upcast(arguments: dict, dtype: torch.dtype = torch.float64) -> dict:
+    return {**arguments, **{name: arguments[name].to(dtype) for name in "qkv"}}
+
+
+def error_of(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative Frobenius error over finite entries; infinities must stand in the same places, NaN nowhere."""
+    x = x.double()
+    assert not x.isnan().any(), f"{int(x.isnan().sum())} of {x.numel()} elements are NaN"
+    finite = exact.isfinite()
+    assert torch.equal(x.isfinite(), finite)
+    assert torch.equal(x[~finite], exact[~finite])
+    norm = exact[finite].norm()
+    return float((x[finite] - exact[finite]).norm() / norm) if norm > 0 else float(x[finite].abs().sum())
+
+
+def check(case: Case) -> None:
+    arguments = make(case)
+    out, lse = ops.attend(**arguments)
+    exact_out, exact_lse = reference.attend(**upcast(arguments))
+    plain_out, _ = reference.attend(**arguments)
+    assert error_of(out, exact_out) <= 2 * error_of(plain_out, exact_out) + 1e-4
+    assert error_of(lse, exact_lse) <= 2e-5  # fp32 throughout
+    again, lse_again = ops.attend(**arguments)
+    assert torch.equal(out, again) and torch.equal(lse, lse_again)  # the same bits
+
+
+DTYPES = (torch.bfloat16, torch.float16)
+DIMS = (8, 40, 64, 72, 96, 104, 128, 160, 256)
+GROUPS = ((4, 4), (4, 2), (8, 2), (7, 1), (8, 1), (16, 1), (14, 2), (3, 1), (32, 1))
+LAYOUTS = ("left", "right", "packed", "cache", "cache_heads", "paged", "paged_heads")
+
+
+def cases() -> list[Case]:
+    found: list[Case] = []
+    for dtype in DTYPES:
+        for dim in DIMS:
+            prefill = Case((200, 63, 129), layout="packed", dim=dim, dtype=dtype)
+            found += [prefill, replace(prefill, q_lens=(1, 1, 1), kv_lens=(200, 63, 129), layout="cache")]
+            found += [replace(prefill, q_lens=(9, 9, 9), kv_lens=(200, 63, 129), layout="paged")]
+        for heads, kv_heads in GROUPS:
+            base = Case((200, 63, 129), heads=heads, kv_heads=kv_heads, layout="packed", dtype=dtype)
+            found.append(base)
+            for q_len in (1, 2, 5, 8):
+                found.append(replace(base, q_lens=(q_len,) * 3, kv_lens=(200, 63, 129), layout="cache"))
+    for layout in LAYOUTS:
+        ragged = layout in ("left", "right", "packed")
+        for route in ("none", "sequence", "heads"):
+            if layout.endswith("heads") and route == "none":
+                continue
+            for q_len in (1, 3, 64, 130):
+                q_lens = (q_len, max(q_len - 1, 0), q_len) if ragged else (q_len,) * 3
+                found.append(Case(q_lens, (333, 64, 257), layout=layout, route=route))
+    for page_size in (1, 7, 16, 64, 100, 256):
+        found.append(Case((1, 1), (300, 517), layout="paged", page_size=page_size))
+        found.append(Case((40, 40), (300, 517), layout="paged_heads", page_size=page_size))
+    patterns = [Streaming(0, 1), Streaming(5, 17), Streaming(128, 256, align=128), Streaming(64, 64, align=64)]
+    patterns += [Triangle(16, 32, 20), Triangle(0, 128, 50, align=128), Full()]
+    for sparse in patterns:
+        found.append(Case((300, 129, 1), layout="packed", sparse=sparse, heads=8))
+        found.append(Case((50, 50), (300, 129), layout="cache", sparse=sparse))
+        found.append(Case((1, 1), (700, 129), layout="cache", sparse=sparse))
+    for n in (1, 63, 64, 65, 127, 128, 129, 191, 192, 193):  # block edges
+        found.append(Case((n,), route="none"))
+        found.append(Case((1,), (n,), layout="cache", route="none"))
+        found.append(Case((n, 2), layout="packed", route="none", heads=2, dim=64))
+    found.append(Case((0, 5, 0, 64), (0, 5, 7, 0), layout="packed"))  # empty sequences, queries without keys
+    found.append(Case((5, 5, 5), (0, 1, 3), layout="cache"))
+    found.append(Case((80, 80), (0, 33), layout="cache_heads"))
+    found.append(Case((2000, 1), layout="packed", heads=16, kv_heads=4, sparse=Streaming(128, 256)))
+    found.append(Case((1,) * 40, tuple(range(0, 4000, 100)), layout="cache", heads=8, kv_heads=2))
+    found.append(Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)))  # whole tiles, sorted rows
+    for scale in (0.0, -0.2, 1.5):
+        found.append(Case((100, 100), (130, 130), scale=scale, layout="batched"))
+        found.append(Case((1, 1), (130, 130), scale=scale, layout="batched"))
+    for layout in ("packed", "paged"):
+        found.append(Case((33, 33), (133, 95), layout=layout, odd_strides=True))
+    return found
+
+
+@pytest.mark.parametrize("case", cases(), ids=Case.label)
+def test_attend(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.parametrize("width", (64, 128))
+@pytest.mark.parametrize("kv_heads", (1, 2))
+@pytest.mark.parametrize(("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2)))
+def test_block_lists(width: int, kv_heads: int, q_len: int, kv_len: int, heads: int) -> None:
+    torch.manual_seed(q_len + width)
+    batch, q_blocks = 2, -(-q_len // 128)
+    blocks = torch.full((batch, kv_heads, q_blocks, -(-kv_len // width)), 2**30, dtype=torch.int32)
+    counts = torch.zeros(batch, kv_heads, q_blocks, dtype=torch.int32)
+    for b in range(batch):
+        for h in range(kv_heads):
+            for i in range(q_blocks):
+                last = (kv_len - q_len + min((i + 1) * 128, q_len) - 1) // width
+                chosen = [n for n in range(last + 1) if n in (0, last) or torch.rand(()) < 0.4]
+                counts[b, h, i] = len(chosen)
+                blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    pattern = BlockSparse(blocks=blocks.to(DEVICE), counts=counts.to(DEVICE), width=width)
+    case = Case((q_len,) * batch, (kv_len,) * batch, heads=heads, kv_heads=kv_heads, route="sequence")
+    check(replace(case, sparse=pattern))
+    check(replace(case, sparse=pattern, full=Streaming(16, 32), layout="cache"))
+
+
+def test_large_scores() -> None:
+    """Scores of thousands: the running maximum keeps every exponential finite."""
+    arguments = make(Case((200,), route="none", dim=64))
+    arguments["q"] = arguments["q"] * 200
+    out, lse = ops.attend(**arguments)
+    exact_out, exact_lse = reference.attend(**upcast(arguments))
+    assert error_of(out, exact_out) < 1e-2 and error_of(lse, exact_lse) < 1e-3
+
+
+def test_other_stream() -> None:
+    arguments = make(Case((1, 1), (3000, 2000), layout="cache"))
+    expected = ops.attend(**arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = ops.attend(**arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@pytest.mark.parametrize("layout", ("cache", "paged"))
+def test_graph_with_growing_lengths(layout: str) -> None:
+    """A captured decode step stays right while lengths and routes on the device change between replays."""
+    arguments = make(Case((2, 2, 2), (5000, 3000, 4000), heads=8, layout=layout, sparse=Streaming(64, 128)))
+    arguments["k"] = torch.nan_to_num(arguments["k"])
+    arguments["v"] = torch.nan_to_num(arguments["v"])
+    most = arguments["kv_end"].clone()
+    ops.attend(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.attend(**arguments)
+    for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
+        arguments["kv_end"].copy_(torch.minimum(int32(lens), most))
+        arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
+        out.fill_(math.nan)
+        graph.replay()
+        exact_out, exact_lse = reference.attend(**upcast(arguments))
+        assert error_of(out, exact_out) < 1e-2
+        assert error_of(lse, exact_lse) < 1e-4
+
+
+def test_float32_is_refused() -> None:
+    x = torch.randn(1, 8, 2, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="float16 or bfloat16 on CUDA, got float32"):
+        ops.attend(x, x, x, None, Full(), Full(), 1.0)
+
+
+# ---- routers ----
+
+
+@pytest.mark.parametrize("weights", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("router", (LayerRouter, HeadRouter))
+@pytest.mark.parametrize("layout", ("plain", "left", "right", "packed", "strided"))
+def test_route(router: type, dtype: torch.dtype, weights: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    heads, lens = 8, (500, 130, 1, 60, 0, 199)
+    for dim in (128, 64, 12):
+        module = router(dim).to(DEVICE, weights)
+        begin = end = None
+        if layout == "packed":
+            x = torch.randn(sum(lens), heads, dim, device=DEVICE).to(dtype)
+            ends = torch.tensor(lens).cumsum(0)
+            begin, end = int32((ends - torch.tensor(lens)).tolist()), int32(ends.tolist())
+        else:
+            x = torch.randn(len(lens), max(lens), heads, dim, device=DEVICE).to(dtype)
+            if layout == "left":
+                begin = int32([max(lens) - n for n in lens])
+            elif layout == "right":
+                end = int32(lens)
+            elif layout == "strided":
+                x = torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE).to(dtype)[..., 1:].transpose(1, 2)
+        logits, route = ops.route(x, module.weights(), 100, module.per_head, begin, end)
+        exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end)
+        assert error_of(logits, exact) < 1e-5, (dim, layout)
+        assert torch.equal(route, reference.decide(logits))
+        again, _ = ops.route(x, module.weights(), 100, module.per_head, begin, end)
+        assert torch.equal(logits, again)
+
+
+def test_route_many_sequences() -> None:
+    torch.manual_seed(0)
+    module = LayerRouter(128).to(DEVICE, torch.bfloat16)
+    x = torch.randn(67, 210, 4, 128, device=DEVICE, dtype=torch.bfloat16)
+    logits, _ = ops.route(x, module.weights(), 100, False)
+    exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, False)
+    assert error_of(logits, exact) < 1e-5
