@@ -98,8 +98,11 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ca
         start, end = span(mask[:, rows]) if q_len > 1 else (None, None)
         return Batch(policy, start, end, None, mask)
     cu_seqlens = None
-    if batch_size == 1 and q_len > 1 and cache is None:
-        cu_seqlens = packed_bounds(kwargs, q_len)
+    if q_len > 1 and cache is None:
+        if batch_size == 1:
+            cu_seqlens = packed_bounds(kwargs, q_len)
+        elif tokens.device.type == "cpu" and not torch.compiler.is_compiling():
+            refuse_packed_batch(kwargs)
     return Batch(policy, cu_seqlens=cu_seqlens)
 
 
@@ -115,3 +118,12 @@ def packed_bounds(kwargs: dict[str, Any], q_len: int) -> Tensor | None:
         return None
     ends = restarts.new_tensor([0, q_len])
     return torch.cat([ends[:1], restarts, ends[1:]]).to(torch.int32)
+
+
+def refuse_packed_batch(kwargs: dict[str, Any]) -> None:
+    """Several rows of packed sequences are not supported; seen on the CPU only, elsewhere it would wait."""
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
+        raise ValueError(
+            "position_ids restart in a batch of several rows: pack sequences into one row, or give an attention_mask"
+        )

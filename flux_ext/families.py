@@ -118,6 +118,18 @@ def attention_of(layer: nn.Module, index: int) -> nn.Module:
     return attention
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: of its weights, or where accelerate brings offloaded ones."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks: list[Any] = [getattr(m, "_hf_hook", None) for m in module.modules()]
+    places = [place for h in hooks if (place := getattr(h, "execution_device", None)) is not None]
+    if not places:
+        raise ValueError(f"{type(module).__name__} has no weights yet (device meta): load them before patching")
+    return torch.device(places[0])
+
+
 def probe_tokens(text_config: Any, device: torch.device) -> Tensor:
     """A few tokens ``[1, 9]`` for the forward with which ``patch`` checks itself."""
     return (torch.arange(9, device=device) * 7919 % text_config.vocab_size)[None]

@@ -169,10 +169,10 @@ class Patch:
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
         if isinstance(routers, FluxConfig):
             routers = FluxRouters(self.config)
-        routers.config = self.config
         self.routers = routers
         self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
         self._install(attentions, windows)
+        routers.config = self.config
 
     def _fill(self, config: FluxConfig) -> FluxConfig:
         """The configuration with the model's own numbers; ValueError where it is one of another model."""
@@ -222,10 +222,7 @@ class Patch:
                 if slot is not None:
                     layer.tap = taps[i]
                     layer.attach_tap()
-                    weight = next(attention.parameters())
-                    if weight.device.type != "meta":
-                        self.routers.layers[slot].to(weight.device)
-                    attention.flux_router = self.routers.layers[slot]
+                    attention.flux_router = self.routers.layers[slot].to(families.device_of(attention))
             own = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".flux_router." in n]
             model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
             self._shadow("_prepare_cache_for_generation", self.prepare_cache)
@@ -265,16 +262,12 @@ class Patch:
     @torch.no_grad()
     def _probe(self) -> None:
         """One tiny forward: every tap fires and sees what the attention gets, up to the rotary embedding."""
-        weight = next(self.decoder.parameters())
-        if weight.device.type == "meta":
-            return
+        tokens = families.probe_tokens(self.text_config, families.device_of(self.decoder))
         training = [m for m in self.decoder.modules() if m.training]
         self.decoder.eval()
         batch = Batch(probe={})
         try:
-            self.decoder(
-                input_ids=families.probe_tokens(self.text_config, weight.device), use_cache=False, **{BATCH: batch}
-            )
+            self.decoder(input_ids=tokens, use_cache=False, **{BATCH: batch})
         finally:
             for module in training:
                 module.training = True

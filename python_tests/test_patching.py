@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_packed_rows_have_no_cache() -> None:
     assert model(ids, position_ids=position).past_key_values is None
     with pytest.raises(ValueError, match="use_cache=False"):
         model(ids, position_ids=position, use_cache=True)
+
+
+def test_packed_sequences_in_several_rows_are_refused() -> None:
+    model, position = patched_model(), torch.cat([torch.arange(18), torch.arange(12)]).expand(2, -1)
+    with pytest.raises(ValueError, match="position_ids restart"):
+        model(torch.randint(2, 128, (2, 30)), position_ids=position)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +422,23 @@ def test_torch_compile_with_a_cache() -> None:
             out = compiled(ids[:, t : t + 1], past_key_values=out.past_key_values)
             torch.testing.assert_close(out.logits[:, 0], want[:, t], rtol=1e-4, atol=2e-4)
         torch.compiler.set_stance("default")
+
+
+def test_offloaded_weights() -> None:
+    """accelerate brings each module's weights when it runs, and moves its inputs, the batch among them."""
+    ids, mask = ragged()
+    model = patched_model("qwen3")
+    want = routes_and_logits(model, ids, attention_mask=mask)
+    routers = get_routers(model)
+    offloaded = accelerate.cpu_offload(tiny("qwen3"), torch.device("cpu"))
+    flux_ext.patch(offloaded, routers=routers)
+    for a, b in zip(routes_and_logits(offloaded, ids, attention_mask=mask), want, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(tiny().config)
+    with pytest.raises(ValueError, match="device meta"):
+        flux_ext.patch(empty)
+    assert not flux_ext.is_patched(empty)
 
 
 def test_bfloat16() -> None:
