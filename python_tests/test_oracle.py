@@ -1,4 +1,4 @@
-"""Trained routers against the oracle: the best of all routings with as much full attention, found by trying them all."""
+"""Trained routers against the oracle: the best of all routings with as much full attention, all of them tried."""
 
 import itertools
 import math

@@ -89,7 +89,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
     """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else None
     layers = getattr(decoder, "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else None
 
