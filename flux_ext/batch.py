@@ -27,7 +27,7 @@ class Batch:
     ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
     (None: all); ``cu_seqlens``, int32 ``[n + 1]``, bounds sequences packed into one row; ``mask`` is the padding
     mask ``[B, tokens seen and new]`` for layers whose cache keeps padding; of a first forward that has more than
-    the prompt, only the first ``prompt_len`` tokens decide.
+    the prompt, only the first ``prompt_len`` tokens decide, or of each sequence the first ``prompt_lengths`` [B].
     """
 
     policy: Policy | None = None
@@ -36,13 +36,14 @@ class Batch:
     cu_seqlens: Tensor | None = None
     mask: Tensor | None = None
     prompt_len: int | None = None
+    prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
     probe: dict[int, dict[str, Any]] | None = None
     _host: tuple[np.ndarray, np.ndarray] | None = None
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> Batch:
         """The same on another device; accelerate calls this where a model is spread over several."""
-        names = ("seq_start", "seq_end", "cu_seqlens", "mask")
+        names = ("seq_start", "seq_end", "cu_seqlens", "mask", "prompt_lengths")
         return replace(self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None})
 
     def host_bounds(self, batch_size: int, q_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -377,10 +378,10 @@ def _bench(args: argparse.Namespace) -> None:
         q, k, v = draw(args.heads), draw(args.kv_heads), draw(args.kv_heads)
         route = torch.zeros(batch, dtype=torch.int32, device=args.device)
         mixed = torch.arange(batch, device=args.device).remainder(2).to(torch.int32)
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         works: list[Callable[[], Any]] = [
-            lambda h=heads_first: F.scaled_dot_product_attention(*h, is_causal=True, enable_gqa=True),
-            *(lambda q=q, k=k, v=v, r=r: attention(q, k, v, r, sparse=sparse) for r in (route, route + 1, mixed)),
+            partial(F.scaled_dot_product_attention, qt, kt, vt, is_causal=True, enable_gqa=True),
+            *(partial(attention, q, k, v, r, sparse=sparse) for r in (route, route + 1, mixed)),
         ]
         with torch.inference_mode():
             a, b, c, d = (least_ms(work) for work in works)

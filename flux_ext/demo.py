@@ -31,24 +31,26 @@ class Settings:
     """Sizes of the demonstration, in bytes (a byte is a token) and examples."""
 
     sink: int = 16
-    window: int = 128
+    window: int = 192
     pool_size: int = 64
-    train_length: int = 512
+    train_length: int = 576
     """Prompts that the routers learn from."""
     length: int = 1024
     """Prompts that are scored."""
-    distance: int = 256
+    distance: int = 384
     """Between a hidden fact and its question, at least; more than the window."""
     train_facts: int = 2
-    train_distance: int = 160
+    train_distance: int = 208
     train_answer: int = 32
     answer: int = 128
     """Code to be continued."""
-    steps: int = 60
+    steps: int = 80
     batch_size: int = 8
     flips: int = 2
     learning_rate: float = 4e-3
     multiplier_lr: float = 0.5
+    delta_clip: float = 1.0
+    """A wrong answer costs many nats; more than one would drown the price of the other task."""
     examples: int = 48
     retrieval_target: float = 0.75
     continuation_target: float = 1.0
@@ -71,6 +73,7 @@ def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, outpu
         targets={tasks.RETRIEVAL: s.retrieval_target, tasks.CONTINUATION: s.continuation_target},
         multiplier_lr=s.multiplier_lr,
         flips=s.flips,
+        delta_clip=s.delta_clip,
     )
     torch.manual_seed(seed)
     patch(model, FluxConfig(sink=s.sink, window=s.window, pool_size=s.pool_size))

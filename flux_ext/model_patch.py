@@ -30,6 +30,7 @@ class _Local(threading.local):
     batch: Any = None  # Batch
     cache: FluxLayer | None = None
     policy: Policy | None = None
+    prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] | None = None
 
     def __deepcopy__(self, memo: Any) -> _Local:
@@ -122,15 +123,18 @@ class PatchedLayer:
             batch.decisions[self.slot] = Decision(None, cache.route)
             return
         x = self.tap.states(output, self.patch.head_dim)
-        seq_end = batch.seq_end
+        seq_start, seq_end = batch.seq_start, batch.seq_end
+        if batch.cu_seqlens is not None:
+            x, seq_start, seq_end = x[0], batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+        if batch.prompt_lengths is not None:  # answers follow the prompts
+            lengths = batch.prompt_lengths.to(x.device, torch.int32)
+            seq_start = torch.zeros_like(lengths) if seq_start is None else seq_start
+            seq_end = seq_start + lengths
         if batch.prompt_len is not None and batch.prompt_len < x.shape[1]:  # candidates follow the prompt
             x = x[:, : batch.prompt_len]
             seq_end = None if seq_end is None else seq_end.clamp(max=batch.prompt_len)
         router: Any = self.attention.flux_router
-        if batch.cu_seqlens is not None:
-            logits = router(x[0], batch.cu_seqlens[:-1], batch.cu_seqlens[1:])
-        else:
-            logits = router(x, batch.seq_start, seq_end)
+        logits = router(x, seq_start, seq_end)
         route = decide(logits) if batch.policy is None else batch.policy(self.slot, logits)
         route = self.patch.check_route(route, logits)
         if cache is not None:
@@ -300,6 +304,7 @@ class Patch:
         self.check_cache(cache)
         self.check_checkpointing()
         batch = make_batch(self.local.policy, kwargs, tokens, cache)
+        batch.prompt_lengths = self.local.prompt_lengths
         if cache is not None:
             batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:

@@ -167,6 +167,22 @@ def policy(model: Any, fn: Policy) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def prompt_lengths(model: Any, lengths: Tensor | None) -> Iterator[None]:
+    """Lets the routers see only the beginning of each sequence, in this thread: training feeds prompt and answer
+    together, and must decide from what there is when an answer is generated.
+
+    Args:
+        lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
+    """
+    local = _patch_of(model).local
+    before, local.prompt_lengths = local.prompt_lengths, lengths
+    try:
+        yield
+    finally:
+        local.prompt_lengths = before
+
+
+@contextlib.contextmanager
 def routes(model: Any, route: str | Tensor) -> Iterator[None]:
     """Forces routes within a ``with`` block.
 

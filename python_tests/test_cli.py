@@ -58,7 +58,8 @@ def routers(folder):
     out = folder / "routers"
     assert run(
         "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", out,
-        "--device", "cpu", "--steps", 4, "--batch-size", 2, "--accumulate", 2, "--save-steps", 2, "--target", "x=0.25", *PATTERN,
+        "--device", "cpu", "--steps", 4, "--batch-size", 2, "--accumulate", 2, "--save-steps", 2,
+        "--target", "x=0.25", *PATTERN,
     ) == 0  # fmt: skip
     return out
 
@@ -75,7 +76,8 @@ def test_train_resumes_packed_with_another_routers_start(folder, routers, capsys
     out = folder / "again"
     common = (
         "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", out,
-        "--device", "cpu", "--batch-size", 2, "--packed", "--routers", routers, "--save-steps", 1, "--objective", "soft",
+        "--device", "cpu", "--batch-size", 2, "--packed", "--routers", routers, "--save-steps", 1,
+        "--objective", "soft",
     )  # fmt: skip
     assert run(*common, "--steps", 1) == 0
     assert run(*common, "--steps", 2, "--resume", "--eval-data", folder / "data.jsonl") == 0

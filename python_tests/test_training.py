@@ -139,6 +139,24 @@ def test_losses_are_the_same_alone_padded_and_packed(family):
         assert torch.allclose(value, slow, atol=1e-4)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_routers_see_the_prompts_alone(granularity):
+    """Whatever the answer: the logits are those of the prompt by itself."""
+    m, rows = model(granularity), batch_rows(dataset(5))
+    with torch.no_grad():
+        m(torch.tensor([rows[0]["prompt"]]), use_cache=False)
+        alone = []
+        for row in rows:
+            m(torch.tensor([row["prompt"]]), use_cache=False)
+            alone.append(patching.last_routing(m).logits)
+        for collator in (PaddedCollator(0), PackedCollator()):
+            # All layers alike, so that nothing but the routers' own input can differ.
+            with patching.routes(m, "full"):
+                losses(m, collator(rows))
+            first = patching.last_routing(m).logits[:, 0]
+            assert torch.allclose(first, torch.cat(alone)[:, 0], atol=1e-5)
+
+
 @pytest.mark.parametrize("collator", [PaddedCollator(0), PackedCollator()], ids=["padded", "packed"])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_second_run_from_a_layer_equals_the_whole_run(collator, family):

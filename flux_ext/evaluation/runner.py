@@ -85,11 +85,13 @@ def evaluate(
         for mode in modes:
             for task in tasks:
                 bar.set_description(f"evaluating {mode} on {task}")
-                wanted = [x.get(task, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)]
-                if not any(wanted):
+                generates, measures = (
+                    x.get(task, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)
+                )
+                if not generates and not measures:
                     raise ValueError(f"generate or likelihood must be True for the task {task!r}")
                 chosen = [e for e in examples if e.task == task]
-                scores.append(_score(model, tokenizer, chosen, mode, *wanted, batch_size, bar))
+                scores.append(_score(model, tokenizer, chosen, mode, generates, measures, batch_size, bar))
     model.train(training)
     return scores
 

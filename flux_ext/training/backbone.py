@@ -89,18 +89,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
     """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else None
     layers = getattr(decoder, "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else None
 
 
 def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The mean cross-entropy of each sequence's answer, ``[B]``, fp32. Logits are made for answers only."""
+    """The mean cross-entropy of each sequence's answer, ``[B]``, fp32; the routers decide from its prompt.
+
+    Logits are made for answers only.
+    """
     labels = inputs["labels"]
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
     arguments = {k: v for k, v in inputs.items() if k not in _OURS}
-    logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
+    with patching.prompt_lengths(unwrap(model), inputs["prompt_lengths"]):
+        logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     counted = (targets != IGNORED).float()

@@ -18,7 +18,7 @@ from ..router import FULL_BIAS
 from .backbone import PatchedModel, losses
 from .config import Recipe, training_arguments
 from .data import PackedCollator, PaddedCollator
-from .objective import make_objective
+from .objective import Objective, make_objective
 
 RECIPE_FILE = "recipe.json"
 OBJECTIVE_FILE = "objective.safetensors"
@@ -64,7 +64,8 @@ class FluxTrainer(Trainer):
             raise ValueError(f"targets names tasks that the data lack: {', '.join(unknown)}; they have {self.tasks}")
         self.routers = patching.get_routers(model)
         args = args or training_arguments("flux_routers")
-        if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+        if checkpointing.get("use_reentrant"):
             raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
         model.requires_grad_(False)
         self.routers.requires_grad_(True)
@@ -76,12 +77,12 @@ class FluxTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         config = self.routers.config
-        self.objective = make_objective(
+        self.objective: Objective = make_objective(
             self.recipe,
             self.tasks,
             len(self.routers.layers),
-            config.num_kv_heads if config.granularity == "head" else 1,
-            seed=args.seed + 1000 * args.process_index,
+            (config.num_kv_heads or 1) if config.granularity == "head" else 1,
+            seed=int(args.seed or 0) + 1000 * int(args.process_index or 0),
         ).to(args.device)
         self._layer_index = config.routed_layers()
         self._step_sums = torch.zeros(3, len(self.tasks), dtype=torch.float64)
@@ -119,7 +120,7 @@ class FluxTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that the arguments name, over the routers' parameters."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             group = {"params": list(self.routers.parameters()), "weight_decay": self.args.weight_decay}
             self.optimizer = kind([group], **options)
         return self.optimizer
@@ -153,7 +154,7 @@ class FluxTrainer(Trainer):
         self._log_sums += sums.cpu()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in self.objective.state_dict().items()}, folder / OBJECTIVE_FILE)
