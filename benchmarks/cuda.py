@@ -1,7 +1,8 @@
 """Times of the CUDA operators beside their peers and the machine's ceilings, all measured in one run.
 
-``python -m benchmarks cuda --out results`` prints a table and writes ``cuda.csv``. Work counts visible pairs only:
-``4 * D`` FLOPs per visible (query head, query, key), and for decode the bytes of the visible keys and values.
+``python -m benchmarks cuda --out results`` prints a table and writes ``cuda.csv``. Work counts visible pairs
+only: ``4 * D`` FLOPs per visible (query head, query, key), and for decode the bytes of the visible keys
+and values.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from flux_ext import Full, Streaming, ops
 from flux_ext.patterns import Pattern
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext.router import HeadRouter, LayerRouter, Router
 
 HEADS, KV_HEADS = 32, 8
 CACHE_BYTES = 160 << 20  # inputs are rotated through more than the L2 holds
@@ -83,7 +85,6 @@ class Bench:
         us = median_us(lambda: a @ b)
         self.matrix_rate = 2 * 8192**3 / us / 1e6
         self.add("ceiling", "8192^3 bf16 matrix product", us, self.matrix_rate, 1.0)
-        del a, b
         x = torch.empty(4 << 30, device="cuda", dtype=torch.uint8).random_()
         y = torch.empty_like(x)
         us = median_us(lambda: y.copy_(x))
@@ -104,12 +105,16 @@ class Bench:
         self.add(case, what, us, rate, rate / self.copy_rate)
 
 
-def states(batch: int, q_len: int, kv_len: int, dim: int, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+def states(
+    batch: int, q_len: int, kv_len: int, dim: int, heads: int = HEADS
+) -> tuple[Tensor, Tensor, Tensor]:
     make = lambda n, h: torch.randn(batch, n, h, dim, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     return make(q_len, heads), make(kv_len, KV_HEADS), make(kv_len, KV_HEADS)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, sparse: Pattern, kv_end: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, sparse: Pattern, kv_end: Tensor | None = None
+) -> Tensor:
     return ops.attend(q, k, v, route, Full(), sparse, q.shape[-1] ** -0.5, None, None, None, kv_end)[0]
 
 
@@ -120,8 +125,13 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> 
         )
 
 
-def peers(bench: Bench, case: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, flops: float, num_bytes: float) -> None:
-    for name, backend in (("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION), ("SDPA flash", SDPBackend.FLASH_ATTENTION)):
+def peers(
+    bench: Bench, case: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, flops: float, num_bytes: float
+) -> None:
+    for name, backend in (
+        ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("SDPA flash", SDPBackend.FLASH_ATTENTION),
+    ):
         try:
             if causal:
                 bench.compute(case, name, median_us(lambda b=backend: sdpa(b, q, k, v, True)), flops)
@@ -129,6 +139,25 @@ def peers(bench: Bench, case: str, q: Tensor, k: Tensor, v: Tensor, causal: bool
                 bench.memory(case, name, graph_us([lambda b=backend: sdpa(b, q, k, v, False)]), num_bytes)
         except RuntimeError as error:
             print(f"{case:44} {name:28} not available: {str(error).splitlines()[0][:60]}")
+
+
+def flex(bench: Bench, case: str, q: Tensor, k: Tensor, v: Tensor, route: Tensor, flops: float) -> None:
+    """FlexAttention with the same routes, its block mask built outside the timing and once inside."""
+    n, group = q.shape[1], q.shape[2] // k.shape[2]
+
+    def mask(b, h, i, j):
+        near = (j < 128) | (j > i - 2048)
+        return (i >= j) & (near | (route[b, h // group] == 0))
+
+    def build():
+        return create_block_mask(mask, 1, q.shape[2], n, n, device="cuda", _compile=True)
+
+    block_mask = build()
+    run = torch.compile(flex_attention)
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    us = median_us(lambda: run(*heads_first, block_mask=block_mask, enable_gqa=True))
+    bench.compute(case, "FlexAttention", us, flops)
+    bench.compute(case, "FlexAttention + block mask", us + median_us(build), flops)
 
 
 def prefill(bench: Bench, lengths: Iterable[int]) -> None:
@@ -139,14 +168,23 @@ def prefill(bench: Bench, lengths: Iterable[int]) -> None:
             if dim == 64 and n > 32768:
                 continue
             q, k, v = states(1, n, n, dim)
-            per_head = {0: 4.0 * dim * visible_pairs(Full(), n, n), 1: 4.0 * dim * visible_pairs(sparse, n, n)}
+            per_head = {
+                0: 4.0 * dim * visible_pairs(Full(), n, n),
+                1: 4.0 * dim * visible_pairs(sparse, n, n),
+            }
             for name, share in (("dense", 0), ("half the heads streaming", 4), ("streaming", 8)):
-                route = torch.tensor([[1] * share + [0] * (KV_HEADS - share)], dtype=torch.int32, device="cuda")
+                route = torch.tensor(
+                    [[1] * share + [0] * (KV_HEADS - share)], dtype=torch.int32, device="cuda"
+                )
                 flops = HEADS / KV_HEADS * sum(per_head[int(r)] for r in route[0])
                 case = f"prefill {n} d{dim} {name}"
-                bench.compute(case, "flux_ext", median_us(lambda r=route: attend(q, k, v, r, sparse)), flops)
+                bench.compute(
+                    case, "flux_ext", median_us(lambda s=(q, k, v), r=route: attend(*s, r, sparse)), flops
+                )
                 if name == "dense":
                     peers(bench, case, q, k, v, True, flops, 0)
+                elif share == 4 and n == 32768:
+                    flex(bench, case, q, k, v, route, flops)
 
 
 def decode(bench: Bench, sizes: Iterable[tuple[int, int]]) -> None:
@@ -156,13 +194,22 @@ def decode(bench: Bench, sizes: Iterable[tuple[int, int]]) -> None:
         num_bytes = batch * KV_HEADS * n * dim * 4
         sets = [states(batch, 1, n, dim) for _ in range(max(1, min(8, CACHE_BYTES // num_bytes)))]
         for name, share in (("full", 0), ("half the heads streaming", 4), ("streaming", 8)):
-            route = torch.tensor([[1] * share + [0] * (KV_HEADS - share)] * batch, dtype=torch.int32, device="cuda")
+            route = torch.tensor(
+                [[1] * share + [0] * (KV_HEADS - share)] * batch, dtype=torch.int32, device="cuda"
+            )
             seen = num_bytes * (KV_HEADS - share + share * min(1.0, 2176 / n)) / KV_HEADS
             case = f"decode {batch} x {n} {name}"
             us = graph_us([lambda s=s, r=route: attend(*s, r, sparse) for s in sets])
             bench.memory(case, "flux_ext", us, seen)
             if name == "full":
                 peers(bench, case, *sets[0], False, 0, num_bytes)
+
+
+def eager_route(module: Router, x: Tensor) -> Tensor:
+    """Pool, MLPs and decision by PyTorch, one sequence length for all."""
+    rows = torch.cat([x[:, :100], x[:, -100:]], 1).float().mean(1)
+    pooled = (rows if module.per_head else rows.mean(1)).to(torch.bfloat16)
+    return module.classifier(module.encoder(pooled)).argmax(-1)
 
 
 def route(bench: Bench) -> None:
@@ -173,14 +220,10 @@ def route(bench: Bench) -> None:
             x = torch.randn(batch, n, heads, 128, device="cuda", dtype=torch.bfloat16)
             weights = [w.detach() for w in module.weights()]
             case = f"{router.__name__} {batch} x {n}"
-            bench.add(case, "flux_ext", graph_us([lambda: ops.route(x, weights, 100, module.per_head)], 20))
-
-            def eager() -> Tensor:
-                rows = torch.cat([x[:, :100], x[:, -100:]], 1).float().mean(1)
-                pooled = (rows if module.per_head else rows.mean(1)).to(torch.bfloat16)
-                return module.classifier(module.encoder(pooled)).argmax(-1)
-
-            bench.add(case, "eager PyTorch, in a graph", graph_us([eager], 20))
+            us = graph_us([lambda x=x, w=weights, m=module: ops.route(x, w, 100, m.per_head)], 20)
+            bench.add(case, "flux_ext", us)
+            us = graph_us([lambda x=x, m=module: eager_route(m, x)], 20)
+            bench.add(case, "PyTorch, in a graph", us)
 
 
 @torch.inference_mode()
@@ -195,7 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     bench = Bench()
     route(bench)
-    decode(bench, [(1, 8192), (1, 131072), (8, 32768)] + ([] if args.quick else [(1, 32768), (64, 8192), (1, 1 << 20)]))
+    decode(
+        bench,
+        [(1, 8192), (1, 131072), (8, 32768)] + ([] if args.quick else [(1, 32768), (64, 8192), (1, 1 << 20)]),
+    )
     prefill(bench, [8192, 32768] if args.quick else [4096, 8192, 32768, 131072])
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

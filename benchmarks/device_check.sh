@@ -26,7 +26,7 @@ step pytest python3 -m pytest -q --tb=short -p no:cacheprovider python_tests/tes
 sample='test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)'
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    step $tool compute-sanitizer --tool $tool --error-exitcode 1 python3 -m pytest -q -x -p no:cacheprovider \
+    step $tool compute-sanitizer --tool $tool --kernel-name kernel_substring=flux --error-exitcode 1 python3 -m pytest -q -x -p no:cacheprovider \
       python_tests/test_cuda.py -k "$sample"
   done
 else

@@ -44,7 +44,9 @@ class Case:
 
 def random(*shape: int, dtype: torch.dtype, odd: bool = False) -> torch.Tensor:
     if odd:  # rows that start at no multiple of 16 bytes
-        return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE, dtype=torch.float32).to(dtype)[..., 1:-2]
+        return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE, dtype=torch.float32).to(dtype)[
+            ..., 1:-2
+        ]
     return torch.randn(*shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
 
@@ -66,21 +68,21 @@ def make(case: Case) -> dict:
         q = make_random(q_starts[-1] + case.q_lens[-1] + gap, case.heads, case.dim)
         k, v = (make_random(kv_starts[-1] + kv_lens[-1] + gap, case.kv_heads, case.dim) for _ in range(2))
         owned = torch.zeros(k.shape[0], dtype=torch.bool, device=DEVICE)
-        for start, n in zip(kv_starts, kv_lens):
+        for start, n in zip(kv_starts, kv_lens, strict=True):
             owned[start : start + n] = True
         k[~owned], v[~owned] = math.nan, math.nan
         bounds = {
             "q_begin": int32(q_starts),
-            "q_end": int32([s + n for s, n in zip(q_starts, case.q_lens)]),
+            "q_end": int32([s + n for s, n in zip(q_starts, case.q_lens, strict=True)]),
             "kv_begin": int32(kv_starts),
-            "kv_end": int32([s + n for s, n in zip(kv_starts, kv_lens)]),
+            "kv_end": int32([s + n for s, n in zip(kv_starts, kv_lens, strict=True)]),
         }
     elif case.layout in ("left", "right", "batched"):
         q = make_random(batch, longest_q, case.heads, case.dim)
         k, v = (make_random(batch, longest_kv, case.kv_heads, case.dim) for _ in range(2))
         if case.layout == "batched":
             assert len(set(case.q_lens)) == len(set(kv_lens)) == 1
-        for b, (nq, nk) in enumerate(zip(case.q_lens, kv_lens)):
+        for b, nk in enumerate(kv_lens):
             unused = slice(0, longest_kv - nk) if case.layout == "left" else slice(nk, longest_kv)
             k[b, unused], v[b, unused] = math.nan, math.nan
         if case.layout == "left":
@@ -124,7 +126,16 @@ def make(case: Case) -> dict:
         sizes = (batch,) if case.route == "sequence" else (batch, case.kv_heads)
         route = (torch.arange(math.prod(sizes), device=DEVICE).view(sizes) % 2).to(torch.int32)
     scale = case.dim**-0.5 if case.scale is None else case.scale
-    return {"q": q, "k": k, "v": v, "route": route, "full": case.full, "sparse": case.sparse, "scale": scale, **bounds}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "route": route,
+        "full": case.full,
+        "sparse": case.sparse,
+        "scale": scale,
+        **bounds,
+    }
 
 
 def upcast(arguments: dict, dtype: torch.dtype = torch.float64) -> dict:
@@ -182,7 +193,12 @@ def cases() -> list[Case]:
     for page_size in (1, 7, 16, 64, 100, 256):
         found.append(Case((1, 1), (300, 517), layout="paged", page_size=page_size))
         found.append(Case((40, 40), (300, 517), layout="paged_heads", page_size=page_size))
-    patterns = [Streaming(0, 1), Streaming(5, 17), Streaming(128, 256, align=128), Streaming(64, 64, align=64)]
+    patterns = [
+        Streaming(0, 1),
+        Streaming(5, 17),
+        Streaming(128, 256, align=128),
+        Streaming(64, 64, align=64),
+    ]
     patterns += [Triangle(16, 32, 20), Triangle(0, 128, 50, align=128), Full()]
     for sparse in patterns:
         found.append(Case((300, 129, 1), layout="packed", sparse=sparse, heads=8))
@@ -197,7 +213,9 @@ def cases() -> list[Case]:
     found.append(Case((80, 80), (0, 33), layout="cache_heads"))
     found.append(Case((2000, 1), layout="packed", heads=16, kv_heads=4, sparse=Streaming(128, 256)))
     found.append(Case((1,) * 40, tuple(range(0, 4000, 100)), layout="cache", heads=8, kv_heads=2))
-    found.append(Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)))  # whole tiles, sorted rows
+    found.append(
+        Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512))
+    )  # whole tiles, sorted rows
     for scale in (0.0, -0.2, 1.5):
         found.append(Case((100, 100), (130, 130), scale=scale, layout="batched"))
         found.append(Case((1, 1), (130, 130), scale=scale, layout="batched"))
@@ -213,7 +231,9 @@ def test_attend(case: Case) -> None:
 
 @pytest.mark.parametrize("width", (64, 128))
 @pytest.mark.parametrize("kv_heads", (1, 2))
-@pytest.mark.parametrize(("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2)))
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2))
+)
 def test_block_lists(width: int, kv_heads: int, q_len: int, kv_len: int, heads: int) -> None:
     torch.manual_seed(q_len + width)
     batch, q_blocks = 2, -(-q_len // 128)
@@ -249,7 +269,7 @@ def test_other_stream() -> None:
     with torch.cuda.stream(stream):
         got = ops.attend(**arguments)
     torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 @pytest.mark.parametrize("layout", ("cache", "paged"))
@@ -265,7 +285,9 @@ def test_graph_with_growing_lengths(layout: str) -> None:
         out, lse = ops.attend(**arguments)
     for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
         arguments["kv_end"].copy_(torch.minimum(int32(lens), most))
-        arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
+        arguments["route"].copy_(
+            torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step))
+        )
         out.fill_(math.nan)
         graph.replay()
         exact_out, exact_lse = reference.attend(**upcast(arguments))
@@ -303,9 +325,15 @@ def test_route(router: type, dtype: torch.dtype, weights: torch.dtype, layout: s
             elif layout == "right":
                 end = int32(lens)
             elif layout == "strided":
-                x = torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE).to(dtype)[..., 1:].transpose(1, 2)
+                x = (
+                    torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE)
+                    .to(dtype)[..., 1:]
+                    .transpose(1, 2)
+                )
         logits, route = ops.route(x, module.weights(), 100, module.per_head, begin, end)
-        exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end)
+        exact, _ = reference.route(
+            x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end
+        )
         assert error_of(logits, exact) < 1e-5, (dim, layout)
         assert torch.equal(route, reference.decide(logits))
         again, _ = ops.route(x, module.weights(), 100, module.per_head, begin, end)

@@ -2,9 +2,9 @@
 
     python tools/check_sass.py flux_ext/libflux_ext_cuda.so [--all]
 
-For every kernel: the instructions that must and must not appear, a register ceiling, no stack. Prints a table of
-faults and a summary (``--all``: of every kernel), and fails if anything is wrong. cuobjdump and nvdisasm come from a CUDA toolkit, or
-from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (extra ``dev``).
+For every kernel: the instructions that must and must not appear, a register ceiling, no stack. Prints the
+faults (``--all``: every kernel) and a summary, and fails if anything is wrong. cuobjdump and nvdisasm come
+from a CUDA toolkit, or from PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (extra ``dev``).
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def main(library: str, everything: bool) -> int:
     if megabytes > MOST_MEGABYTES:
         bad += 1
         print(f"the library has {megabytes:.1f} MB, more than {MOST_MEGABYTES}")
-    archs = Counter(k.arch for k in kernels)
-    print(f"{len(kernels)} kernels ({', '.join(f'{n} {a}' for a, n in archs.items())}), {megabytes:.1f} MB, {bad} faults")
+    archs = ", ".join(f"{n} {arch}" for arch, n in Counter(k.arch for k in kernels).items())
+    print(f"{len(kernels)} kernels ({archs}), {megabytes:.1f} MB, {bad} faults")
     return 1 if bad or not kernels else 0
 
 

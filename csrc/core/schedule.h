@@ -102,11 +102,15 @@ FLUX_HD Position locate(const int64_t* cost, int32_t num_tiles, int64_t unit) {
   return {lo, block > 0 ? int32_t(block) : 0};
 }
 
+// Where a worker's even share begins, which is where that of the worker before it ends.
+FLUX_HD Position share_begin(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
+  // The product would overflow only beyond 2^63 / 2^20 units.
+  return locate(cost, num_tiles, cost[num_tiles] * worker / num_workers);
+}
+
 FLUX_HD WorkRange work_range(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
-  const int64_t total = cost[num_tiles];
-  // total * worker would overflow only beyond 2^63 / 2^20 units.
-  const Position begin = locate(cost, num_tiles, total * worker / num_workers);
-  const Position end = locate(cost, num_tiles, total * (worker + 1) / num_workers);
+  const Position begin = share_begin(cost, num_tiles, worker, num_workers);
+  const Position end = share_begin(cost, num_tiles, worker + 1, num_workers);
   return {begin.tile, begin.block, end.tile, end.block};
 }
 

@@ -52,11 +52,19 @@ enum class Arch : int32_t { kSm80, kSm90 };  // family of kernels, not of device
 // One launch configuration, chosen on the host from shapes alone (never from values on the device).
 struct AttendConfig {
   Arch arch = Arch::kSm80;
-  TileShape tile;           // q_tokens = tile_rows / group
-  int32_t tile_rows = 0;    // chooses the kernel within its family
-  int32_t num_workers = 0;  // blocks of the attend kernel: all that fit on the device at once
-  bool overlap = false;     // kernels may be launched as launch.h describes
+  TileShape tile;            // q_tokens = tile_rows / group
+  int32_t tile_rows = 0;     // chooses the kernel within its family
+  int32_t num_workers = 0;   // blocks of the attend kernel: all that fit on the device at once
+  bool inline_plan = false;  // the attend kernel plans for itself; see plans_inline
+  bool overlap = false;      // kernels may be launched as launch.h describes
 };
+
+// A problem so small that every block may plan it for itself, and certain to be split evenly.
+constexpr int32_t kInlineTiles = 256;
+inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
+  return max_tiles(s, c.tile) <= min_of(kInlineTiles, kWholeTileWaves * c.num_workers - 1) &&
+         s.batch * s.num_kv_heads <= kInlineTiles;
+}
 
 struct Device {
   int32_t index;

@@ -21,8 +21,10 @@ constexpr int kClusterBytes = 220 * 1024, kLoneBytes = 96 * 1024;  // shared mem
 struct RouteLayout {
   int32_t batch;        // decisions per cluster
   int32_t width;        // widest layer
+  int32_t share;        // most outputs a block computes of one layer, or D
   int32_t pooled;       // float [cluster, batch, D]: everyone's share of the sums
   int32_t activations;  // float [2, batch, width]
+  int32_t outputs;      // float [batch, share]: the block's own, before they are sent
   int32_t sums;         // float [kThreads * 8]: the block's sums before they are added up
   int32_t bias[kRouterLayers];
   int32_t weight[kRouterLayers];   // the block's rows
@@ -114,13 +116,17 @@ __device__ void pool_share(const RouteParams& p, const RouteLayout& at, unsigned
 #pragma unroll
   for (int e = 0; e < 8; ++e) sums[threadIdx.x * 8 + e] = sum[e];
   __syncthreads();
-  auto* pooled = reinterpret_cast<float*>(memory + at.pooled) + (rank * at.batch + j) * p.head_dim;
+  auto* own = reinterpret_cast<float*>(memory + at.outputs);
   for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
     float total = 0.f;
 #pragma unroll 8
     for (int i = 0; i < lanes; ++i) total += sums[i * chunks * 8 + d];
-    for (int to = 0; to < blocks; ++to) store_to(pooled + d, to, total);
+    own[d] = total;
   }
+  if (j == 0) cluster_wait();  // every block of the cluster has started: its memory may be written to
+  __syncthreads();
+  send_to_all(own, reinterpret_cast<float*>(memory + at.pooled) + (rank * at.batch + j) * p.head_dim, p.head_dim,
+              blocks);
   __syncthreads();
 }
 
@@ -151,13 +157,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rank = cluster_rank(), blocks = cluster_size(), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t decisions = p.batch * (p.per_head ? p.num_heads : 1);
   const int32_t first = blockIdx.x / blocks * at.batch, batch = min_of(at.batch, decisions - first);
-  cluster_barrier();  // every block of the cluster runs before any writes to another's memory
+  cluster_arrive();  // pool_share waits
   stage_weights<W>(p, at, memory, rank, blocks);
   for (int j = 0; j < batch; ++j) pool_share<X>(p, at, memory, first + j, j, rank, blocks);
   sm80::cp_async_wait<0>();
   cluster_barrier();
 
   auto* activations = reinterpret_cast<float*>(memory + at.activations);
+  auto* own = reinterpret_cast<float*>(memory + at.outputs);
   const auto* shares = reinterpret_cast<const float*>(memory + at.pooled);
   for (int i = threadIdx.x; i < batch * p.head_dim; i += kThreads) {
     const int j = i / p.head_dim, d = i % p.head_dim;
@@ -187,13 +194,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int o = i % outputs, j = i / outputs;
       float y = dot(weight + o * layer.in, in + j * at.width, layer.in, at.weight_vectors) + bias[o];
       if (l != kEncoderLayers - 1 && !last) y /= 1.f + __expf(-y);
-      if (last) {
-        if (lane == 0) next[j * at.width + o] = y;
-      } else if (lane < blocks) {
-        store_to(next + j * at.width + begin + o, lane, y);
-      }
+      if (lane == 0) (last ? next + j * at.width : own + j * at.share)[o] = y;
     }
-    if (!last) cluster_barrier();
+    if (last) break;
+    __syncthreads();
+    for (int j = 0; j < batch; ++j) send_to_all(own + j * at.share, next + j * at.width + begin, outputs, blocks);
+    cluster_barrier();
   }
   if (rank > 0) return;
   __syncthreads();
@@ -214,10 +220,11 @@ RouteLayout lay_out(const RouteParams& p, int blocks, int batch, int most_bytes)
   at.batch = batch;
   at.x_vectors = aligned16(p.x) && p.head_dim % 8 == 0;
   for (int64_t stride : {p.x_stride.b, p.x_stride.s, p.x_stride.h}) at.x_vectors &= stride * x_size % 16 == 0;
-  at.width = p.head_dim;
+  at.width = at.share = p.head_dim;
   at.weight_vectors = true;
   for (const Linear& layer : p.layers) {
     at.width = std::max(at.width, layer.out);
+    at.share = std::max(at.share, ceil_div(layer.out, blocks));
     at.weight_vectors &= layer.in % 8 == 0 && aligned16(layer.weight);
   }
   const auto take = [&](int32_t& offset, int64_t bytes) {
@@ -226,6 +233,7 @@ RouteLayout lay_out(const RouteParams& p, int blocks, int batch, int most_bytes)
   };
   take(at.pooled, int64_t(4) * blocks * batch * p.head_dim);
   take(at.activations, int64_t(4) * 2 * batch * at.width);
+  take(at.outputs, int64_t(4) * batch * at.share);
   take(at.sums, 4 * 8 * kThreads);
   for (int l = 0; l < kRouterLayers; ++l) take(at.bias[l], 4 * share_of(p.layers[l], l == kRouterLayers - 1, blocks));
   int64_t weights = 0;
@@ -248,7 +256,7 @@ cudaError_t launch(const RouteParams& p, cudaStream_t stream) {
   for (int blocks : {16, 8, 1}) {
     if (blocks > 1 && !clusters) continue;
     // As many clusters as a Hopper has room for, then several decisions each.
-    int32_t batch = std::clamp(ceil_div(decisions, 128 / blocks), 1, kMaxBatch);
+    int32_t batch = blocks > 8 ? 1 : std::clamp(ceil_div(decisions, 128 / blocks), 1, kMaxBatch);
     const int most_bytes = blocks > 1 ? kClusterBytes : kLoneBytes;
     RouteLayout at = lay_out(p, blocks, batch, most_bytes);
     while (batch > 1 && at.bytes > most_bytes) at = lay_out(p, blocks, batch /= 2, most_bytes);
@@ -263,10 +271,10 @@ cudaError_t launch(const RouteParams& p, cudaStream_t stream) {
     config.attrs = &attribute;
     config.numAttrs = blocks > 1 ? 1 : 0;
     if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes)) return e;
-    if (blocks > 8) {  // not every device has room for so large a cluster
+    if (blocks > 8) {  // few such clusters have room at a time
       int fit = 0;
       if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess ||
-          cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess || fit < 1) {
+          cudaOccupancyMaxActiveClusters(&fit, kernel, &config) != cudaSuccess || fit < decisions) {
         cudaGetLastError();
         continue;
       }

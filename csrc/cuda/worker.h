@@ -42,9 +42,15 @@ __device__ inline Piece piece_of(const PlanView& plan, const ProblemShape& shape
   return p;
 }
 
-// Calls body(piece) for all the work of a block; every thread takes part. The piece stands in shared memory, where it
-// costs no registers. The body may use all other shared memory: barriers stand between pieces.
+// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. The piece
+// stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
+// between pieces.
+struct BlockPlan {
+  PlanHeader header;
+  WorkRange range;  // of the item at hand
+};
 struct WorkerState {
+  BlockPlan plan;
   Piece piece;
   int32_t item;
 };
@@ -52,21 +58,22 @@ struct WorkerState {
 template <typename Body>
 __device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
                                WorkerState& shared, Body body) {
-  const PlanHeader header = *plan.header;
-  WorkRange range = first_range(plan, header);
+  const WorkRange& range = shared.plan.range;
   int32_t item = blockIdx.x;
-  while (item < header.num_items) {
-    for (int32_t t = range.tile; t < tiles_end(range); ++t) {
+  while (item < shared.plan.header.num_items) {
+    for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
       if (threadIdx.x == 0) shared.piece = piece_of(plan, shape, tile, range, item, t);
       __syncthreads();
       body(shared.piece);
       __syncthreads();
     }
-    if (!header.whole_tiles) break;  // a share per block
-    if (threadIdx.x == 0) shared.item = take_item(plan);
+    if (!shared.plan.header.whole_tiles) break;  // a share per block
+    if (threadIdx.x == 0) {
+      shared.item = take_item(plan);
+      shared.plan.range = WorkRange{shared.item, 0, shared.item + 1, 0};
+    }
     __syncthreads();
     item = shared.item;
-    range = item_range(plan, item);
   }
 }
 

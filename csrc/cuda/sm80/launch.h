@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "cuda/launch.h"
+#include "cuda/plan.h"
 #include "cuda/sm80/decode.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/prefill.h"
@@ -13,12 +14,25 @@ namespace flux::cuda::sm80 {
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     attend_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const PlanView plan,
-                  const Partials partials) {
+                  const Partials partials, const bool inline_plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
-  wait_for_previous();
+  auto& state = *reinterpret_cast<WorkerState*>(worker);
   let_next_start();
-  for_each_piece(plan, p.shape, tile, *reinterpret_cast<WorkerState*>(worker),
+  if (Body::kRows == kDecodeRows && inline_plan) {
+    static_assert(sizeof(InlinePlan) <= Body::kSmemBytes, "the plan is made where the keys go later");
+    const BlockPlan own =
+        plan_inline<Body::kThreads>(p.shape, tile, gridDim.x, plan, *reinterpret_cast<InlinePlan*>(memory));
+    if (threadIdx.x == 0) state.plan = own;
+  } else {
+    wait_for_previous();
+    if (threadIdx.x == 0) {
+      const PlanHeader header = *plan.header;
+      state.plan = {header, first_range(plan, header)};
+    }
+  }
+  __syncthreads();
+  for_each_piece(plan, p.shape, tile, state,
                  [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(memory)); });
 }
 
@@ -59,6 +73,7 @@ bool Kernels<kDim>::configure(const AttendParams& p, const Device& device, Atten
       return false;
     cached = blocks;
     c->num_workers = blocks * device.num_sms;
+    c->inline_plan = c->tile_rows == kDecodeRows && plans_inline(p.shape, *c);
     return blocks > 0;
   });
 }
@@ -68,8 +83,8 @@ cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, 
                                   cudaStream_t stream) {
   return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
     using Body = decltype(body);
-    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
-                  c.tile, w.plan, w.partials);
+    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream,
+                  c.overlap && !c.inline_plan, p, c.tile, w.plan, w.partials, c.inline_plan);
   });
 }
 

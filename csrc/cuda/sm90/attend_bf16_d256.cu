@@ -2,7 +2,6 @@
 
 namespace flux::cuda::sm90 {
 
-template cudaError_t launch<DType::kBFloat16, 256, 1, 64>(const KernelParams&, int32_t, cudaStream_t);
-template cudaError_t launch<DType::kBFloat16, 256, 2, 64>(const KernelParams&, int32_t, cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 256, 64>(const KernelParams&, const AttendConfig&, cudaStream_t);
 
 }  // namespace flux::cuda::sm90

@@ -6,7 +6,6 @@
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/rows.h"
 #include "cuda/sm90/traits.h"
-#include "cuda/rows.h"
 
 namespace flux::cuda::sm90 {
 
@@ -33,27 +32,28 @@ CUTLASS_DEVICE uint32_t pack(float a, float b) {
 }
 
 template <class T, class Output>
-CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& work, const int32_t (&rows)[2],
-                               const TileRow (&where)[2], const SoftmaxState (&state)[2], const Output& o) {
+CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int warpgroup, const ThreadSoftmax& softmax,
+                               float scale_log2, const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
-  const TileView& view = work.view;
   const int32_t dim = a.shape.head_dim, lane = int32_t(threadIdx.x % 4);
   CUTE_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    const bool valid = rows[r] < valid_rows(a, view);
-    if (work.span.split) {
-      if (valid && lane == 0) p.partials.state_of(work.slot, rows[r]) = state[r];
-      float* out = p.partials.out_row(work.slot, rows[r]) + 2 * lane;
+  for (int r = 0; r < kThreadRows; ++r) {
+    const SoftmaxState state = softmax.state(r, scale_log2);
+    const int32_t row = thread_row(warpgroup, r);
+    const bool valid = row < valid_rows(a, piece.view);
+    if (piece.span.split) {
+      if (valid && lane == 0) p.partials.state_of(piece.slot, row) = state;
+      float* out = p.partials.out_row(piece.slot, row) + 2 * lane;
       CUTE_UNROLL
       for (int j = 0; j < T::kHeadDim / 8; ++j)
-        if (valid && 8 * j < dim)
-          *reinterpret_cast<float2*>(out + 8 * j) = {o(4 * j + 2 * r), o(4 * j + 2 * r + 1)};
+        if (valid && 8 * j < dim) *reinterpret_cast<float2*>(out + 8 * j) = {o(4 * j + 2 * r), o(4 * j + 2 * r + 1)};
       continue;
     }
-    if (valid && lane == 0) lse_at(a, view, where[r]) = state[r].lse();
-    Element* out = out_row<Element>(a, view, where[r]) + 8 * lane;
-    const float norm = state[r].normalizer();
+    const TileRow where = tile_row(a, piece.view, row);
+    if (valid && lane == 0) lse_at(a, piece.view, where) = state.lse();
+    Element* out = out_row<Element>(a, piece.view, where) + 8 * lane;
+    const float norm = state.normalizer();
     CUTE_UNROLL
     for (int j = 0; j < T::kHeadDim / 8; j += 4) {
       uint32_t word[4];
@@ -65,6 +65,18 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& work, const i
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       if (valid && 8 * (j + lane) < dim) *reinterpret_cast<uint4*>(out + 8 * j) = chunk;
     }
+  }
+}
+
+// Rows of a tile that sees no key. Called by a whole warp.
+template <class T>
+CUTLASS_DEVICE void store_empty(const AttendParams& a, const TileView& view) {
+  const int32_t lane = int32_t(threadIdx.x % 32);
+  for (int32_t r = 0; r < valid_rows(a, view); ++r) {
+    const TileRow where = tile_row(a, view, r);
+    if (8 * lane < a.shape.head_dim)
+      *reinterpret_cast<uint4*>(out_row<typename T::Element>(a, view, where) + 8 * lane) = uint4{0, 0, 0, 0};
+    if (lane == 0) lse_at(a, view, where) = -INFINITY;
   }
 }
 

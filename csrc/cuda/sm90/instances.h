@@ -5,19 +5,20 @@
 
 namespace flux::cuda::sm90 {
 
-// Tiles of 64 * warpgroups rows against kv_block keys. Defined in launch.h, instantiated in attend_*.cu.
-template <DType kDType, int kHeadDim, int kWarpgroups, int kKvBlock>
-cudaError_t launch(const KernelParams& p, int32_t num_blocks, cudaStream_t stream);
+// Defined in launch.h, instantiated in attend_*.cu.
+template <DType kDType, int kHeadDim, int kKvBlock>
+cudaError_t launch_instance(const KernelParams& p, const AttendConfig& c, cudaStream_t stream);
 
-using Launch = cudaError_t (*)(const KernelParams&, int32_t, cudaStream_t);
+// Three consumer warpgroups where their registers suffice: 192 rows, else 128.
+constexpr int32_t warpgroups(int32_t head_dim) { return head_dim <= 64 ? 3 : 2; }
 
 struct Instance {
   DType dtype;
   int32_t head_dim;  // and every smaller one
-  int32_t tile_rows, kv_block;
-  Launch launch;
-};
+  int32_t kv_block;
+  cudaError_t (*launch)(const KernelParams&, const AttendConfig&, cudaStream_t);
 
-constexpr int32_t kDecodeRows = 64, kPrefillRows = 128;
+  constexpr int32_t tile_rows() const { return 64 * warpgroups(head_dim); }
+};
 
 }  // namespace flux::cuda::sm90

@@ -1,6 +1,7 @@
 // The persistent kernel: a producer warpgroup (scheduler warp, TMA warp) and the consumer warpgroups.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cuda/sm90/load.h"
@@ -11,18 +12,15 @@ namespace flux::cuda::sm90 {
 template <class T>
 CUTLASS_DEVICE void init_barriers(typename T::Shared& shared) {
   constexpr int kWarps = T::kMathThreads / 32;
-  shared.q_full.init(1);
-  shared.q_empty.init(kWarps);
-  for (int i = 0; i < T::kStages; ++i) {
-    shared.k_full[i].init(1);
-    shared.v_full[i].init(1);
-    shared.k_empty[i].init(kWarps);
-    shared.v_empty[i].init(kWarps);
-  }
-  for (int i = 0; i < T::kWorkSlots; ++i) {
-    shared.work_full[i].init(1);
-    shared.work_empty[i].init(kWarps + 1);  // and the TMA thread
-  }
+  const auto init = [](auto& full, auto& empty, int n, int consumers) {
+    for (int i = 0; i < n; ++i) {
+      full[i].init(1);
+      empty[i].init(consumers);
+    }
+  };
+  init(shared.q_full, shared.q_empty, T::kQStages, kWarps);
+  init(shared.kv_full, shared.kv_empty, T::kBuffers, kWarps);
+  init(shared.work_full, shared.work_empty, T::kWorkSlots, kWarps + 1);  // and the TMA thread
   cutlass::arch::fence_barrier_init();
 }
 
@@ -35,8 +33,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) attend_kernel(const __grid_con
   __syncthreads();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
-    if (warp == 0 && cute::elect_one_sync()) Loader<T>(p, shared).run();
-    if (warp == 1 && cute::elect_one_sync()) schedule<T>(p, shared);
+    if (warp == 0) schedule<T>(p, shared);
+    if (warp == 1 && cute::elect_one_sync()) Loader<T>(p, shared).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kMathRegs>();
     Consumer<T>(p, shared, warpgroup - 1).run();

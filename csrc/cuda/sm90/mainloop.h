@@ -1,6 +1,7 @@
-// A consumer warpgroup: 64 rows of a tile against its key blocks.
+// A consumer warpgroup: 64 rows of every tile against its key blocks.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_conversion.h>
 
 #include "cuda/sm90/epilogue.h"
@@ -36,13 +37,13 @@ CUTLASS_DEVICE void finish(C& acc) {
 template <class T>
 struct Turns {
   int warpgroup;
-  CUTLASS_DEVICE static void pass_to(int warpgroup) {
-    if constexpr (T::kWarpgroups > 1) cutlass::arch::NamedBarrier::arrive(256, kFirst + warpgroup);
-  }
   CUTLASS_DEVICE void begin() const {
     if constexpr (T::kWarpgroups > 1) cutlass::arch::NamedBarrier::sync(256, kFirst + warpgroup);
   }
-  CUTLASS_DEVICE void end() const { pass_to(warpgroup + 1 == T::kWarpgroups ? 0 : warpgroup + 1); }
+  CUTLASS_DEVICE void end() const {
+    const int next = warpgroup + 1 == T::kWarpgroups ? 0 : warpgroup + 1;
+    if constexpr (T::kWarpgroups > 1) cutlass::arch::NamedBarrier::arrive(256, kFirst + next);
+  }
   static constexpr int kFirst = 0;                 // named barriers: one per warpgroup,
   static constexpr int kPrivate = T::kWarpgroups;  // and one more each for itself
 };
@@ -51,36 +52,20 @@ template <class T>
 class Consumer {
  public:
   CUTLASS_DEVICE Consumer(const KernelParams& p, typename T::Shared& shared, int warpgroup)
-      : p_(p), shared_(shared), turns_{warpgroup}, scale_log2_(p.attend.scale * kLog2e) {}
+      : p_(p), shared_(shared), warpgroup_(warpgroup), turns_{warpgroup}, scale_log2_(p.attend.scale * kLog2e) {}
 
+  // The first product of a block, S = Q K^T, is started before the second of the block before it, O += P V, and the
+  // softmax of the one runs beside the other. So it goes on from tile to tile: a tile begins while the last one ends.
   CUTLASS_DEVICE void run() {
-    if (turns_.warpgroup == T::kWarpgroups - 1) turns_.end();  // the first turn
-    for (Ring<T::kWorkSlots> ring;; ring.advance()) {
-      shared_.work_full[ring.index].wait(ring.phase);
-      const Piece work = shared_.work[ring.index];
-      release(shared_.work_empty[ring.index]);
-      if (work.view.tile.seq < 0) return;
-      run_tile(work);
-    }
-  }
-
- private:
-  // Every warp says for itself that it is done with a buffer.
-  CUTLASS_DEVICE static void release(const typename T::Barrier& empty) {
-    __syncwarp();
-    if (cutlass::canonical_lane_idx() == 0) empty.arrive();
-  }
-
-  CUTLASS_DEVICE void run_tile(const Piece& work) {
     using namespace cute;
     using Element = typename T::Element;
     typename T::MmaQK mma_qk;
     typename T::MmaPV mma_pv;
-    const auto slice_qk = mma_qk.get_slice(turns_.warpgroup * 128);
-    const auto slice_pv = mma_pv.get_slice(turns_.warpgroup * 128);
+    const auto slice_qk = mma_qk.get_slice(warpgroup_ * 128);
+    const auto slice_pv = mma_pv.get_slice(warpgroup_ * 128);
     const Tensor q = slice_qk.partition_fragment_A(make_tensor(make_smem_ptr(shared_.q), typename T::LayoutQ{}));
-    const Tensor k = slice_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared_.k), typename T::LayoutK{}));
-    const Tensor v = slice_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared_.v), typename T::LayoutVt{}));
+    const Tensor k = slice_qk.partition_fragment_B(make_tensor(make_smem_ptr(shared_.kv), typename T::LayoutK{}));
+    const Tensor v = slice_pv.partition_fragment_B(make_tensor(make_smem_ptr(shared_.kv), typename T::LayoutVt{}));
     Tensor s = partition_fragment_C(mma_qk, Shape<Int<T::kRows>, Int<T::kKvBlock>>{});
     Tensor o = partition_fragment_C(mma_pv, Shape<Int<T::kRows>, Int<T::kHeadDim>>{});
     Tensor probs = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<T::kKvBlock / 16>>>{});
@@ -91,91 +76,142 @@ class Consumer {
       *reinterpret_cast<Out*>(probs.data()) = Convert{}(*reinterpret_cast<const In*>(s.data()));
     };
 
-    const TileView& view = work.view;
-    const int32_t first_row = turns_.warpgroup * 64 + int32_t(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4);
-    const int32_t rows[2] = {first_row, first_row + 8};
-    const TileRow where[2] = {tile_row(p_.attend, view, rows[0]), tile_row(p_.attend, view, rows[1])};
-    const RowMask mask[2] = {row_mask(view, where[0].token), row_mask(view, where[1].token)};
-    RowSoftmax softmax;
-    clear(o);
+    const auto start_scores = [&](int q_stage, int k_buffer) {
+      issue(mma_qk, q(_, _, _, q_stage), k(_, _, _, k_buffer), s, GMMA::ScaleOut::Zero);
+    };
+    const auto start_output = [&](int v_buffer) { issue(mma_pv, probs, v(_, _, _, v_buffer), o, GMMA::ScaleOut::One); };
+    ThreadSoftmax softmax;
+    // Scores to probabilities, relative to the running maximum.
+    const auto absorb_scores = [&](ThreadSoftmax& into, int k_buffer) {
+      const typename T::BlockInfo info = shared_.info[k_buffer];
+      release(shared_.kv_empty[k_buffer]);
+      if (info.masked) mask_.apply(s, info.kv_begin);
+      into.update(s, scale_log2_);
+    };
 
-    const int32_t count = work.span.end - work.span.begin;
-    if (count > 0) {
-      shared_.q_full.wait(q_phase_);
-      q_phase_ ^= 1;
-      wait_k();
-      typename T::BlockInfo info = shared_.info[k_ring_.index];
-      issue(mma_qk, q, k(_, _, _, k_ring_.index), s, GMMA::ScaleOut::Zero);
-      finish<0>(s);
-      release_k();
-      if (info.masked) apply_mask(s, mask, info.kv_begin);
-      softmax.update(s, scale_log2_);
+    Ring<T::kWorkSlots> work;
+    Ring<T::kQStages> q_ring;
+    const Piece* piece = await_piece(work);
+    if (!piece) return;
+    if (warpgroup_ == T::kWarpgroups - 1) turns_.end();  // the first turn
+    shared_.q_full[q_ring.index].wait(q_ring.phase);
+    int k_buffer = await_next(), v_buffer;
+    start_scores(q_ring.index, k_buffer);
+    begin_tile(*piece, k_buffer);
+    finish<0>(s);
+    absorb_scores(softmax, k_buffer);
+    int32_t count = piece->span.end - piece->span.begin;
+    if (count > 1) k_buffer = await_next();
+
+    for (;;) {
       convert_probs();
-      // Only the last key block, which comes first, can reach past the sequence.
-      if (info.kv_begin + T::kKvBlock > view.kv_rows.size()) clear_v(view.kv_rows.size() - info.kv_begin);
-
-      if (count > 1) wait_k();
+      clear(o);
+      if (count > 1) clear_past(0);
       for (int32_t i = 1; i < count; ++i) {
-        info = shared_.info[k_ring_.index];
         turns_.begin();
-        issue(mma_qk, q, k(_, _, _, k_ring_.index), s, GMMA::ScaleOut::Zero);
-        wait_v();
-        issue(mma_pv, probs, v(_, _, _, v_ring_.index), o, GMMA::ScaleOut::One);
+        start_scores(q_ring.index, k_buffer);
+        v_buffer = await_next();
+        start_output(v_buffer);
         turns_.end();
         finish<1>(s);
-        release_k();
-        if (info.masked) apply_mask(s, mask, info.kv_begin);
-        softmax.update(s, scale_log2_);
+        absorb_scores(softmax, k_buffer);
         // Waiting for the next keys here, not where they are used, also keeps the compiler from moving the wait for the
         // second product up before the softmax that is to run beside it.
-        if (i + 1 < count) wait_k();
+        if (i + 1 < count) k_buffer = await_next();
         finish<0>(o);
-        release_v();
+        release(shared_.kv_empty[v_buffer]);
         convert_probs();
         softmax.rescale(o);
       }
+      release(shared_.q_empty[q_ring.index]);
+      q_ring.advance();
 
-      release(shared_.q_empty);
-      wait_v();
-      issue(mma_pv, probs, v(_, _, _, v_ring_.index), o, GMMA::ScaleOut::One);
+      const int slot = work.index;
+      work.advance();
+      const Piece* next = await_piece(work);
+      if (!next) break;
+      clear_past(1);
+      shared_.q_full[q_ring.index].wait(q_ring.phase);
+      k_buffer = await_next();
+      turns_.begin();
+      start_scores(q_ring.index, k_buffer);
+      v_buffer = await_next();
+      start_output(v_buffer);
+      turns_.end();
+      begin_tile(*next, k_buffer);
+      finish<1>(s);
+      ThreadSoftmax next_softmax;
+      absorb_scores(next_softmax, k_buffer);
+      count = next->span.end - next->span.begin;
+      if (count > 1) k_buffer = await_next();
       finish<0>(o);
-      release_v();
+      release(shared_.kv_empty[v_buffer]);
+      store_rows<T>(p_, *piece, warpgroup_, softmax, scale_log2_, o);
+      release(shared_.work_empty[slot]);
+      piece = next;
+      softmax = next_softmax;
     }
-    const SoftmaxState state[2] = {softmax.finish(0, scale_log2_), softmax.finish(1, scale_log2_)};
-    store_rows<T>(p_, work, rows, where, state, o);
+    clear_past(0);
+    v_buffer = await_next();
+    start_output(v_buffer);
+    finish<0>(o);
+    store_rows<T>(p_, *piece, warpgroup_, softmax, scale_log2_, o);
   }
 
-  CUTLASS_DEVICE void wait_k() { shared_.k_full[k_ring_.index].wait(k_ring_.phase); }
-  CUTLASS_DEVICE void wait_v() { shared_.v_full[v_ring_.index].wait(v_ring_.phase); }
-  CUTLASS_DEVICE void release_k() {
-    release(shared_.k_empty[k_ring_.index]);
-    k_ring_.advance();
-  }
-  CUTLASS_DEVICE void release_v() {
-    release(shared_.v_empty[v_ring_.index]);
-    v_ring_.advance();
+ private:
+  // The piece in the slot; null: no more.
+  CUTLASS_DEVICE const Piece* await_piece(const Ring<T::kWorkSlots>& work) {
+    shared_.work_full[work.index].wait(work.phase);
+    const Piece& piece = shared_.work[work.index];
+    return piece.view.tile.seq < 0 ? nullptr : &piece;
   }
 
-  // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Every warpgroup clears
-  // them all for itself: no need to wait for another.
-  CUTLASS_DEVICE void clear_v(int32_t first_row) {
-    wait_v();
-    typename T::Element* stage = shared_.v + v_ring_.index * T::kStageElements;
+  CUTLASS_DEVICE void begin_tile(const Piece& piece, int k_buffer) {
+    mask_ = ThreadMask(p_.attend, piece.view, warpgroup_);
+    past_ = shared_.info[k_buffer].kv_begin + T::kKvBlock - piece.view.kv_rows.size();
+  }
+
+  // The next buffer in the order of the loader, full.
+  CUTLASS_DEVICE int await_next() {
+    const int i = ring_.index;
+    shared_.kv_full[i].wait(ring_.phase);
+    ring_.advance();
+    return i;
+  }
+
+  // Every warp says for itself that it is done with a buffer.
+  CUTLASS_DEVICE static void release(Barrier& empty) {
+    __syncwarp();
+    if (cutlass::canonical_lane_idx() == 0) empty.arrive();
+  }
+
+  // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Only the last key block,
+  // which comes first, has such rows; its V is `ahead` buffers ahead. Every warpgroup clears them all for itself: no
+  // need to wait for another.
+  CUTLASS_DEVICE void clear_past(int ahead) {
+    if (past_ <= 0) return;
+    Ring<T::kBuffers> at = ring_;
+    if (ahead) at.advance();
+    shared_.kv_full[at.index].wait(at.phase);
     constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
-    for (int32_t i = first_row * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
+    typename T::Element* block = shared_.kv + at.index * T::kBufferElements;
+    for (int32_t i = (T::kKvBlock - past_) * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
       CUTE_UNROLL
-      for (int s = 0; s < T::kSlabs; ++s)
-        reinterpret_cast<uint4*>(stage + s * T::kKvBlock * T::kSlab)[i] = uint4{0, 0, 0, 0};
+    for (int s = 0; s < T::kSlabs; ++s)
+      reinterpret_cast<uint4*>(block + s * T::kKvBlock * T::kSlab)[i] = uint4{0, 0, 0, 0};
     cutlass::arch::fence_view_async_shared();
-    cutlass::arch::NamedBarrier::sync(128, Turns<T>::kPrivate + turns_.warpgroup);
+    cutlass::arch::NamedBarrier::sync(128, Turns<T>::kPrivate + warpgroup_);
+    past_ = 0;
   }
 
   const KernelParams& p_;
   typename T::Shared& shared_;
+  const int warpgroup_;
   const Turns<T> turns_;
   const float scale_log2_;
-  Ring<T::kStages> k_ring_, v_ring_;
-  uint32_t q_phase_ = 0;
+  Ring<T::kBuffers> ring_;
+  ThreadMask mask_;   // of the tile whose scores are being computed
+  int32_t past_ = 0;  // keys of its first block that lie past the sequence, until they are cleared
 };
 
 }  // namespace flux::cuda::sm90

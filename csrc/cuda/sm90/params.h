@@ -8,7 +8,8 @@
 namespace flux::cuda::sm90 {
 
 struct KernelParams {
-  // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab, kv_rows}.
+  // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,
+  // kv_rows}.
   CUtensorMap q_map, k_map, v_map;
   AttendParams attend;
   TileShape tile;

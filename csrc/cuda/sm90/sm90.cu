@@ -1,6 +1,4 @@
 // Chooses the instance for a problem, and describes its tensors to TMA.
-#include "cuda/sm90/sm90.h"
-
 #include <initializer_list>
 
 #include "cuda/sm90/instances.h"
@@ -8,39 +6,39 @@
 namespace flux::cuda::sm90 {
 namespace {
 
-// Per type and head dimension: decode, prefill, and prefill with block lists 64 wide (D 256 takes 64 keys at a time anyway).
-#define FLUX_INSTANCES(dtype, dim)                                            \
-  {dtype, dim, kDecodeRows, 128, launch<dtype, dim, 1, 128>},                 \
-      {dtype, dim, kPrefillRows, 128, launch<dtype, dim, 2, 128>},            \
-      {dtype, dim, kPrefillRows, 64, launch<dtype, dim, 2, 64>}
-#define FLUX_INSTANCES_256(dtype) \
-  {dtype, 256, kDecodeRows, 64, launch<dtype, 256, 1, 64>}, {dtype, 256, kPrefillRows, 64, launch<dtype, 256, 2, 64>}
+// With no more rows than this, a step is bound by memory and left to the sm80 decode kernels, which take smaller tiles.
+constexpr int64_t kDecodeRows = 16;
 
+template <DType kDType, int kHeadDim, int kKvBlock>
+constexpr Instance instance() {
+  return {kDType, kHeadDim, kKvBlock, launch_instance<kDType, kHeadDim, kKvBlock>};
+}
+
+// By type and head dimension. 64 keys at a time: for block lists as narrow, and where registers do not hold 128.
 constexpr Instance kInstances[] = {
-    FLUX_INSTANCES(DType::kBFloat16, 64),  FLUX_INSTANCES(DType::kBFloat16, 96), FLUX_INSTANCES(DType::kBFloat16, 128),
-    FLUX_INSTANCES_256(DType::kBFloat16),  FLUX_INSTANCES(DType::kFloat16, 64),  FLUX_INSTANCES(DType::kFloat16, 96),
-    FLUX_INSTANCES(DType::kFloat16, 128), FLUX_INSTANCES_256(DType::kFloat16),
+    instance<DType::kBFloat16, 64, 128>(),  instance<DType::kBFloat16, 96, 128>(),
+    instance<DType::kBFloat16, 128, 128>(), instance<DType::kBFloat16, 64, 64>(),
+    instance<DType::kBFloat16, 96, 64>(),   instance<DType::kBFloat16, 128, 64>(),
+    instance<DType::kBFloat16, 256, 64>(),  instance<DType::kFloat16, 64, 128>(),
+    instance<DType::kFloat16, 96, 128>(),   instance<DType::kFloat16, 128, 128>(),
+    instance<DType::kFloat16, 64, 64>(),    instance<DType::kFloat16, 96, 64>(),
+    instance<DType::kFloat16, 128, 64>(),   instance<DType::kFloat16, 256, 64>(),
 };
 
 int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
 
-// The smallest head dimension that holds the problem's, of those with this tile.
-const Instance* find_instance(const AttendParams& p, int32_t tile_rows, int32_t kv_block) {
+// The smallest head dimension that holds the problem's, of those with this key block.
+const Instance* find_instance(const AttendParams& p, int32_t kv_block) {
   for (const Instance& i : kInstances)
-    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.tile_rows == tile_rows && i.kv_block == kv_block)
-      return &i;
+    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.kv_block == kv_block) return &i;
   return nullptr;
 }
 
 const Instance* choose_instance(const AttendParams& p) {
-  const ProblemShape& s = p.shape;
   bool narrow_lists = false;
-  for (const BlockTable& t : s.blocks) narrow_lists |= t.blocks && t.kv_width < 128;
-  const int64_t rows = int64_t(s.max_q_len) * s.group();
-  if (!narrow_lists)
-    if (const Instance* i = find_instance(p, rows <= kDecodeRows ? kDecodeRows : kPrefillRows, 128)) return i;
-  if (s.head_dim > 128 && rows <= kDecodeRows) return find_instance(p, kDecodeRows, 64);
-  return find_instance(p, kPrefillRows, 64);
+  for (const BlockTable& t : p.shape.blocks) narrow_lists |= t.blocks && t.kv_width < 128;
+  const Instance* wide = narrow_lists ? nullptr : find_instance(p, 128);
+  return wide ? wide : find_instance(p, 64);
 }
 
 // ---- tensor maps ----
@@ -100,11 +98,11 @@ cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int3
     if (i > 0) stride[i - 1] = t.size[i] == 1 ? 16 : cuuint64_t(t.stride[i] * kElementBytes);
   }
   const bool wide = boxes[0] * kElementBytes == 128;
-  const CUresult r = encode_tiled(
-      map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
-      const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult r =
+      encode_tiled(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                   kRank, const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -121,34 +119,36 @@ bool writable(const void* out, const Strides& s) {
 
 }  // namespace
 
-bool configure(const AttendParams& p, AttendConfig& c) {
+bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
+  const ProblemShape& s = p.shape;
   const Instance* i = choose_instance(p);
-  if (!i || p.shape.group() > i->tile_rows || !(p.scale > 0.f)) return false;
+  if (!i || s.group() > i->tile_rows() || int64_t(s.max_q_len) * s.group() <= kDecodeRows) return false;
+  // The running maximum is taken before scaling.
+  if (!(p.scale > 0.f)) return false;
   if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
       !kv_shape(p, p.v, p.v_stride).describable() || !pages_fit(p, i->kv_block) || !writable(p.out, p.out_stride))
     return false;
-  c.tile_rows = i->tile_rows;
-  c.tile = {i->tile_rows / p.shape.group(), i->kv_block};
-  for (const BlockTable& t : p.shape.blocks)  // a tile has one block list
-    while (t.blocks && t.q_width % c.tile.q_tokens != 0) --c.tile.q_tokens;
+  c->arch = Arch::kSm90;
+  c->tile_rows = i->tile_rows();
+  c->tile = {q_tokens_of(s, c->tile_rows), i->kv_block};
+  c->num_workers = device.num_sms;
   return true;
 }
 
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, const PlanView& plan, const Partials& partials,
-                   cudaStream_t stream) {
-  const Instance* i = find_instance(p, c.tile_rows, c.tile.kv_block);
+cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+  const Instance* i = find_instance(p, c.tile.kv_block);
   if (!i) return cudaErrorInvalidConfiguration;
   KernelParams k;
   k.attend = p;
   k.tile = c.tile;
-  k.plan = plan;
-  k.partials = partials;
+  k.plan = w.plan;
+  k.partials = w.partials;
   k.kv_box_rows = p.page_table ? min_of(p.page_size, i->kv_block) : i->kv_block;
   const int32_t slab = slab_columns(*i);
   cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.shape.group(), c.tile.q_tokens}, &k.q_map);
   if (e == cudaSuccess) e = encode(kv_shape(p, p.k, p.k_stride), p.dtype, {slab, k.kv_box_rows}, &k.k_map);
   if (e == cudaSuccess) e = encode(kv_shape(p, p.v, p.v_stride), p.dtype, {slab, k.kv_box_rows}, &k.v_map);
-  return e == cudaSuccess ? i->launch(k, c.num_workers, stream) : e;
+  return e == cudaSuccess ? i->launch(k, c, stream) : e;
 }
 
 }  // namespace flux::cuda::sm90

@@ -1,11 +1,11 @@
 // Compile-time description of one instance: types, layouts in shared memory, matrix instructions, thread roles.
 #pragma once
 
-#include <cute/tensor.hpp>
-
-#include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_types.h>
 
+#include <cute/tensor.hpp>
+
+#include "cuda/sm90/barrier.h"
 #include "cuda/worker.h"
 
 namespace flux::cuda::sm90 {
@@ -13,19 +13,15 @@ namespace flux::cuda::sm90 {
 using cute::_1;
 using cute::_2;
 using cute::_3;
-using cute::GMMA::Major;
 using cute::Int;
 using cute::Layout;
 using cute::Shape;
 using cute::Step;
+using cute::GMMA::Major;
 
 constexpr int kSharedCapacity = 227 * 1024;  // of a multiprocessor, less what the system takes
-
-// Buffers for K, and as many for V: as many as fit beside Q and the barriers.
-constexpr int stages_that_fit(int q_elements, int stage_elements) {
-  const int n = (kSharedCapacity - 1536 - 2 * q_elements) / (4 * stage_elements);
-  return n < 6 ? n : 6;
-}
+constexpr int kSharedRest = 1536;            // what is neither Q nor K nor V
+constexpr int kMaxBuffers = 12;
 
 // kWarpgroups: consumer warpgroups, 64 rows each.
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_>
@@ -33,8 +29,15 @@ struct Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
-  static constexpr int kStageElements = kKvBlock * kHeadDim;
-  static constexpr int kStages = stages_that_fit(kRows * kHeadDim, kStageElements);
+
+  // Shared memory: one ring of buffers that K and V blocks take in turn, and Q of this tile and, where there is room
+  // for it beside four buffers, of the next.
+  static constexpr int kQElements = kRows * kHeadDim, kBufferElements = kKvBlock * kHeadDim;
+  static constexpr int buffers_beside(int q_stages) {
+    const int n = (kSharedCapacity - kSharedRest - 2 * q_stages * kQElements) / (2 * kBufferElements);
+    return n < kMaxBuffers ? n : kMaxBuffers;
+  }
+  static constexpr int kQStages = buffers_beside(2) >= 4 ? 2 : 1, kBuffers = buffers_beside(kQStages);
 
   // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
   // thread alike; asking for more than that sum would wait for ever.
@@ -47,15 +50,15 @@ struct Traits {
   // A tile lies in shared memory as slabs of kSlab columns, each as TMA writes it: rows of 128 (or 64) bytes, swizzled.
   static constexpr int kSlab = kHeadDim % 64 == 0 ? 64 : 32, kSlabs = kHeadDim / kSlab;
   template <Major kMajor>
-  using Atom = std::conditional_t<
-      kMajor == Major::K,
-      std::conditional_t<kSlab == 64, cute::GMMA::Layout_K_SW128_Atom<Element>, cute::GMMA::Layout_K_SW64_Atom<Element>>,
-      std::conditional_t<kSlab == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                         cute::GMMA::Layout_MN_SW64_Atom<Element>>>;
-  using LayoutQ = decltype(tile_to_shape(Atom<Major::K>{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
-  using LayoutK = decltype(tile_to_shape(Atom<Major::K>{}, Shape<Int<kKvBlock>, Int<kHeadDim>, Int<kStages>>{}));
+  using Atom = std::conditional_t<kMajor == Major::K,
+                                  std::conditional_t<kSlab == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                                     cute::GMMA::Layout_K_SW64_Atom<Element>>,
+                                  std::conditional_t<kSlab == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>>;
+  using LayoutQ = decltype(tile_to_shape(Atom<Major::K>{}, Shape<Int<kRows>, Int<kHeadDim>, Int<kQStages>>{}));
+  using LayoutK = decltype(tile_to_shape(Atom<Major::K>{}, Shape<Int<kKvBlock>, Int<kHeadDim>, Int<kBuffers>>{}));
   // V as the second product reads it: [D, keys].
-  using LayoutVt = decltype(tile_to_shape(Atom<Major::MN>{}, Shape<Int<kHeadDim>, Int<kKvBlock>, Int<kStages>>{},
+  using LayoutVt = decltype(tile_to_shape(Atom<Major::MN>{}, Shape<Int<kHeadDim>, Int<kKvBlock>, Int<kBuffers>>{},
                                           Step<_2, _1, _3>{}));
 
   // S = Q K^T with both operands in shared memory; O += P V with P in registers.
@@ -69,29 +72,25 @@ struct Traits {
                                  Major::MN>(),
       WarpgroupLayout{}));
 
-  using Barrier = cutlass::arch::ClusterBarrier;
-  using TmaBarrier = cutlass::arch::ClusterTransactionBarrier;
-
-  // What the consumers need to know of a key block in a stage.
+  // What the consumers need to know of a block of K.
   struct BlockInfo {
     int32_t kv_begin;
     bool masked;
   };
 
-  static constexpr int kWorkSlots = 2;
+  static constexpr int kWorkSlots = 3;  // the tile that ends, the one that begins, and one more
 
   struct Shared {
-    alignas(1024) Element q[kRows * kHeadDim];
-    alignas(1024) Element k[kStages * kStageElements];
-    alignas(1024) Element v[kStages * kStageElements];
-    BlockInfo info[kStages];
-    Piece work[kWorkSlots];  // view.tile.seq < 0: no more
-    TmaBarrier q_full, k_full[kStages], v_full[kStages];
-    Barrier q_empty, k_empty[kStages], v_empty[kStages];
+    alignas(1024) Element q[kQStages * kQElements];
+    alignas(1024) Element kv[kBuffers * kBufferElements];
+    BlockInfo info[kBuffers];
+    Piece work[kWorkSlots];  // none without key blocks; view.tile.seq < 0: no more
+    Barrier q_full[kQStages], q_empty[kQStages];
+    Barrier kv_full[kBuffers], kv_empty[kBuffers];
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
   };
   static constexpr int kSharedBytes = int(sizeof(Shared));
-  static_assert(kStages >= 2 && kSharedBytes <= kSharedCapacity);
+  static_assert(kBuffers >= 4 && kSharedBytes <= kSharedCapacity);
 };
 
 // A position in a ring of n buffers; `phase` is the parity a consumer waits for.
