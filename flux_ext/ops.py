@@ -5,13 +5,14 @@ The schemas are in ``csrc/torch/library.cpp``.
 
 from __future__ import annotations
 
-from typing import overload, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library  # noqa: F401  (registers the operators)
+from .block_sparse import select_blocks
 from .patterns import BlockSparse, Full, Pattern, Streaming
 from .reference import mixing_weight
 
@@ -45,18 +46,14 @@ def _save_attend(ctx, inputs, output):
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.patterns, ctx.scale = patterns, scale
-    ctx.save_for_backward(
-        q, k, v, out, lse, route, fb, fc, sb, sc, q_begin, q_end, kv_begin, kv_end, page_table
-    )
+    ctx.save_for_backward(q, k, v, out, lse, route, fb, fc, sb, sc, q_begin, q_end, kv_begin, kv_end, page_table)
 
 
 def _attend_backward(ctx, grad_out, _grad_lse):
     q, k, v, out, lse, route, fb, fc, sb, sc, *spans, page_table = ctx.saved_tensors
     if page_table is not None:
         raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
-    grads = _ops.attend_backward(
-        grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans
-    )
+    grads = _ops.attend_backward(grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans)
     return (*grads, *(None,) * 12)
 
 
@@ -90,7 +87,7 @@ def _route_backward(ctx, _grad_pooled, grad, _grad_route):
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weights[:0] = [flat.T @ inputs[i].reshape(-1, inputs[i].shape[-1]), flat.sum(0)]
         grad = grad @ w[2 * i]
-    grad_weights = [g.to(t.dtype) for g, t in zip(grad_weights, weights)]
+    grad_weights = [g.to(t.dtype) for g, t in zip(grad_weights, weights, strict=True)]
     grad_x = _pool_backward(x, grad, ctx.pool_size, ctx.per_head, begin, end) if ctx.needs_input_grad[0] else None
     return grad_x, grad_weights, None, None, None, None
 
@@ -136,26 +133,19 @@ def attend(
     lists: list[Tensor | None] = []
     for pattern in (full, sparse):
         if isinstance(pattern, BlockSparse):
-            if pattern.blocks is None:
-                from .block_sparse import select_blocks
-
-                pattern = select_blocks(pattern, q, k, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+            if pattern.threshold is not None:
+                if any(x is not None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
+                    raise ValueError(
+                        "BlockSparse(threshold=...) scores plain batches [B, S, H, D] only: "
+                        "for packed, padded or cached keys give it blocks"
+                    )
+                pattern = select_blocks(pattern, q, k)
             patterns += [*pattern.numbers(), pattern.width]
-            lists += [pattern.blocks, pattern.counts]
+            lists += [pattern.blocks, pattern.full_counts()]
         else:
             patterns += [*pattern.numbers(), 0]
             lists += [None, None]
-    return _ops.attend(
-        q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table
-    )
-
-
-@overload
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor | None = ..., *, return_lse: Literal[True], **kwargs
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, route: Tensor | None = ..., **kwargs) -> Tensor: ...
+    return _ops.attend(q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
 
 
 def attention(
@@ -173,7 +163,7 @@ def attention(
     kv_len: Tensor | None = None,
     page_table: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:  # a tensor, or two with return_lse
     """Causal attention in which each sequence, or each KV head, is routed to full or sparse attention.
 
     ``out = softmax(scale * q k^T + mask) v`` with fp32 softmax and accumulation; queries are aligned
@@ -204,8 +194,8 @@ def attention(
         ``out`` with the shape and dtype of ``q``, or ``(out, lse)``.
 
     Raises:
-        RuntimeError, ValueError, TypeError: an argument breaks a rule; the message names argument, rule and value. Values
-            inside CUDA tensors are not read back: bounds outside the tensors are clamped.
+        ValueError: an argument breaks a rule; the message names argument, rule and value. Values inside CUDA
+            tensors are not read back: bounds outside the tensors are clamped.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if sum(x is not None for x in (cu_seqlens, kv_len)) + (seq_start is not None or seq_end is not None) > 1:

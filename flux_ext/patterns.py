@@ -11,7 +11,7 @@ or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -124,8 +124,16 @@ class BlockSparse:
         """``(sink, window, last_q, align)``, as the operators take them: the lists decide, not these."""
         return (0, UNLIMITED, 0, 1)
 
+    def full_counts(self) -> Tensor:
+        """``counts``, or the length of the lists where none were given."""
+        assert self.blocks is not None
+        if self.counts is not None:
+            return self.counts
+        shape = self.blocks.shape
+        return torch.full(shape[:-1], shape[-1], dtype=torch.int32, device=self.blocks.device)
 
-Pattern = Union[Full, Streaming, Triangle, BlockSparse]
+
+Pattern: TypeAlias = Full | Streaming | Triangle | BlockSparse
 
 
 def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
@@ -142,11 +150,7 @@ def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device |
         lists = pattern.blocks.to(device).long()
         counts = pattern.counts
         used = torch.arange(lists.shape[-1], device=device)
-        keep = (
-            used < counts.to(device)[..., None]
-            if counts is not None
-            else torch.ones_like(lists, dtype=torch.bool)
-        )
+        keep = used < counts.to(device)[..., None] if counts is not None else torch.ones_like(lists, dtype=torch.bool)
         num_blocks = -(-kv_len // pattern.width)
         chosen = torch.zeros(*lists.shape[:-1], num_blocks + 1, dtype=torch.bool, device=device)
         chosen.scatter_(-1, torch.where(keep, lists, num_blocks), True)

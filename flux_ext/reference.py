@@ -81,10 +81,7 @@ def attend(
                 keys, values = k[k0:k1, h], v[k0:k1, h]
             else:
                 keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
-            if route is None:
-                mode = 0
-            else:
-                mode = int(route[b, h] if route.dim() == 2 else route[b])
+            mode = 0 if route is None else int(route[b, h] if route.dim() == 2 else route[b])
             pattern = sparse if mode else full
             mask = dense_mask(pattern, q1 - q0, k1 - k0, device)
             if isinstance(pattern, BlockSparse):

@@ -51,7 +51,7 @@ class Router(nn.Module):
         for layer in self._linears():
             layer.reset_parameters()
         with torch.no_grad():
-            self.classifier[-1].bias.copy_(torch.tensor([0.0, FULL_BIAS]))
+            self._linears()[-1].bias.copy_(torch.tensor([0.0, FULL_BIAS]))
 
     def _linears(self) -> list[nn.Linear]:
         return [m for m in (*self.encoder, *self.classifier) if isinstance(m, nn.Linear)]
@@ -83,8 +83,8 @@ class Router(nn.Module):
         """Loads weights that carry the published names, from one router or a whole checkpoint.
 
         Args:
-            state_dict: keys ending in ``cls_feat_extractor.{0,2}.*`` and ``cls_router_head_agnostic.{0,2,4}.*``, bare or
-                below ``model.layers.N.self_attn.mask_allocator.``.
+            state_dict: keys ending in ``cls_feat_extractor.{0,2}.*`` and ``cls_router_head_agnostic.{0,2,4}.*``,
+                bare or below ``model.layers.N.self_attn.mask_allocator.``.
             layer: N, needed where the checkpoint has several layers.
 
         Raises:

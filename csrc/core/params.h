@@ -58,7 +58,7 @@ struct ProblemShape {
   RowSpans q_rows, kv_rows;
   const int32_t* route = nullptr;  // [B] or [B, Hkv]; 0 full, else sparse; null: all full
   int32_t route_stride_b = 1, route_stride_h = 0;
-  Pattern patterns[2];    // full, sparse
+  Pattern patterns[2];  // full, sparse
   BlockTable blocks[2];
 
   FLUX_HD int32_t group() const { return num_q_heads / num_kv_heads; }
@@ -84,7 +84,7 @@ struct AttendParams {
 };
 
 struct AttendBackwardParams {
-  AttendParams forward;  // q, k, v, out, lse as left by the forward pass
+  AttendParams forward;            // q, k, v, out, lse as left by the forward pass
   const void* grad_out = nullptr;  // as q
   void* grad_q = nullptr;          // as q
   void* grad_k = nullptr;          // as k (never paged)

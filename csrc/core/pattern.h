@@ -33,14 +33,11 @@ struct Pattern {
   int32_t align = 1;            // the window starts at a multiple of `align`; divides `window`
 
   // First key inside the window of a query at q_pos >= 0 (may be negative).
-  FLUX_HD int32_t window_begin(int32_t q_pos) const {
-    return align * (q_pos / align + 1) - window;
-  }
+  FLUX_HD int32_t window_begin(int32_t q_pos) const { return align * (q_pos / align + 1) - window; }
 };
 
 // The specification: does the query at q_pos see the key at kv_pos?
-FLUX_HD bool visible(const Pattern& p, int32_t q_pos, int32_t kv_pos, int32_t kv_len,
-                     const BlockList& list = {}) {
+FLUX_HD bool visible(const Pattern& p, int32_t q_pos, int32_t kv_pos, int32_t kv_len, const BlockList& list = {}) {
   if (kv_pos > q_pos) return false;
   if (list.blocks) {
     for (int32_t i = 0; i < list.count; ++i)
@@ -66,8 +63,23 @@ struct KvBlocks {
   }
 };
 
+// Is kernel block `block` one of them?
+FLUX_HD bool contains(const KvBlocks& b, int32_t block) {
+  if (!b.list) return block < b.sink_count || (block >= b.window_begin && block < b.window_begin + b.window_count);
+  int32_t lo = 0, hi = b.window_count;  // the first entry >= block
+  while (lo < hi) {
+    const int32_t mid = lo + (hi - lo) / 2;
+    if (b[mid] < block)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo < b.window_count && b[lo] == block;
+}
+
 // Blocks of `block` keys that hold at least one key visible to a query in [q_begin, q_end).
-// `list.width` must be a multiple of `block`, and its entries must start at or before q_end - 1.
+// `list.width` must be a multiple of `block`. A list may reach past the diagonal of the tile: it belongs to a query
+// block that can hold several tiles.
 FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_len, int32_t block,
                            const BlockList& list = {}) {
   KvBlocks b;
@@ -77,9 +89,10 @@ FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int
   if (list.blocks) {
     b.list = list.blocks;
     b.per_entry = list.width / block;
-    // Only the last entry can reach past the diagonal.
-    b.window_count = list.count * b.per_entry;
-    if (list.count > 0) b.window_count -= max_of((list.blocks[list.count - 1] + 1) * b.per_entry - end, 0);
+    int32_t count = list.count;
+    while (count > 0 && list.blocks[count - 1] * b.per_entry >= end) --count;
+    b.window_count = count * b.per_entry;
+    if (count > 0) b.window_count -= max_of((list.blocks[count - 1] + 1) * b.per_entry - end, 0);
     return b;
   }
   const bool reaches_last_q = q_end > kv_len - p.last_q;

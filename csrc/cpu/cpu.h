@@ -20,8 +20,8 @@ class Executor {
 
 // All visible work of one call, cut into one range per worker.
 struct Plan {
-  std::vector<Tile> tiles;     // [num_tiles]
-  std::vector<int64_t> cost;   // [num_tiles + 1], prefix sums
+  std::vector<Tile> tiles;        // [num_tiles]
+  std::vector<int64_t> cost;      // [num_tiles + 1], prefix sums
   std::vector<WorkRange> ranges;  // [num_workers]
 };
 

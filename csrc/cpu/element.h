@@ -15,20 +15,20 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float bits_to_float(uint32_t bits) {
+FLUX_HD float bits_to_float(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
-inline uint32_t float_to_bits(float f) {
+FLUX_HD uint32_t float_to_bits(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
   return bits;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
-inline float to_float(Half x) {
+FLUX_HD float to_float(float x) { return x; }
+FLUX_HD float to_float(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+FLUX_HD float to_float(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
   if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
@@ -40,8 +40,8 @@ inline float to_float(Half x) {
 }
 
 // Round to nearest, ties to even.
-inline void from_float(float f, float& out) { out = f; }
-inline void from_float(float f, BFloat16& out) {
+FLUX_HD void from_float(float f, float& out) { out = f; }
+FLUX_HD void from_float(float f, BFloat16& out) {
   const uint32_t bits = float_to_bits(f);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     out.bits = uint16_t((bits >> 16) | 0x40);  // NaN stays NaN
@@ -49,7 +49,7 @@ inline void from_float(float f, BFloat16& out) {
   }
   out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
-inline void from_float(float f, Half& out) {
+FLUX_HD void from_float(float f, Half& out) {
   const uint32_t bits = float_to_bits(f), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x47800000u) {  // beyond 65536, infinity or NaN
     out.bits = uint16_t(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
@@ -65,9 +65,12 @@ inline void from_float(float f, Half& out) {
 template <typename F>
 void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
   }
 }
 

@@ -18,7 +18,8 @@ namespace {
 
 flux::Pattern to_pattern(const std::array<int32_t, 4>& n) {
   if (n[0] < 0 || n[2] < 0 || n[3] < 1 || n[1] < 1 || n[1] % n[3])
-    throw std::invalid_argument("a pattern is (sink >= 0, window a positive multiple of align, last_q >= 0, align >= 1)");
+    throw std::invalid_argument(
+        "a pattern is (sink >= 0, window a positive multiple of align, last_q >= 0, align >= 1)");
   return {n[0], n[1], n[2], n[3]};
 }
 

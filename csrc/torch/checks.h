@@ -24,14 +24,22 @@ inline std::string shape_of(const Tensor& t) {
 
 inline const char* name_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -46,14 +54,14 @@ template <typename... Parts>
   throw std::invalid_argument(s.str());  // a ValueError in Python
 }
 
-#define FLUX_CHECK(condition, ...)                                  \
-  do {                                                              \
-    if (!(condition)) ::flux::torch_ops::fail(__VA_ARGS__);         \
+#define FLUX_CHECK(condition, ...)                          \
+  do {                                                      \
+    if (!(condition)) ::flux::torch_ops::fail(__VA_ARGS__); \
   } while (false)
 
 inline void check_like(const Tensor& t, const Tensor& q, const char* name, const char* of) {
-  FLUX_CHECK(t.scalar_type() == q.scalar_type(), name, " must have the dtype of ", of, " (",
-             name_of(q.scalar_type()), "), got ", name_of(t.scalar_type()));
+  FLUX_CHECK(t.scalar_type() == q.scalar_type(), name, " must have the dtype of ", of, " (", name_of(q.scalar_type()),
+             "), got ", name_of(t.scalar_type()));
   FLUX_CHECK(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
              " must be on the device of ", of, " (", device_of(q), "), got ", device_of(t));
 }

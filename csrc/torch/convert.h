@@ -37,10 +37,14 @@ constexpr int kPatternNumbers = 5;  // sink, window, last_q, align, block list w
 
 inline DType to_dtype(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      break;
   }
   FLUX_CHECK(false, name, " must be float16, bfloat16 or float32, got ", name_of(t.scalar_type()));
   return {};
@@ -58,15 +62,14 @@ inline Strides strides_of(const Tensor& t) {
 }
 
 inline void check_bounds_shape(const Tensor& t, int64_t batch, int64_t heads, bool per_head, const char* name) {
-  FLUX_CHECK((t.dim() == 1 && t.size(0) == batch) ||
-                 (per_head && t.dim() == 2 && t.size(0) == batch && t.size(1) == heads),
-             name, " must be [", batch, "]", per_head ? " or [" + std::to_string(batch) + ", " + std::to_string(heads) + "]" : "",
-             ", got ", shape_of(t));
+  FLUX_CHECK(
+      (t.dim() == 1 && t.size(0) == batch) || (per_head && t.dim() == 2 && t.size(0) == batch && t.size(1) == heads),
+      name, " must be [", batch, "]",
+      per_head ? " or [" + std::to_string(batch) + ", " + std::to_string(heads) + "]" : "", ", got ", shape_of(t));
 }
 
 inline RowSpans to_spans(const OptionalTensor& begin, const OptionalTensor& end, const Tensor& q, int64_t batch,
-                         int64_t heads, int64_t capacity, bool per_head, const char* begin_name,
-                         const char* end_name) {
+                         int64_t heads, int64_t capacity, bool per_head, const char* begin_name, const char* end_name) {
   RowSpans s;
   s.capacity = to_int32(capacity, "the number of rows");
   if (begin) {
@@ -103,8 +106,8 @@ inline BlockTable to_block_table(const OptionalTensor& blocks, const OptionalTen
   check_index_tensor(*counts, q, name);
   FLUX_CHECK(counts->dim() == 3 && counts->size(0) == shape.batch && counts->size(1) == shape.num_kv_heads &&
                  counts->size(2) == t.q_blocks && counts->is_contiguous(),
-             name, ".counts must be contiguous [", shape.batch, ", ", shape.num_kv_heads, ", ", t.q_blocks,
-             "], got ", shape_of(*counts));
+             name, ".counts must be contiguous [", shape.batch, ", ", shape.num_kv_heads, ", ", t.q_blocks, "], got ",
+             shape_of(*counts));
   FLUX_CHECK(width == 64 || width == 128, name, ".width must be 64 or 128, got ", width);
   t.blocks = blocks->const_data_ptr<int32_t>();
   t.counts = counts->const_data_ptr<int32_t>();
@@ -158,8 +161,8 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   if (paged) {
     const Tensor& t = *a.page_table;
     check_index_tensor(t, q, "page_table");
-    FLUX_CHECK((t.dim() == 2 || t.dim() == 3) && t.size(0) == batch, "page_table must be [", batch,
-               ", max_pages] or [", batch, ", Hkv, max_pages], got ", shape_of(t));
+    FLUX_CHECK((t.dim() == 2 || t.dim() == 3) && t.size(0) == batch, "page_table must be [", batch, ", max_pages] or [",
+               batch, ", Hkv, max_pages], got ", shape_of(t));
     FLUX_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1,
                "page_table must have a contiguous last dimension, got stride ", t.stride(t.dim() - 1));
     if (t.dim() == 3) {
@@ -176,8 +179,8 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   } else if (!packed) {
     FLUX_CHECK(k.size(0) == batch, "k must have the batch of q (", batch, "), got ", k.size(0));
   }
-  FLUX_CHECK(kv_heads >= 1 && heads % kv_heads == 0, "the query heads (", heads, ") must be a multiple of the key heads (",
-             kv_heads, ")");
+  FLUX_CHECK(kv_heads >= 1 && heads % kv_heads == 0, "the query heads (", heads,
+             ") must be a multiple of the key heads (", kv_heads, ")");
 
   s.batch = to_int32(batch, "batch");
   s.num_q_heads = to_int32(heads, "the number of query heads");
@@ -193,8 +196,7 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   if (a.route) {
     const Tensor& r = *a.route;
     check_index_tensor(r, q, "route");
-    FLUX_CHECK((r.dim() == 1 && r.size(0) == batch) ||
-                   (r.dim() == 2 && r.size(0) == batch && r.size(1) == kv_heads),
+    FLUX_CHECK((r.dim() == 1 && r.size(0) == batch) || (r.dim() == 2 && r.size(0) == batch && r.size(1) == kv_heads),
                "route must be [", batch, "] or [", batch, ", ", kv_heads, "], got ", shape_of(r));
     s.route = r.const_data_ptr<int32_t>();
     s.route_stride_b = int32_t(r.stride(0));
@@ -238,9 +240,10 @@ inline std::tuple<Tensor, Tensor> make_outputs(const Tensor& q, bool may_have_ga
   return {out, lse};
 }
 
-inline AttendBackwardParams to_backward_params(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                                               const Tensor& out, const Tensor& lse, const AttendArgs& a,
-                                               const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v) {
+inline AttendBackwardParams to_backward_params(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                               const Tensor& v, const Tensor& out, const Tensor& lse,
+                                               const AttendArgs& a, const Tensor& grad_q, const Tensor& grad_k,
+                                               const Tensor& grad_v) {
   FLUX_CHECK(!a.page_table, "attend_backward takes no page_table");
   AttendBackwardParams p;
   p.forward = to_attend_params(q, k, v, a);
@@ -258,8 +261,8 @@ inline AttendBackwardParams to_backward_params(const Tensor& grad_out, const Ten
   return p;
 }
 
-inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& weights, int64_t pool_size, bool per_head,
-                                   const OptionalTensor& begin, const OptionalTensor& end) {
+inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& weights, int64_t pool_size,
+                                   bool per_head, const OptionalTensor& begin, const OptionalTensor& end) {
   RouteParams p;
   const bool packed = x.dim() == 3;
   FLUX_CHECK(x.dim() == 4 || packed, "x must be [B, S, H, D] or packed [T, H, D], got ", shape_of(x));

@@ -26,9 +26,9 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
                                   OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
                                   OptionalTensor kv_end, OptionalTensor page_table) {
-  AttendParams p = to_attend_params(
-      q, k, v, {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale, q_begin, q_end, kv_begin,
-                kv_end, page_table});
+  AttendParams p = to_attend_params(q, k, v,
+                                    {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale,
+                                     q_begin, q_end, kv_begin, kv_end, page_table});
   check_values(p);
   auto [out, lse] = make_outputs(q, q_begin || q_end);
   set_outputs(p, out, lse);
@@ -49,11 +49,10 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const
   Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
   Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
   const Tensor grad = torch::stable::contiguous(grad_out);  // autograd may hand over an expanded one
-  const AttendBackwardParams p = to_backward_params(
-      grad, q, k, v, out, lse,
-      {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale, q_begin, q_end, kv_begin, kv_end,
-       no_pages},
-      grad_q, grad_k, grad_v);
+  const AttendBackwardParams p = to_backward_params(grad, q, k, v, out, lse,
+                                                    {route, patterns, full_blocks, full_counts, sparse_blocks,
+                                                     sparse_counts, scale, q_begin, q_end, kv_begin, kv_end, no_pages},
+                                                    grad_q, grad_k, grad_v);
   check_values(p.forward);
   cpu::attend_backward(p, TorchThreads());
   return {grad_q, grad_k, grad_v};

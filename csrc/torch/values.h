@@ -9,8 +9,7 @@
 
 namespace flux::torch_ops {
 
-inline void check_spans(const RowSpans& s, int32_t batch, int32_t heads, const char* begin_name,
-                        const char* end_name) {
+inline void check_spans(const RowSpans& s, int32_t batch, int32_t heads, const char* begin_name, const char* end_name) {
   for (int32_t b = 0; b < batch; ++b)
     for (int32_t h = 0; h < heads; ++h) {
       const int32_t lo = s.begin ? s.begin[b * s.begin_stride_b + h * s.begin_stride_h] : 0;

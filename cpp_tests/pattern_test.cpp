@@ -1,0 +1,133 @@
+// kv_blocks and needs_mask against the specification, `visible`.
+#include "core/pattern.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <string>
+
+#include "random_problem.h"
+
+namespace flux {
+namespace {
+
+using test::Random;
+
+struct Case {
+  Pattern pattern;
+  std::vector<int32_t> blocks;
+  BlockList list;
+  int32_t q_begin, q_end, kv_len, block;
+};
+
+std::string describe(const Case& c) {
+  std::string s = "sink " + std::to_string(c.pattern.sink) + " window " + std::to_string(c.pattern.window) +
+                  " last_q " + std::to_string(c.pattern.last_q) + " align " + std::to_string(c.pattern.align) +
+                  " queries " + std::to_string(c.q_begin) + ".." + std::to_string(c.q_end) + " kv_len " +
+                  std::to_string(c.kv_len) + " block " + std::to_string(c.block);
+  if (c.list.blocks) {
+    s += " list of width " + std::to_string(c.list.width) + ":";
+    for (int32_t b : c.blocks) s += " " + std::to_string(b);
+  }
+  return s;
+}
+
+// Queries [q_begin, q_end) of a sequence, some before its first key.
+Case random_case(Random& random, bool with_list) {
+  Case c;
+  c.kv_len = random.integer(0, 300);
+  c.q_end = random.integer(-20, c.kv_len);
+  c.q_begin = c.q_end - random.integer(1, 70);
+  c.block = 8 << random.integer(0, 4);
+  if (with_list) {
+    const int32_t width = c.block * random.integer(1, 3);
+    // Made for a larger query block: may reach past this tile.
+    c.blocks = test::random_blocks(random, min_of(c.q_end + random.integer(0, 200), c.kv_len) - 1, width);
+    c.blocks.reserve(1);  // a list without entries still is a list
+    c.list = {c.blocks.data(), int32_t(c.blocks.size()), width};
+  } else {
+    c.pattern = test::random_pattern(random);
+  }
+  return c;
+}
+
+bool sees(const Case& c, int32_t q, int32_t k) { return q >= 0 && visible(c.pattern, q, k, c.kv_len, c.list); }
+
+void check_blocks(const Case& c) {
+  SCOPED_TRACE(describe(c));
+  const KvBlocks blocks = kv_blocks(c.pattern, c.q_begin, c.q_end, c.kv_len, c.block, c.list);
+  std::set<int32_t> visited;
+  for (int32_t i = 0; i < blocks.size(); ++i) {
+    ASSERT_TRUE(visited.insert(blocks[i]).second) << "block " << blocks[i] << " is visited twice";
+    ASSERT_TRUE(i == 0 || blocks[i] > blocks[i - 1]) << "blocks must ascend";
+  }
+  for (int32_t b = 0; b <= ceil_div(c.kv_len, c.block); ++b) {
+    bool useful = false;
+    for (int32_t q = c.q_begin; q < c.q_end && !useful; ++q)
+      for (int32_t k = b * c.block; k < min_of((b + 1) * c.block, c.kv_len) && !useful; ++k) useful = sees(c, q, k);
+    ASSERT_EQ(visited.count(b), useful) << "block " << b;
+    ASSERT_EQ(contains(blocks, b), useful) << "block " << b;
+  }
+}
+
+void check_mask(const Case& c) {
+  SCOPED_TRACE(describe(c));
+  const KvBlocks blocks = kv_blocks(c.pattern, c.q_begin, c.q_end, c.kv_len, c.block, c.list);
+  for (int32_t i = 0; i < blocks.size(); ++i) {
+    const int32_t begin = blocks[i] * c.block, end = begin + c.block;
+    bool all = true;
+    for (int32_t q = c.q_begin; q < c.q_end && all; ++q)
+      for (int32_t k = begin; k < end && all; ++k) all = k < c.kv_len && sees(c, q, k);
+    ASSERT_EQ(needs_mask(c.pattern, c.q_begin, c.q_end, begin, end, c.kv_len, c.list), !all) << "block " << blocks[i];
+  }
+}
+
+TEST(Pattern, BlocksAreExactlyTheUsefulOnes) {
+  Random random(1);
+  for (int i = 0; i < 4000; ++i) check_blocks(random_case(random, false));
+}
+TEST(Pattern, ListedBlocksAreExactlyTheUsefulOnes) {
+  Random random(2);
+  for (int i = 0; i < 4000; ++i) check_blocks(random_case(random, true));
+}
+TEST(Pattern, MaskIsNeededExactlyWhereAPairIsHidden) {
+  Random random(3);
+  for (int i = 0; i < 4000; ++i) check_mask(random_case(random, false));
+}
+TEST(Pattern, MaskIsNeededExactlyWhereAPairOfAListIsHidden) {
+  Random random(4);
+  for (int i = 0; i < 4000; ++i) check_mask(random_case(random, true));
+}
+
+TEST(Pattern, PublishedDefaults) {
+  const Pattern streaming{128, 2048, 0, 1};
+  EXPECT_TRUE(visible(streaming, 5000, 127, 6000));
+  EXPECT_FALSE(visible(streaming, 5000, 128, 6000));
+  EXPECT_TRUE(visible(streaming, 5000, 5000 - 2047, 6000));  // the window counts the query's own token
+  EXPECT_FALSE(visible(streaming, 5000, 5000 - 2048, 6000));
+  EXPECT_FALSE(visible(streaming, 5000, 5001, 6000));
+  const Pattern aligned{128, 2048, 0, 128};
+  EXPECT_TRUE(visible(aligned, 5000, 128 * 40 - 2048, 6000));  // 5000 / 128 = 39
+  EXPECT_FALSE(visible(aligned, 5000, 128 * 40 - 2049, 6000));
+  const Pattern triangle{128, 2048, 128, 1};
+  EXPECT_TRUE(visible(triangle, 6000 - 128, 500, 6000));
+  EXPECT_FALSE(visible(triangle, 6000 - 129, 500, 6000));
+}
+
+TEST(Pattern, AListThatReachesSeveralBlocksPastASmallTileKeepsItsEarlierEntries) {
+  const std::vector<int32_t> blocks{0, 3};
+  const KvBlocks b = kv_blocks({}, 100, 116, 228, 64, {blocks.data(), 2, 64});
+  ASSERT_EQ(b.size(), 1);
+  EXPECT_EQ(b[0], 0);
+}
+
+TEST(Pattern, MillionsOfTokensDoNotOverflow) {
+  const int32_t n = 1 << 28;
+  const KvBlocks full = kv_blocks({}, n - 16, n, n, 64);
+  EXPECT_EQ(full.size(), n / 64);
+  const KvBlocks streaming = kv_blocks({128, 2048, 0, 1}, n - 16, n, n, 64);
+  EXPECT_EQ(streaming.size(), 2 + 33);
+}
+
+}  // namespace
+}  // namespace flux

@@ -1,0 +1,200 @@
+// The plan covers every visible pair once, evenly, and never more tiles than announced.
+#include "core/schedule.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <numeric>
+
+#include "cpu/cpu.h"
+#include "random_problem.h"
+
+namespace flux {
+namespace {
+
+using test::Problem;
+using test::Random;
+
+struct Planned {
+  Problem problem;
+  TileShape tile;
+  int workers;
+  cpu::Plan plan;
+};
+
+void random_plan(Random& random, Planned& s) {
+  test::ProblemOptions o;
+  o.max_q_len = 150;
+  o.max_kv_len = 200;
+  o.max_group = 2;
+  o.packed = random.chance(30);
+  o.block_lists = random.chance(40);
+  o.per_head_lengths = !o.packed && random.chance(30);
+  test::random_problem(random, o, s.problem);
+  s.tile = {1 << random.integer(0, 6), 16 << random.integer(0, 2)};
+  s.workers = random.integer(1, random.chance(20) ? 200 : 12);
+  s.plan = cpu::plan(s.problem.shape, s.tile, s.workers);
+}
+
+// f(worker, tile, its view, the key blocks of it that the worker owns)
+template <typename F>
+void for_each_piece(const Planned& s, F&& f) {
+  for (int w = 0; w < s.workers; ++w) {
+    const WorkRange& r = s.plan.ranges[w];
+    if (empty(r)) continue;
+    for (int32_t t = r.tile; t < tiles_end(r); ++t) {
+      const TileView v = view_tile(s.problem.shape, s.tile, s.plan.tiles[t]);
+      f(w, t, v, tile_span(r, t, v.blocks.size()));
+    }
+  }
+}
+
+TEST(Schedule, EveryVisiblePairOnce) {
+  Random random(11);
+  for (int i = 0; i < 150; ++i) {
+    Planned s;
+    random_plan(random, s);
+    const ProblemShape& shape = s.problem.shape;
+    // Times each (sequence, head, query row, key) is computed.
+    std::map<std::pair<int32_t, int32_t>, std::vector<int32_t>> seen;
+    for (int32_t b = 0; b < shape.batch; ++b)
+      for (int32_t h = 0; h < shape.num_kv_heads; ++h)
+        seen[{b, h}].assign(size_t(shape.q_rows(b, h).size()) * shape.kv_rows(b, h).size(), 0);
+    for_each_piece(s, [&](int, int32_t, const TileView& v, const TileSpan& span) {
+      const Span q = shape.q_rows(v.tile.seq, v.tile.kv_head);
+      const int32_t kv_len = v.kv_rows.size();
+      auto& counts = seen[{v.tile.seq, v.tile.kv_head}];
+      for (int32_t n = span.begin; n < span.end; ++n) {
+        const int32_t begin = v.blocks[n] * s.tile.kv_block, end = min_of(begin + s.tile.kv_block, kv_len);
+        for (int32_t row = 0; row < v.q_rows.size(); ++row)
+          for (int32_t k = begin; k < end; ++k)
+            if (v.sees(row, k)) ++counts[size_t(v.q_rows.begin - q.begin + row) * kv_len + k];
+      }
+    });
+    for (int32_t b = 0; b < shape.batch; ++b)
+      for (int32_t h = 0; h < shape.num_kv_heads; ++h) {
+        const int32_t q_len = shape.q_rows(b, h).size(), kv_len = shape.kv_rows(b, h).size();
+        const int32_t mode = shape.route[b * shape.num_kv_heads + h];
+        for (int32_t row = 0; row < q_len; ++row)
+          for (int32_t k = 0; k < kv_len; ++k) {
+            const int32_t pos = kv_len - q_len + row;
+            const BlockList list = shape.blocks[mode](b, h, shape.num_kv_heads, row);
+            ASSERT_EQ((seen[{b, h}][size_t(row) * kv_len + k]), visible(shape.patterns[mode], pos, k, kv_len, list))
+                << "sequence " << b << " head " << h << " query at " << pos << " key " << k;
+          }
+      }
+  }
+}
+
+TEST(Schedule, EveryTileIsFinishedOnceAndEmptyOnesToo) {
+  Random random(12);
+  for (int i = 0; i < 500; ++i) {
+    Planned s;
+    random_plan(random, s);
+    const size_t n = s.plan.tiles.size();
+    std::vector<int32_t> blocks(n, 0), visits(n, 0), leaders(n, 0), next_block(n, 0);
+    std::vector<bool> split(n, false);
+    for_each_piece(s, [&](int, int32_t t, const TileView& v, const TileSpan& span) {
+      ++visits[t];
+      blocks[t] += span.end - span.begin;
+      split[t] = split[t] || span.split;
+      ASSERT_EQ(span.begin, next_block[t]) << "pieces must follow one another";
+      next_block[t] = span.end;
+      ASSERT_EQ(span.split, span.end - span.begin < v.blocks.size());
+      ASSERT_TRUE(span.end > span.begin || v.blocks.size() == 0) << "a piece without work";
+    });
+    for (int w = 0; w < s.workers; ++w)
+      if (const int32_t t = leads_tile(s.plan.ranges[w]); t >= 0) ++leaders[t];
+    for (size_t t = 0; t < n; ++t) {
+      const TileView v = view_tile(s.problem.shape, s.tile, s.plan.tiles[t]);
+      ASSERT_EQ(blocks[t], v.blocks.size());
+      ASSERT_GE(visits[t], 1);
+      ASSERT_EQ(visits[t] > 1, split[t]) << "a whole tile has one visitor, a cut one several";
+      ASSERT_EQ(leaders[t], split[t]) << "one worker leads each cut tile, and no whole one";
+    }
+  }
+}
+
+TEST(Schedule, AWorkerCutsAtMostTwoTilesIntoDistinctSlots) {
+  Random random(13);
+  for (int i = 0; i < 500; ++i) {
+    Planned s;
+    random_plan(random, s);
+    std::map<int32_t, int32_t> slots;
+    std::vector<int> cut(s.workers, 0);
+    for_each_piece(s, [&](int w, int32_t t, const TileView&, const TileSpan& span) {
+      if (!span.split) return;
+      ++cut[w];
+      const int32_t slot = partial_slot(s.plan.ranges[w], w, t);
+      ASSERT_EQ(slot / 2, w);
+      ASSERT_TRUE(slots.emplace(slot, t).second) << "slot " << slot << " is used twice";
+    });
+    for (int w = 0; w < s.workers; ++w) ASSERT_LE(cut[w], 2);
+  }
+}
+
+TEST(Schedule, LoadIsEven) {
+  Random random(14);
+  for (int i = 0; i < 500; ++i) {
+    Planned s;
+    random_plan(random, s);
+    std::vector<int64_t> load(s.workers, 0);
+    for_each_piece(s, [&](int w, int32_t, const TileView&, const TileSpan& span) {
+      load[w] += span.end - span.begin + (span.begin == 0 ? kTileOverhead : 0);
+    });
+    const int64_t total = s.plan.cost.back();
+    ASSERT_EQ(std::accumulate(load.begin(), load.end(), int64_t(0)), total);
+    for (int64_t l : load) {
+      ASSERT_LE(l, total / s.workers + 1 + kTileOverhead);
+      ASSERT_GE(l, total / s.workers - kTileOverhead);
+    }
+  }
+}
+
+TEST(Schedule, NeverMoreTilesThanAnnounced) {
+  Random random(15);
+  for (int i = 0; i < 500; ++i) {
+    Planned s;
+    random_plan(random, s);
+    ASSERT_LE(int64_t(s.plan.tiles.size()), max_tiles(s.problem.shape, s.tile));
+  }
+}
+
+TEST(Schedule, LongestTilesOfARowComeFirst) {
+  ProblemShape shape;
+  shape.batch = shape.num_q_heads = shape.num_kv_heads = 1;
+  shape.max_q_len = shape.q_rows.capacity = shape.kv_rows.capacity = 1000;
+  shape.total_q_rows = 1000;
+  const cpu::Plan plan = cpu::plan(shape, {64, 64}, 3);
+  ASSERT_EQ(plan.tiles.size(), 16u);
+  for (size_t t = 1; t < plan.tiles.size(); ++t) {
+    EXPECT_EQ(plan.tiles[t].q_block, plan.tiles[t - 1].q_block - 1);
+    if (t + 1 < plan.cost.size()) {
+      EXPECT_LE(plan.cost[t + 1] - plan.cost[t], plan.cost[t] - plan.cost[t - 1]);
+    }
+  }
+}
+
+TEST(Schedule, NothingToDo) {
+  ProblemShape shape;
+  shape.batch = 2;
+  shape.num_q_heads = shape.num_kv_heads = 1;
+  const cpu::Plan plan = cpu::plan(shape, {64, 64}, 4);
+  EXPECT_TRUE(plan.tiles.empty());
+  for (const WorkRange& r : plan.ranges) EXPECT_TRUE(empty(r));
+}
+
+TEST(RowSpans, ClampWhatLeadsOutside) {
+  const int32_t begin[] = {-5, 7, 3}, end[] = {4, 3, 900};
+  RowSpans spans;
+  spans.begin = begin;
+  spans.end = end;
+  spans.capacity = 10;
+  EXPECT_EQ(spans(0, 0).begin, 0);
+  EXPECT_EQ(spans(0, 0).end, 4);
+  EXPECT_EQ(spans(1, 0).size(), 0);
+  EXPECT_EQ(spans(2, 0).end, 10);
+}
+
+}  // namespace
+}  // namespace flux

@@ -1,0 +1,70 @@
+// What is compiled once per instruction set: the work on one tile. Everything else is ordinary code.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/params.h"
+#include "core/schedule.h"
+#include "core/softmax_state.h"
+
+namespace flux::cpu {
+
+constexpr int32_t kKvBlock = 64;
+constexpr int32_t kMaxTileRows = 128;  // more only where one query token has more heads than this
+constexpr int32_t kPad = 32;           // rows and columns are padded to this: the widest panel of any instruction set
+
+constexpr int32_t round_up(int32_t n, int32_t to) { return ceil_div(n, to) * to; }
+
+// Query tokens per tile: a power of two, so that a tile never straddles two query blocks of a block list (128).
+inline TileShape tile_shape(const ProblemShape& shape) {
+  int32_t tokens = kMaxTileRows;
+  while (tokens > 1 && tokens * shape.group() > kMaxTileRows) tokens /= 2;
+  return {tokens, kKvBlock};
+}
+inline int32_t tile_rows(const ProblemShape& shape) {
+  return round_up(tile_shape(shape).q_tokens * shape.group(), kPad);
+}
+inline int32_t padded_dim(const ProblemShape& shape) { return round_up(shape.head_dim, kPad); }
+
+// The running result of a tile (row = query * group + head of the group).
+struct TileState {
+  SoftmaxState* rows = nullptr;  // [tile_rows]
+  float* out = nullptr;          // [tile_rows, padded_dim], not normalised
+};
+
+// Scratch memory of one worker, in floats.
+inline size_t attend_scratch(const ProblemShape& s) {
+  const size_t rows = tile_rows(s), dim = padded_dim(s), block = kKvBlock;
+  return rows * dim                  // q, transposed
+         + 2 * block * (dim + kPad)  // k, v
+         + kPad * (dim + kPad)       // rows on their way to q
+         + 2 * block * kPad          // scores, probabilities
+         + 4 * rows;                 // softmax state, positions
+}
+
+// What the second pass of the gradients has to know of the rows of a tile.
+struct RowStats {
+  float* lse;    // [tile_rows] times log2(e); +inf in padding and where a row sees no key
+  float* delta;  // [tile_rows] grad_out . out
+};
+
+inline size_t backward_scratch(const ProblemShape& s) {
+  const size_t rows = tile_rows(s), stride = padded_dim(s) + kPad, block = kKvBlock;
+  return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
+}
+
+struct Kernels {
+  const char* isa;
+  // Key blocks [begin, end) of a tile: writes all of `state`. One function per DType.
+  void (*attend[3])(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
+                    const TileState& state);
+  void (*queries_backward[3])(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats);
+  void (*keys_backward[3])(const AttendBackwardParams& b, const TileView* views, const RowStats* stats,
+                           int32_t num_views, int32_t block, float* scratch);
+};
+
+// The best of what was built and what the processor has.
+const Kernels& kernels();
+
+}  // namespace flux::cpu

@@ -1,0 +1,92 @@
+"""The attention and mask functions that transformers calls for ``attn_implementation="flux_ext"``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from . import ops
+from .patterns import Streaming
+
+NAME = "flux_ext"
+
+
+def flux_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` -> ``[B, S, Hq, D]``.
+
+    The padding mask is not looked at: the sequences' bounds were read off it once per forward.
+    """
+    layer = getattr(module, "_flux_ext", None)
+    if layer is None:
+        raise RuntimeError(f"{type(module).__name__} has attn_implementation={NAME!r} but was not patched")
+    for name, given in (("softcap", softcap), ("s_aux", s_aux), ("dropout", dropout)):
+        if given is not None and (isinstance(given, Tensor) or given):
+            raise ValueError(f"{name} is not supported by flux_ext, {type(module).__name__} asks for {given}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    batch, cache, route = layer.current()
+    if batch.probe is not None:
+        batch.probe[layer.index]["given"] = query if layer.kind == "query" else key
+    if layer.window is not None:
+        return _sliding(q, k, v, scaling, batch, layer.window), None
+    if sliding_window is not None:
+        raise ValueError(f"layer {layer.index} has a sliding window of its own ({sliding_window}): it is not routed")
+    if cache is not None and cache.continues:
+        return cache.attend(q, scaling, batch), None
+    if batch.cu_seqlens is not None:
+        out = ops.attention(q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens)
+        return out[None], None
+    out = ops.attention(
+        q, k, v, route, sparse=layer.pattern, scale=scaling, seq_start=batch.seq_start, seq_end=batch.seq_end
+    )
+    return out, None
+
+
+def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: int) -> Tensor:
+    """A layer with a sliding window of its own: streaming without a sink, over what its stock cache gives."""
+    pattern = Streaming(sink=0, window=window)
+    if batch.cu_seqlens is not None:
+        return ops.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=batch.cu_seqlens)[None]
+    kv_begin, kv_end = batch.kv_bounds(k.shape[1])
+    spans = (batch.seq_start, batch.seq_end, kv_begin, kv_end)
+    return ops.attend(q, k, v, None, pattern, pattern, scale, *spans)[0]
+
+
+def flux_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The padding mask ``[B, kv_length]`` or None: never a dense one. A static cache's has one shape for all steps."""
+    if use_vmap:
+        raise ValueError("flux_ext attention is causal: mask functions of a model's own are not supported")
+    if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
+        return F.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
+    return attention_mask
+
+
+def register() -> None:
+    """Makes both known to transformers."""
+    AttentionInterface.register(NAME, flux_attention)
+    AttentionMaskInterface.register(NAME, flux_mask)

@@ -1,0 +1,388 @@
+"""The command ``flux-ext``: demo, info, generate, train, eval, bench."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit status (0, or 1 after an error that was reported)."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("flux-ext: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"flux-ext: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flux-ext", description="Attention that is full or sparse per sequence, layer and head."
+    )
+    parser.add_argument("--version", action="version", version=f"flux-ext {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Callable[..., Any]:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub.add_argument
+
+    def device(add: Callable[..., Any]) -> None:
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+        add(
+            "--dtype",
+            default="auto",
+            choices=["auto", "float32", "bfloat16", "float16"],
+            help="of the weights",
+        )
+
+    add = command("demo", _demo, "train routers of a small shipped model and score them, on the CPU in minutes")
+    add(
+        "--output",
+        type=Path,
+        default=Path("flux_demo"),
+        help="folder of the picture, the scores and the routers",
+    )
+    add("--steps", type=int, help="training steps (default: the recipe's)")
+    add("--examples", type=int, help="held-out examples per task (default: the recipe's)")
+    add("--seed", type=int, default=0)
+
+    add = command("info", _info, "what is built and what is found on this machine")
+    add("--json", action="store_true", help="as JSON")
+
+    add = command("generate", _generate, "continue a prompt with a model and its routers")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--routers", required=True, help="folder or hub name of its routers")
+    add("--prompt-file", type=Path, required=True, help="text file, UTF-8")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--seed", type=int, default=0, help="of the sampling")
+    device(add)
+
+    add = command("train", _train, "train the routers of a model on your own examples")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
+    add("--output", type=Path, required=True, help="folder of the checkpoints and of the routers")
+    add("--routers", help="start from these routers; their configuration counts")
+    add("--eval-data", type=Path, help="score these examples at the end")
+    add(
+        "--target",
+        action="append",
+        default=[],
+        metavar="TASK=SHARE",
+        help="target sparsity of a task; repeat",
+    )
+    add("--default-target", type=float, default=0.5, help="target sparsity of all other tasks")
+    add("--objective", default="counterfactual", choices=["counterfactual", "soft", "straight_through"])
+    add("--multipliers", default="inequality", choices=["inequality", "published", "published_abs"])
+    add("--multiplier-lr", type=float, default=0.02)
+    add("--flips", type=int, default=1, help="counterfactuals per sequence and step")
+    add("--heads-per-flip", type=int, default=1)
+    add("--start-bias", type=float, help="log-odds of full at the start (default: the objective's)")
+    add("--granularity", default="layer", choices=["layer", "head"])
+    add("--sink", type=int, default=128)
+    add("--window", type=int, default=2048)
+    add("--align", type=int, default=1)
+    add("--pool-size", type=int, default=100)
+    add("--steps", type=int, default=300)
+    add("--batch-size", type=int, default=4, help="sequences per device and micro-batch")
+    add("--accumulate", type=int, default=1, help="micro-batches per step")
+    add("--lr", type=float, default=5e-4)
+    add("--max-length", type=int, help="longer prompts lose tokens from their middle")
+    add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
+    add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
+    add("--save-steps", type=int, default=100)
+    add("--logging-steps", type=int, default=10)
+    add(
+        "--report-to",
+        action="append",
+        default=[],
+        help="a logger of the Trainer (tensorboard, wandb, ...); repeat",
+    )
+    add("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    add("--seed", type=int, default=0)
+    device(add)
+
+    add = command("eval", _eval, "score a model and its routers: dense, all sparse and routed")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--routers", required=True, help="folder or hub name of its routers")
+    add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
+    add("--modes", nargs="+", default=["dense", "sparse", "routed"], choices=["dense", "sparse", "routed"])
+    add("--no-generate", action="store_true", help="score the answers' likelihood only")
+    add("--batch-size", type=int, default=4)
+    add("--output", type=Path, help="also write the scores as JSON")
+    device(add)
+
+    add = command("bench", _bench, "time attention, full and sparse, against PyTorch's")
+    add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    add("--batch", type=int, default=1)
+    add("--heads", type=int, default=8, help="query heads")
+    add("--kv-heads", type=int, default=2)
+    add("--head-dim", type=int, default=64)
+    add("--sink", type=int, default=128)
+    add("--window", type=int, default=512)
+    add("--repeats", type=int, default=5, help="the least of so many is shown")
+    device(add)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run
+
+    run(args.output, steps=args.steps, examples=args.examples, seed=args.seed)
+
+
+# info
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = info()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name.ljust(width)}  {value}")
+
+
+def info() -> dict[str, str]:
+    """What is built and found, by name."""
+    from . import _library
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    try:
+        from . import _C
+
+        isa = _C.isa()
+    except ImportError as error:
+        isa = f"unknown: the module _C does not load ({error})"
+    cuda = "loaded" if _library.has_cuda_library else "not built (no nvcc at build time, or FLUX_CUDA=OFF)"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "flux-ext": f"{__version__} in {Path(__file__).parent}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "transformers": version("transformers"),
+        "accelerate": version("accelerate"),
+        "safetensors": version("safetensors"),
+        "CPU library": "loaded",
+        "CPU kernels": isa,
+        "CUDA library": cuda,
+        "GPU": ", ".join(devices) or "none",
+    }
+
+
+# models
+
+
+def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
+    """The patched model, in evaluation mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import flux_ext
+
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.dtype == "auto" and torch.device(args.device).type == "cpu":
+        dtype = torch.float32  # half precision is slow on most CPUs
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    if isinstance(routers, flux_ext.FluxConfig):
+        flux_ext.patch(model, routers)
+    else:
+        flux_ext.patch(model, routers=routers)
+    return model, tokenizer
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompt = args.prompt_file.read_text(encoding="utf-8")
+    if not prompt:
+        raise ValueError(f"{args.prompt_file} is empty")
+    model, tokenizer = _load(args, args.routers)
+    inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True, **sampling)
+    seconds = time.perf_counter() - start
+    length = inputs["input_ids"].shape[1]
+    print(tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True))
+    routes = out.past_key_values.routes[0].float()  # [L, Hkv]
+    modes = "".join("F" if s == 0 else "s" if s == 1 else "m" for s in routes.mean(1).tolist())
+    print(
+        f"[{length} + {out.sequences.shape[1] - length} tokens in {seconds:.1f} s; "
+        f"sparsity {routes.mean():.2f}; layers {modes} (F full, s sparse, m mixed heads)]",
+        file=sys.stderr,
+    )
+
+
+# training and evaluation
+
+
+def _train(args: argparse.Namespace) -> None:
+    import flux_ext
+
+    from .training import FluxTrainer, Recipe, RouterDataset, load_examples, training_arguments
+    from .training.trainer import latest_checkpoint, set_initial_bias
+
+    recipe = Recipe(
+        objective=args.objective,
+        targets=_targets(args.target),
+        default_target=args.default_target,
+        multipliers=args.multipliers,
+        multiplier_lr=args.multiplier_lr,
+        start_bias=args.start_bias,
+        flips=args.flips,
+        heads_per_flip=args.heads_per_flip,
+    )
+    examples = load_examples(args.data)
+    held_out = load_examples(args.eval_data) if args.eval_data else []
+    torch.manual_seed(args.seed)
+    config = flux_ext.FluxConfig(
+        sink=args.sink,
+        window=args.window,
+        align=args.align,
+        pool_size=args.pool_size,
+        granularity=args.granularity,
+    )
+    model, tokenizer = _load(args, args.routers or config)
+    if not args.routers:
+        set_initial_bias(flux_ext.get_routers(model), recipe.initial_bias)
+    trainer = FluxTrainer(
+        model,
+        recipe,
+        training_arguments(
+            str(args.output),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=args.lr,
+            save_steps=args.save_steps,
+            logging_steps=args.logging_steps,
+            report_to=args.report_to,
+            seed=args.seed,
+            use_cpu=torch.device(args.device).type == "cpu",
+            **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+        ),
+        train_dataset=RouterDataset(examples, tokenizer, max_length=args.max_length),
+        packed=args.packed,
+        tokenizer=tokenizer,
+    )
+    checkpoint = latest_checkpoint(args.output) if args.resume else None
+    if args.resume and checkpoint is None:
+        raise ValueError(f"--resume: {args.output} has no checkpoint")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    print(f"routers written to {args.output}")
+    if held_out:
+        from .evaluation.runner import evaluate, format_table
+
+        print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
+
+
+def _targets(texts: Sequence[str]) -> dict[str, float]:
+    targets = {}
+    for text in texts:
+        task, equals, share = text.rpartition("=")
+        number = None
+        with contextlib.suppress(ValueError):
+            number = float(share)
+        if not task or not equals or number is None:
+            raise ValueError(f"--target must read TASK=SHARE, for example retrieval=0.45, got {text!r}")
+        targets[task] = number
+    return targets
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from .evaluation.runner import evaluate, format_table
+    from .training import load_examples
+
+    examples = load_examples(args.data)
+    model, tokenizer = _load(args, args.routers)
+    scores = evaluate(model, tokenizer, examples, args.modes, generate=not args.no_generate, batch_size=args.batch_size)
+    print(format_table(scores))
+    if args.output:
+        args.output.write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n")
+
+
+# bench
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import torch.nn.functional as F
+
+    from . import Streaming, attention
+
+    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.dtype == "auto" and torch.device(args.device).type == "cuda":
+        dtype = torch.bfloat16
+    on_gpu = torch.device(args.device).type == "cuda"
+    sparse = Streaming(args.sink, args.window)
+
+    def least_ms(work: Callable[[], Any]) -> float:
+        work()
+        times = []
+        for _ in range(args.repeats):
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return 1e3 * min(times)
+
+    print(
+        f"forward, {args.device}, {dtype}, batch {2 * args.batch}, {args.heads} / {args.kv_heads} heads of "
+        f"{args.head_dim}, sink {args.sink}, window {args.window}; least of {args.repeats}, milliseconds"
+    )
+    print(f"{'tokens':>8} {'PyTorch':>10} {'full':>10} {'sparse':>10} {'half the sequences sparse':>26}")
+    for length in args.lengths:
+        torch.manual_seed(0)
+        batch = 2 * args.batch  # so that half of them can be sparse; times are of all of them
+
+        def draw(heads: int, batch=batch, length=length) -> torch.Tensor:
+            return torch.randn(batch, length, heads, args.head_dim, device=args.device, dtype=dtype)
+
+        q, k, v = draw(args.heads), draw(args.kv_heads), draw(args.kv_heads)
+        route = torch.zeros(batch, dtype=torch.int32, device=args.device)
+        mixed = torch.arange(batch, device=args.device).remainder(2).to(torch.int32)
+        qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+        works: list[Callable[[], Any]] = [
+            partial(F.scaled_dot_product_attention, qt, kt, vt, is_causal=True, enable_gqa=True),
+            *(partial(attention, q, k, v, r, sparse=sparse) for r in (route, route + 1, mixed)),
+        ]
+        with torch.inference_mode():
+            a, b, c, d = (least_ms(work) for work in works)
+        print(f"{length:>8} {a:>10.2f} {b:>10.2f} {c:>10.2f} {d:>26.2f}", flush=True)

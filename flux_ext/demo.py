@@ -1,0 +1,221 @@
+"""The main job on real text: ``flux-ext demo``.
+
+A small pretrained backbone (``assets/demo_backbone``, a Qwen3 over bytes) is frozen and patched. Its routers
+learn two tasks over the Python standard library's sources: answering questions about facts hidden far beyond
+the window, and continuing code. Held-out files are then scored dense, all sparse and routed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import FluxConfig, get_routers, patch
+from .evaluation import tasks
+from .evaluation.runner import MODES, Score, evaluate, format_table
+from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
+from .training.trainer import set_initial_bias
+
+BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the demonstration, in bytes (a byte is a token) and examples."""
+
+    sink: int = 16
+    window: int = 192
+    pool_size: int = 64
+    train_length: int = 576
+    """Prompts that the routers learn from."""
+    length: int = 1024
+    """Prompts that are scored."""
+    distance: int = 384
+    """Between a hidden fact and its question, at least; more than the window."""
+    train_facts: int = 2
+    train_distance: int = 208
+    train_answer: int = 32
+    answer: int = 128
+    """Code to be continued."""
+    steps: int = 80
+    batch_size: int = 8
+    flips: int = 2
+    learning_rate: float = 4e-3
+    multiplier_lr: float = 0.5
+    delta_clip: float = 1.0
+    """A wrong answer costs many nats; more than one would drown the price of the other task."""
+    examples: int = 48
+    retrieval_target: float = 0.75
+    continuation_target: float = 1.0
+
+
+def load_backbone(folder: Path = BACKBONE) -> tuple[nn.Module, Any]:
+    """The shipped backbone in fp32, in evaluation mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"the demonstration's backbone is missing: {folder} has no config.json")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, output: Path) -> FluxTrainer:
+    """Patches the model and trains its routers; the trainer, with the log, is returned."""
+    s = settings
+    recipe = Recipe(
+        targets={tasks.RETRIEVAL: s.retrieval_target, tasks.CONTINUATION: s.continuation_target},
+        multiplier_lr=s.multiplier_lr,
+        flips=s.flips,
+        delta_clip=s.delta_clip,
+    )
+    torch.manual_seed(seed)
+    patch(model, FluxConfig(sink=s.sink, window=s.window, pool_size=s.pool_size))
+    set_initial_bias(get_routers(model), recipe.initial_bias)
+    count = s.steps * s.batch_size // 2
+    examples = tasks.retrieval(
+        count,
+        length=s.train_length,
+        facts=s.train_facts,
+        distance=s.train_distance,
+        split="train",
+        seed=seed,
+    ) + tasks.continuation(count, length=s.train_length, answer_length=s.train_answer, split="train", seed=seed)
+    trainer = FluxTrainer(
+        model,
+        recipe,
+        training_arguments(
+            str(output),
+            max_steps=s.steps,
+            per_device_train_batch_size=s.batch_size,
+            learning_rate=s.learning_rate,
+            logging_steps=max(1, s.steps // 20),
+            save_strategy="no",
+            use_cpu=True,
+            seed=seed,
+        ),
+        train_dataset=RouterDataset(examples, tokenizer),
+        tokenizer=tokenizer,
+    )
+    trainer.train()
+    model.eval()
+    return trainer
+
+
+def run(
+    output: Path,
+    *,
+    steps: int | None = None,
+    examples: int | None = None,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> list[Score]:
+    """The whole demonstration; prints the report and writes picture, scores and routers to ``output``."""
+    start = time.perf_counter()
+    given = {"steps": steps, "examples": examples}
+    s = Settings(**{**asdict(settings or Settings()), **{k: v for k, v in given.items() if v is not None}})
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    model, tokenizer = load_backbone()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"backbone: {model.config.num_hidden_layers} layers, {parameters:,} parameters, frozen")  # type: ignore[union-attr]
+    print(f"training routers: {s.steps} steps of {s.batch_size} sequences, {torch.get_num_threads()} threads")
+    output.mkdir(parents=True, exist_ok=True)
+    train(model, tokenizer, s, seed, output)
+    trained = time.perf_counter()
+    get_routers(model).save_pretrained(output / "routers")
+
+    held_out = tasks.retrieval(s.examples, length=s.length, distance=s.distance, seed=seed) + tasks.continuation(
+        s.examples, length=s.length, answer_length=s.answer, seed=seed
+    )
+    scores = evaluate(
+        model,
+        tokenizer,
+        held_out,
+        generate={tasks.RETRIEVAL: True},
+        likelihood={tasks.CONTINUATION: True},
+        batch_size=8,
+    )
+    print(f"\nheld-out text, prompts of {s.length} bytes, {s.examples} examples per task\n")
+    print(format_table(scores))
+    print()
+    print("\n".join(verdicts(scores)))
+    for task in tasks.TASKS:
+        show_example(model, tokenizer, next(e for e in held_out if e.task == task))
+    picture = output / "routing.png"
+    draw(scores, picture)
+    (output / "scores.json").write_text(json.dumps([asdict(x) for x in scores], indent=2) + "\n")
+    total = time.perf_counter() - start
+    print(f"\n{picture}, {output / 'scores.json'} and {output / 'routers'} written")
+    print(f"{trained - start:.0f} s of training, {total:.0f} s in all")
+    return scores
+
+
+def verdicts(scores: Sequence[Score]) -> list[str]:
+    """What the demonstration is expected to show, and whether it did."""
+    by = {(s.task, s.mode): s for s in scores}
+    dense, sparse, routed = (by[tasks.RETRIEVAL, mode] for mode in MODES)
+    code, routed_code = by[tasks.CONTINUATION, "dense"], by[tasks.CONTINUATION, "routed"]
+    more_bits = routed_code.bits_per_byte / code.bits_per_byte - 1
+    lines = [
+        (
+            dense.accuracy > 0.90,
+            f"dense attention answers the questions: {dense.accuracy:.1%} (expected > 90 %)",
+        ),
+        (sparse.accuracy < 0.30, f"sparse attention alone does not: {sparse.accuracy:.1%} (expected < 30 %)"),
+        (
+            routed.accuracy >= 0.95 * dense.accuracy,
+            f"routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense (expected >= 95 %) "
+            f"at sparsity {routed.sparsity:.2f}",
+        ),
+        (
+            routed_code.sparsity >= 0.75,
+            f"code is continued at sparsity {routed_code.sparsity:.2f} (expected >= 0.75)",
+        ),
+        (more_bits <= 0.02, f"with {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
+    ]
+    return [f"[{'yes' if holds else 'NO '}] {text}" for holds, text in lines]
+
+
+def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> None:
+    """Generates one answer under the routers' own routes and prints it beside the right one."""
+    inputs = tokenizer(example.prompt, return_tensors="pt")
+    with torch.inference_mode():
+        out = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=len(example.answer), do_sample=False, return_dict_in_generate=True
+        )
+    text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    modes = "".join("F" if s == 0 else "s" for s in out.past_key_values.routes[0].float().mean(1).tolist())
+    print(f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated")
+    print(f"{example.prompt[-160:]}[{text}]")
+    print(f"--- right: [{example.answer}]")
+
+
+def draw(scores: Sequence[Score], path: Path) -> None:
+    """Saves the share of full attention per layer and task as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    routed = [s for s in scores if s.mode == "routed"]
+    shares = [s.full_share for s in routed]
+    fig, ax = plt.subplots(figsize=(1.5 + 0.7 * len(shares[0]), 1.4 + 0.6 * len(shares)), layout="constrained")
+    image = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            ax.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    ax.set_xticks(range(len(shares[0])))
+    ax.set_yticks(range(len(routed)), [s.task for s in routed])
+    ax.set_xlabel("layer")
+    ax.set_title("Share of held-out prompts routed to full attention")
+    fig.colorbar(image, ax=ax)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)

@@ -1,0 +1,394 @@
+"""All that a patch changes in one model: hooks, taps, attention implementation; and how to undo it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from . import attention_function, families
+from .batch import Batch, Decision, Policy, make_batch
+from .cache import FluxCache, FluxLayer, stock_layers
+from .config import FluxConfig
+from .reference import decide
+from .routers import FluxRouters
+from .static_cache import FluxStaticCache
+
+BATCH = "flux_ext_batch"
+"""The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
+
+
+class _Local(threading.local):
+    """State of the forward in flight in this thread; copies start empty."""
+
+    batch: Any = None  # Batch
+    cache: FluxLayer | None = None
+    policy: Policy | None = None
+    prompt_lengths: Tensor | None = None
+    decisions: dict[int, Decision] | None = None
+
+    def __deepcopy__(self, memo: Any) -> _Local:
+        return _Local()
+
+    def __reduce__(self) -> Any:
+        return _Local, ()
+
+
+class PatchedLayer:
+    """One attention module: its place, its tap and its hooks.
+
+    ``slot`` is the position among the routed layers, None for a layer without a router; ``window`` the layer's own
+    sliding window, if it has one.
+    """
+
+    def __init__(self, patch: Patch, index: int, attention: nn.Module, slot: int | None, window: int | None) -> None:
+        self.patch, self.index, self.attention, self.slot, self.window = patch, index, attention, slot, window
+        self.pattern = patch.config.sparse_pattern()
+        self.kind = "query" if patch.config.granularity == "layer" else "key"
+        self.tap: families.Tap | None = None
+        self.tapped: nn.Module | None = None
+        self.tap_handle: Any = None
+        self.handles = [
+            attention.register_forward_pre_hook(self.before, with_kwargs=True),
+            attention.register_forward_hook(self.after),
+        ]
+        attention._flux_ext = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        for handle in (*self.handles, self.tap_handle):
+            if handle is not None:
+                handle.remove()
+        del self.attention._flux_ext
+
+    def current(self) -> tuple[Batch, FluxLayer | None, Tensor | None]:
+        """Batch, cache layer and route of the forward in flight; called by the attention function."""
+        local = self.patch.local
+        route = None
+        if self.slot is not None and local.batch.probe is None:
+            if self.slot not in local.batch.decisions:
+                raise RuntimeError(f"layer {self.index}: the router did not see its {self.kind} states")
+            route = local.batch.decisions[self.slot].route
+        return local.batch, local.cache, route
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the attention module: finds this forward's batch and cache layer."""
+        local = self.patch.local
+        batch = kwargs.pop(BATCH, None)
+        if batch is None:
+            raise RuntimeError("the layers of a patched model run only inside its decoder's forward")
+        cache = kwargs.get("past_key_values")
+        layer = None if cache is None else cache.layers[self.index]
+        local.batch, local.cache = batch, None
+        if isinstance(layer, FluxLayer):
+            layer.begin(batch)
+            if self.slot is None and layer.route is None:
+                h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                layer.set_route(h.new_zeros((h.shape[0], self.patch.num_kv_heads), dtype=torch.int32))
+            local.cache = layer
+        if batch.probe is not None:
+            batch.probe[self.index] = {"cos_sin": kwargs.get("position_embeddings")}
+        if self.tap is not None and getattr(module, self.tap.name) is not self.tapped:
+            self.attach_tap()  # the submodule was replaced, by a LoRA adapter for one
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the attention module: lets go of the cache."""
+        self.patch.local.batch = self.patch.local.cache = None
+
+    def attach_tap(self) -> None:
+        """Hooks the submodule that makes the states the router sees."""
+        if self.tap_handle is not None:
+            self.tap_handle.remove()
+        assert self.tap is not None
+        self.tapped = getattr(self.attention, self.tap.name)
+        self.tap_handle = self.tapped.register_forward_hook(self.after_tap)
+
+    def after_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Queries (or keys) are made: the router decides, if no earlier forward did."""
+        local = self.patch.local
+        batch, cache = local.batch, local.cache
+        assert self.slot is not None and self.tap is not None
+        if batch is None:
+            return  # called from outside the attention module
+        if batch.probe is not None:
+            batch.probe[self.index]["tapped"] = output
+            return
+        if cache is not None and cache.route is not None and not cache.waiting:
+            batch.decisions[self.slot] = Decision(None, cache.route)
+            return
+        x = self.tap.states(output, self.patch.head_dim)
+        seq_start, seq_end = batch.seq_start, batch.seq_end
+        if batch.cu_seqlens is not None:
+            x, seq_start, seq_end = x[0], batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+        if batch.prompt_lengths is not None:  # answers follow the prompts
+            lengths = batch.prompt_lengths.to(x.device, torch.int32)
+            seq_start = torch.zeros_like(lengths) if seq_start is None else seq_start
+            seq_end = seq_start + lengths
+        if batch.prompt_len is not None and batch.prompt_len < x.shape[1]:  # candidates follow the prompt
+            x = x[:, : batch.prompt_len]
+            seq_end = None if seq_end is None else seq_end.clamp(max=batch.prompt_len)
+        router: Any = self.attention.flux_router
+        logits = router(x, seq_start, seq_end)
+        route = decide(logits) if batch.policy is None else batch.policy(self.slot, logits)
+        route = self.patch.check_route(route, logits)
+        if cache is not None:
+            if route.is_floating_point():
+                raise ValueError("a fractional route has no cache: call the model with use_cache=False")
+            route = cache.set_route(route)
+        batch.decisions[self.slot] = Decision(logits, route)
+
+
+class Patch:
+    """All that was changed in one model."""
+
+    def __init__(self, model: PreTrainedModel, routers: FluxRouters | FluxConfig) -> None:
+        self.model: Any = model
+        self.decoder: Any = model.get_decoder()
+        self.text_config = model.config.get_text_config(decoder=True)
+        families.refuse_unsupported(model, self.decoder, self.text_config)
+        self.num_q_heads: int = self.text_config.num_attention_heads
+        self.num_kv_heads: int = getattr(self.text_config, "num_key_value_heads", None) or self.num_q_heads
+        self.local = _Local()
+        stock = stock_layers(model.config)
+        self.full_layers = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
+        windows = {i: layer.sliding_window for i, layer in enumerate(stock) if getattr(layer, "is_sliding", False)}
+        types = getattr(self.text_config, "layer_types", None) or []
+        if chunked := [i for i, t in enumerate(types) if t == "chunked_attention"]:
+            raise ValueError(f"layers {chunked} attend in chunks (chunked_attention): the model cannot be patched")
+        if not self.full_layers:
+            raise ValueError(
+                f"no layer of {type(model).__name__} has full attention (sliding windows: "
+                f"{sorted(set(windows.values()))}): there is nothing to route"
+            )
+        attentions: dict[int, Any] = {
+            i: families.attention_of(self.decoder.layers[i], i) for i in sorted({*self.full_layers, *windows})
+        }
+        self.head_dim: int = attentions[self.full_layers[0]].head_dim
+        self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
+        if isinstance(routers, FluxConfig):
+            routers = FluxRouters(self.config)
+        self.routers = routers
+        self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
+        self._install(attentions, windows)
+        routers.config = self.config
+
+    def _fill(self, config: FluxConfig) -> FluxConfig:
+        """The configuration with the model's own numbers; ValueError where it is one of another model."""
+        own: dict[str, Any] = {
+            "num_layers": len(self.decoder.layers),
+            "head_dim": self.head_dim,
+            "num_kv_heads": self.num_kv_heads,
+            "model_type": self.text_config.model_type,
+        }
+        for name, value in own.items():
+            if (given := getattr(config, name)) not in (None, value):
+                raise ValueError(f"the routers were made for another model: {name} is {given!r}, here {value!r}")
+        if config.layers_to_route is not None and not set(config.layers_to_route) <= set(self.full_layers):
+            raise ValueError(
+                f"layers_to_route must be among the layers with full attention, {self.full_layers}, "
+                f"got {config.layers_to_route}"
+            )
+        return dataclasses.replace(
+            config,
+            **own,
+            layers_to_route=config.layers_to_route or self.full_layers,
+            base_model_name_or_path=config.base_model_name_or_path or self.model.name_or_path or None,
+        )
+
+    def _install(self, attentions: dict[int, nn.Module], windows: dict[int, int]) -> None:
+        routed = self.config.routed_layers()
+        taps = {}
+        for i in routed:
+            kind = "query" if self.config.granularity == "layer" else "key"
+            taps[i] = families.find_tap(attentions[i], kind, self.num_q_heads, self.num_kv_heads, self.head_dim)
+            if taps[i] is None:
+                raise ValueError(f"{type(attentions[i]).__name__}: no submodule is known to make its {kind} states")
+        model = self.model
+        attention_function.register()
+        self.previous_implementation = self.text_config._attn_implementation
+        self._set_implementation(attention_function.NAME)
+        self.layers = []
+        self.handles = [self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
+        self.ignored_on_save = model._keys_to_ignore_on_save
+        self.shadowed: list[str] = []
+        model._flux_ext = self  # type: ignore[assignment]
+        try:
+            for i, attention in attentions.items():
+                slot = routed.index(i) if i in routed else None
+                layer = PatchedLayer(self, i, attention, slot, windows.get(i))
+                self.layers.append(layer)
+                if slot is not None:
+                    layer.tap = taps[i]
+                    layer.attach_tap()
+                    attention.flux_router = self.routers.layers[slot].to(families.device_of(attention))
+            own = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".flux_router." in n]
+            model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
+            self._shadow("_prepare_cache_for_generation", self.prepare_cache)
+            self._shadow("_get_candidate_generator", self.candidate_generator)
+            for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+                self._shadow(name, self.refuse_continuous_batching)
+            self._probe()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _shadow(self, name: str, method: Any) -> None:
+        """Replaces a method of this one instance."""
+        if hasattr(self.model, name):
+            setattr(self.model, name, method)
+            self.shadowed.append(name)
+
+    def _set_implementation(self, name: str) -> None:
+        self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
+        if self.text_config._attn_implementation != name:
+            raise ValueError(f"{type(self.model).__name__} refused attn_implementation={name!r}")
+
+    def remove(self) -> None:
+        """Undoes everything."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in self.layers:
+            layer.remove()
+            if "flux_router" in layer.attention._modules:
+                del layer.attention.flux_router
+        for name in self.shadowed:
+            self.model.__dict__.pop(name, None)
+        self.model._keys_to_ignore_on_save = self.ignored_on_save
+        self._set_implementation(self.previous_implementation)
+        del self.model._flux_ext
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """One tiny forward: every tap fires and sees what the attention gets, up to the rotary embedding."""
+        tokens = families.probe_tokens(self.text_config, families.device_of(self.decoder))
+        training = [m for m in self.decoder.modules() if m.training]
+        self.decoder.eval()
+        batch = Batch(probe={})
+        try:
+            self.decoder(input_ids=tokens, use_cache=False, **{BATCH: batch})
+        finally:
+            for module in training:
+                module.training = True
+        assert batch.probe is not None
+        for layer in self.layers:
+            if layer.tap is None:
+                continue
+            seen = batch.probe.get(layer.index, {})
+            name = type(layer.attention).__name__
+            if not {"tapped", "given"} <= seen.keys():
+                raise ValueError(f"{name}: {layer.tap.name} or the attention function was not called")
+            if seen["cos_sin"] is None:
+                raise ValueError(f"{name} is not given its rotary embedding (position_embeddings)")
+            rotated = families.rotary(layer.attention, seen["cos_sin"])
+            if not layer.tap.settle(seen["tapped"], self.head_dim, seen["given"], rotated):
+                raise ValueError(
+                    f"{name}: the output of {layer.tap.name} is not the {layer.kind} states before rotary embedding"
+                )
+
+    def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the decoder: the cache and the batch of this forward."""
+        kwargs = {**dict(zip(self.parameter_order, args, strict=False)), **kwargs}
+        if BATCH in kwargs:  # the probe
+            return (), kwargs
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        self.check_cache(cache)
+        self.check_checkpointing()
+        batch = make_batch(self.local.policy, kwargs, tokens, cache)
+        batch.prompt_lengths = self.local.prompt_lengths
+        if cache is not None:
+            batch.prompt_len, cache.prompt_len = cache.prompt_len, None
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if batch.cu_seqlens is not None:
+                if use_cache:
+                    raise ValueError("several sequences packed into one row have no cache: pass use_cache=False")
+                use_cache = False
+            if use_cache is None:
+                use_cache = self.text_config.use_cache and not module.training
+            kwargs["use_cache"] = use_cache
+            if use_cache:
+                kwargs["past_key_values"] = self.new_cache()
+        kwargs[BATCH] = batch
+        self.local.decisions = batch.decisions
+        return (), kwargs
+
+    def new_cache(self) -> FluxCache:
+        """An empty cache for this model."""
+        return FluxCache(self.model.config, self.config)
+
+    def check_cache(self, cache: Any) -> None:
+        if cache is not None and not isinstance(cache, FluxCache):
+            raise TypeError(
+                f"a patched model needs a flux_ext.FluxCache as past_key_values, got {type(cache).__name__}"
+            )
+
+    def check_checkpointing(self) -> None:
+        """Reentrant checkpointing runs the forward without a graph, so routers would silently get no gradient."""
+        if not (self.decoder.training and torch.is_grad_enabled()):
+            return
+        layer = self.decoder.layers[0]
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError('gradient checkpointing must be non-reentrant: {"use_reentrant": False}')
+
+    def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
+        """A policy's answer as ``[B, Hkv]``, int32 or floating."""
+        batch_size = logits.shape[0]
+        if tuple(route.shape) not in ((batch_size,), (batch_size, self.num_kv_heads)):
+            raise ValueError(
+                f"a route must be [{batch_size}] or [{batch_size}, {self.num_kv_heads}], got {list(route.shape)}"
+            )
+        route = route.to(logits.device)
+        if not route.is_floating_point():
+            route = route.to(torch.int32)
+        return route if route.dim() == 2 else route[:, None].expand(-1, self.num_kv_heads)
+
+    def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """In place of the model's ``_prepare_cache_for_generation``: a FluxCache where it would make a dynamic one."""
+        if generation_config.prefill_chunk_size is not None and self.config.route_on == "prompt":
+            raise ValueError(
+                'prefill_chunk_size splits the prompt, but FluxConfig(route_on="prompt") decides from all of it; '
+                'patch with route_on="first_chunk"'
+            )
+        cache = model_kwargs.get("past_key_values")
+        self.check_cache(cache)
+        if cache is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic", "static"):
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} is not supported by a "
+                    "patched model; leave it out, or pass past_key_values=flux_ext.FluxCache(...)"
+                )
+            if generation_config.cache_implementation == "static":
+                stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
+                call = stock.bind(self.model, generation_config, model_kwargs, *args, **kwargs).arguments
+                cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
+            else:
+                cache = self.new_cache()
+            model_kwargs["past_key_values"] = cache
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        else:
+            type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
+
+    def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of ``_get_candidate_generator``: the first forward will have candidates after the prompt."""
+        if self.config.pattern == "triangle":
+            raise ValueError('assisted decoding needs pattern="streaming": a triangle ends with the prompt')
+        call = inspect.signature(type(self.model)._get_candidate_generator).bind(self.model, *args, **kwargs).arguments
+        cache = call["model_kwargs"]["past_key_values"]
+        if cache.get_seq_length() == 0:
+            cache.prompt_len = call["input_ids"].shape[1]
+        return type(self.model)._get_candidate_generator(self.model, *args, **kwargs)
+
+    def refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("continuous batching (generate_batch) does not work on a patched model: use generate")

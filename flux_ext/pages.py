@@ -1,0 +1,168 @@
+"""Rows of keys and values in pages: tensors on the device, bookkeeping on the host.
+
+A row is one (sequence, KV head) pair. Rows have lengths of their own, share one pool of pages, and give pages
+back when tokens are dropped; pages move only when the pool shrinks or rows are selected.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HOST_INDICES = 4096
+"""Up to this many tokens, indices are computed on the host and sent in one copy."""
+
+
+class PagedRows:
+    """Keys and values ``[num_pages, page_size, 1, D]`` of ``B * Hkv`` rows.
+
+    Args:
+        batch_size, num_heads: B and Hkv; row ``b * Hkv + h``.
+        page_size: tokens per page.
+        k, v: tensors ``[..., D]`` whose dtype, device and D the pools get.
+    """
+
+    def __init__(self, batch_size: int, num_heads: int, page_size: int, k: Tensor, v: Tensor) -> None:
+        self.num_heads, self.page_size = num_heads, page_size
+        rows = batch_size * num_heads
+        self.length = np.zeros(rows, np.int64)  # tokens stored
+        self.held = np.zeros(rows, np.int64)  # pages held
+        self.table = np.zeros((rows, 0), np.int32)  # page numbers, the first `held` of each row count
+        self.free = np.zeros(0, np.int32)
+        self.keys = k.new_empty((0, page_size, 1, k.shape[-1]))
+        self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
+        self._device_table: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.length) // self.num_heads
+
+    def nbytes(self) -> int:
+        """Bytes of the pools, free pages included."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def page_table(self) -> Tensor:
+        """int32 ``[B, Hkv, max_pages]`` on the device."""
+        if self._device_table is None:
+            table = torch.from_numpy(self.table).view(-1, self.num_heads, self.table.shape[1])
+            self._device_table = table.to(self.keys.device, copy=True)
+        return self._device_table
+
+    def kv_len(self) -> Tensor:
+        """int32 ``[B, Hkv]`` on the device: tokens stored."""
+        length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
+        return length.to(self.keys.device)
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        count: np.ndarray,
+        begin: np.ndarray,
+        skip_at: int = 0,
+        skip: np.ndarray | None = None,
+    ) -> None:
+        """Stores ``count`` new tokens of each row.
+
+        Token ``i`` of a row comes from ``k[b, h, begin + i]``; from stored index ``skip_at`` on, ``skip`` tokens
+        of the source are left out.
+
+        Args:
+            k, v: ``[B, Hkv, S, D]``.
+            count, begin, skip: int64 ``[rows]``.
+        """
+        first = self.length.copy()
+        self._allocate(first + count)
+        self.length = first + count
+        total = int(count.sum())
+        device = self.keys.device if total > HOST_INDICES else torch.device("cpu")
+
+        def spread(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(device)[row]
+
+        row = torch.repeat_interleave(
+            torch.arange(len(count), device=device), torch.from_numpy(count).to(device), output_size=total
+        )
+        index = torch.arange(total, device=device) - spread(np.cumsum(count) - count)
+        stored = index + spread(first)
+        source = index + spread(begin)
+        if skip is not None:
+            source += torch.where(stored >= skip_at, spread(skip), 0)
+        page = torch.from_numpy(self.table).to(device)[row, stored // self.page_size]
+        slot = page.long() * self.page_size + stored % self.page_size
+        index = torch.stack([row // self.num_heads, row % self.num_heads, source, slot]).to(self.keys.device)
+        for pool, x in ((self.keys, k), (self.values, v)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], x.detach()[index[0], index[1], index[2]])
+
+    def _allocate(self, length: np.ndarray) -> None:
+        """Gives every row the pages for ``length`` tokens."""
+        needed = -(-length // self.page_size)
+        more = np.maximum(needed - self.held, 0)
+        total = int(more.sum())
+        if not total:
+            return
+        if total > len(self.free):
+            # Rows that keep everything grow on: a little ahead saves copies of the pool.
+            self._enlarge(max(total - len(self.free), int(self.held.sum()) // 16))
+        held = self.held + more
+        if held.max() > self.table.shape[1]:
+            self.table = np.pad(self.table, ((0, 0), (0, int(held.max()) - self.table.shape[1])))
+        columns = np.arange(self.table.shape[1])
+        fresh = (columns >= self.held[:, None]) & (columns < held[:, None])
+        self.table[fresh] = self.free[:total]
+        self.free = self.free[total:]
+        self.held = held
+        self._device_table = None
+
+    def _enlarge(self, pages: int) -> None:
+        old = len(self.keys)
+        for name in ("keys", "values"):
+            pool = getattr(self, name)
+            setattr(self, name, torch.cat([pool, pool.new_empty((pages, *pool.shape[1:]))]))
+        self.free = np.concatenate([self.free, np.arange(old, old + pages, dtype=np.int32)])
+
+    def drop(self, first_page: int, pages: np.ndarray) -> None:
+        """Takes ``pages [rows]`` whole pages out of each row, from ``first_page`` on; what follows moves up."""
+        if not pages.any():
+            return
+        columns = np.arange(self.table.shape[1])
+        gone = (columns >= first_page) & (columns < first_page + pages[:, None])
+        self.free = np.concatenate([self.free, self.table[gone]])
+        source = columns + np.where(columns >= first_page, pages[:, None], 0)
+        self.table = np.take_along_axis(self.table, np.minimum(source, self.table.shape[1] - 1), 1)
+        self.held = self.held - pages
+        self.length = self.length - pages * self.page_size
+        self._changed()
+
+    def truncate(self, length: np.ndarray) -> None:
+        """Forgets each row's tokens from ``length [rows]`` on."""
+        keep = -(-length // self.page_size)
+        columns = np.arange(self.table.shape[1])
+        gone = (columns >= keep[:, None]) & (columns < self.held[:, None])
+        self.free = np.concatenate([self.free, self.table[gone]])
+        self.held, self.length = keep, length
+        self._changed()
+
+    def select(self, sequences: np.ndarray) -> None:
+        """Keeps the given sequences, in this order, repeated where they repeat."""
+        rows = (sequences[:, None] * self.num_heads + np.arange(self.num_heads)).reshape(-1)
+        self.table, self.held, self.length = self.table[rows], self.held[rows], self.length[rows]
+        self._compact()
+
+    def _changed(self) -> None:
+        self.table = self.table[:, : int(self.held.max(initial=0))]
+        self._device_table = None
+        if len(self.free) > len(self.held) + int(self.held.sum()) // 8:
+            self._compact()
+
+    def _compact(self) -> None:
+        """New pools of exactly the pages held, each row's pages in order."""
+        self.table = self.table[:, : int(self.held.max(initial=0))]
+        used = np.arange(self.table.shape[1]) < self.held[:, None]
+        source = torch.from_numpy(self.table[used].astype(np.int64)).to(self.keys.device)
+        self.keys, self.values = self.keys[source], self.values[source]
+        self.table = np.zeros_like(self.table)
+        self.table[used] = np.arange(len(source), dtype=np.int32)
+        self.free = np.zeros(0, np.int32)
+        self._device_table = None

@@ -1,0 +1,207 @@
+"""Routed attention in a stock transformers model, through its public extension points.
+
+    flux_ext.patch(model, FluxConfig(...))      # or routers="folder-or-hub-id"
+    model.generate(...)
+    flux_ext.unpatch(model)
+
+One forward: a pre-hook on the decoder reads the sequences' bounds off the mask and makes the cache; hooks on
+each attention module hand its queries (or keys) to the router and keep the decision in the cache layer; the
+registered attention function computes. State between hooks of one forward is per thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .batch import Decision, Policy
+from .config import FluxConfig
+from .model_patch import Patch
+from .routers import FluxRouters
+
+
+class Routing:
+    """The decisions of one forward over the routed layers (L of them)."""
+
+    def __init__(self, decisions: dict[int, Decision]) -> None:
+        self._decisions = [decisions[slot] for slot in sorted(decisions)]
+
+    @property
+    def logits(self) -> Tensor | None:
+        """fp32 ``[B, L, 2]`` (head routers ``[B, L, Hkv, 2]``), with its graph; None where the cache had the routes."""
+        logits = [d.logits for d in self._decisions if d.logits is not None]
+        return torch.stack([x.to(logits[0].device) for x in logits], 1) if logits else None
+
+    @property
+    def routes(self) -> Tensor:
+        """``[B, L, Hkv]``: int32 (0 full, 1 sparse), or the floating weight of sparse."""
+        routes = [d.route for d in self._decisions]
+        return torch.stack([r.to(routes[0].device) for r in routes], 1)
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside torch.compile, DDP and PEFT wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        for name in ("_orig_mod", "module"):
+            if isinstance(inner := getattr(model, name, None), nn.Module):
+                break
+        else:
+            if not hasattr(model, "get_base_model"):
+                raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+            inner = model.get_base_model()
+        model = inner
+    return model
+
+
+def _patch_of(model: Any) -> Patch:
+    patch = getattr(_unwrap(model), "_flux_ext", None)
+    if patch is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call flux_ext.patch(model) first")
+    return patch
+
+
+def is_patched(model: Any) -> bool:
+    """Whether :func:`patch` was called on the model, or on what it wraps."""
+    return getattr(_unwrap(model), "_flux_ext", None) is not None
+
+
+def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None) -> Any:
+    """Routes a stock transformers causal language model, in place.
+
+    Args:
+        model: a ``PreTrainedModel``, or PEFT's wrapper of one, whose layers are rotary attention.
+        config: fresh routers that start with everything full; default ``FluxConfig()``.
+        routers: trained ones: a :class:`FluxRouters`, a folder or a Hub repository. They bring their own config.
+
+    Returns:
+        ``model``. Patching it again with the same settings changes nothing.
+
+    Raises:
+        ValueError: the model's attention is not supported, the routers belong to another model or are damaged,
+            or the model is patched with other settings. The model is then as before.
+    """
+    inner = _unwrap(model)
+    if config is not None and routers is not None:
+        raise ValueError("give either config or routers: routers bring their own configuration")
+    made: FluxRouters | FluxConfig
+    if routers is None:
+        made = FluxConfig() if config is None else config
+    else:
+        made = routers if isinstance(routers, FluxRouters) else FluxRouters.from_pretrained(routers)
+    if is_patched(inner):
+        old = _patch_of(inner)
+        if routers is not None and routers is not old.routers:
+            raise ValueError("model is patched with other routers: call flux_ext.unpatch(model) first")
+        if routers is None and config is not None and (difference := old.config.differences(config)):
+            raise ValueError(f"model is patched with other settings ({difference}): call flux_ext.unpatch first")
+        return model
+    Patch(inner, made)
+    return model
+
+
+def unpatch(model: Any) -> Any:
+    """Makes a patched model what it was; returns ``model``."""
+    _patch_of(model).remove()
+    return model
+
+
+@contextlib.contextmanager
+def patched(
+    model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None
+) -> Iterator[Any]:
+    """:func:`patch` for the length of a ``with`` block."""
+    patch(model, config, routers=routers)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def get_routers(model: Any) -> FluxRouters:
+    """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``.
+
+    Where PEFT trains copies of them (``modules_to_save=["flux_router"]``), these are the active copies.
+    """
+    patch = _patch_of(model)
+    for layer in patch.layers:
+        if layer.slot is not None:
+            router: Any = layer.attention.flux_router
+            copies = getattr(router, "modules_to_save", None)
+            patch.routers.layers[layer.slot] = router if copies is None else copies[router.active_adapters[0]]
+    return patch.routers
+
+
+def last_routing(model: Any) -> Routing:
+    """The decisions of the model's last forward in this thread.
+
+    Raises:
+        ValueError: there was none.
+    """
+    decisions = _patch_of(model).local.decisions
+    if not decisions:
+        raise ValueError("no forward has run since the model was patched")
+    return Routing(decisions)
+
+
+@contextlib.contextmanager
+def policy(model: Any, fn: Policy) -> Iterator[None]:
+    """Lets ``fn(layer, logits)`` decide in place of the routers' argmax, in this thread.
+
+    Args:
+        fn: layer is the position among the routed layers; logits fp32 ``[B, 2]`` (head routers
+            ``[B, Hkv, 2]``), index 1 arguing for full. Returns the route, ``[B]`` or ``[B, Hkv]``: integers or booleans
+            (1 sparse) or floating weights of sparse. Called again when checkpointing recomputes a layer.
+    """
+    local = _patch_of(model).local
+    before, local.policy = local.policy, fn
+    try:
+        yield
+    finally:
+        local.policy = before
+
+
+@contextlib.contextmanager
+def prompt_lengths(model: Any, lengths: Tensor | None) -> Iterator[None]:
+    """Lets the routers see only the beginning of each sequence, in this thread: training feeds prompt and answer
+    together, and must decide from what there is when an answer is generated.
+
+    Args:
+        lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
+    """
+    local = _patch_of(model).local
+    before, local.prompt_lengths = local.prompt_lengths, lengths
+    try:
+        yield
+    finally:
+        local.prompt_lengths = before
+
+
+@contextlib.contextmanager
+def routes(model: Any, route: str | Tensor) -> Iterator[None]:
+    """Forces routes within a ``with`` block.
+
+    Args:
+        route: ``"full"``, ``"sparse"``, or a tensor ``[L]``, ``[B, L]`` or ``[B, L, Hkv]`` over the routed layers:
+            integers or booleans (0 full, 1 sparse), or floating weights of sparse.
+    """
+    num_layers = len(get_routers(model).layers)
+    if isinstance(route, str):
+        if route not in ("full", "sparse"):
+            raise ValueError(f'route must be "full", "sparse" or a tensor, got {route!r}')
+        route = torch.full((num_layers,), int(route == "sparse"), dtype=torch.int32)
+    if route.dim() not in (1, 2, 3) or route.shape[min(route.dim() - 1, 1)] != num_layers:
+        raise ValueError(
+            f"route must be [L], [B, L] or [B, L, Hkv] with L = {num_layers}, got shape {list(route.shape)}"
+        )
+
+    def forced(layer: int, logits: Tensor) -> Tensor:
+        return route[layer].expand(logits.shape[0]) if route.dim() == 1 else route[:, layer]
+
+    with policy(model, forced):
+        yield

@@ -1,0 +1,24 @@
+"""Training routers while the backbone stays frozen."""
+
+from .config import Recipe, training_arguments
+from .data import PackedCollator, PaddedCollator, RouterDataset, load_examples, save_examples
+from .objective import Counterfactual, Multipliers, Objective, Soft, Step, StraightThrough, make_objective
+from .trainer import FluxTrainer
+
+__all__ = [
+    "Counterfactual",
+    "FluxTrainer",
+    "Multipliers",
+    "Objective",
+    "PackedCollator",
+    "PaddedCollator",
+    "Recipe",
+    "RouterDataset",
+    "Soft",
+    "Step",
+    "StraightThrough",
+    "load_examples",
+    "make_objective",
+    "save_examples",
+    "training_arguments",
+]

@@ -1,0 +1,178 @@
+"""A patched Hugging Face model and one batch, as the objectives see them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import patching
+from .data import IGNORED
+from .objective import Policy
+
+_OURS = ("labels", "task_ids", "prompt_lengths")
+
+
+class PatchedModel:
+    """The losses of one batch under any routes: a :class:`~.objective.RoutedModel`.
+
+    The second run of some sequences, with one layer routed otherwise, starts at that layer: the first run
+    keeps the layer's input for them (together no more than one layer's hidden states per flip).
+
+    Args:
+        model: the patched model, as wrapped for training.
+        inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
+        num_layers, num_heads: routed layers, and decisions per layer.
+        layers: the model's own index of each routed layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        num_layers: int,
+        num_heads: int = 1,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.model, self.inputs = model, inputs
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self._own = unwrap(model)
+        self._index = list(range(num_layers)) if layers is None else list(layers)
+        self._blocks = decoder_layers(self._own)
+        self._kept: dict[int, Tensor] = {}
+
+    def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
+        """The loss of each sequence ``[B]``, nats per answer token."""
+        self._kept = {}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patching.policy(self._own, policy))
+            if self._blocks is not None:
+                for layer, rows in (keep or {}).items():
+                    block = self._blocks[self._index[layer]]
+                    stack.enter_context(_before(block, self._keeper(layer, rows)))
+            return losses(self.model, self.inputs)
+
+    def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
+        """The losses ``[len(rows)]`` of these sequences, run from the layer on whose input was kept."""
+        inputs = take(self.inputs, rows)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            stack.enter_context(patching.policy(self._own, policy))
+            if layer in self._kept:
+                assert self._blocks is not None
+                first, hidden = self._index[layer], self._kept.pop(layer)
+                for block in self._blocks[:first]:
+                    stack.enter_context(_skipped(block))
+                stack.enter_context(_before(self._blocks[first], lambda _: hidden))
+            # Not through the wrapper: nothing here has a gradient to be reduced.
+            return losses(self._own, inputs)
+
+    def _keeper(self, layer: int, rows: Tensor) -> Callable[[Tensor], None]:
+        def keep(hidden: Tensor) -> None:
+            tokens = token_index(self.inputs, rows)
+            self._kept[layer] = (hidden[rows] if tokens is None else hidden[:, tokens]).detach()
+
+        return keep
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and compilation wrappers."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
+    """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if get_decoder else None
+    layers = getattr(decoder, "layers", None)
+    return list(layers) if isinstance(layers, nn.ModuleList) else None
+
+
+def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The mean cross-entropy of each sequence's answer, ``[B]``, fp32; the routers decide from its prompt.
+
+    Logits are made for answers only.
+    """
+    labels = inputs["labels"]
+    targets = labels[:, 1:]
+    columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
+    arguments = {k: v for k, v in inputs.items() if k not in _OURS}
+    with patching.prompt_lengths(unwrap(model), inputs["prompt_lengths"]):
+        logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
+    targets = targets[:, columns]
+    nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    counted = (targets != IGNORED).float()
+    bounds = inputs.get("cu_seq_lens_q")
+    if bounds is None:
+        return nats.view_as(counted).sum(1) / counted.sum(1)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), (columns + 1).to(bounds.dtype), right=True)
+    sums = nats.new_zeros(2, len(bounds) - 1)
+    sums = sums.index_add(1, sequence, torch.stack([nats, counted[0]]))
+    return sums[0] / sums[1]
+
+
+def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The batch of these sequences alone, padded or packed like the whole."""
+    tokens = token_index(inputs, rows)
+    if tokens is None:
+        return {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    lengths = inputs["cu_seq_lens_q"].diff()[rows]
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    part: dict[str, Any] = {k: inputs[k][:, tokens] for k in ("input_ids", "labels", "position_ids")}
+    part |= {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return part | {k: inputs[k][rows] for k in ("task_ids", "prompt_lengths")}
+
+
+def token_index(inputs: Mapping[str, Any], rows: Tensor) -> Tensor | None:
+    """Which tokens of a packed row belong to these sequences; None for padded batches."""
+    bounds = inputs.get("cu_seq_lens_q")
+    if bounds is None:
+        return None
+    ends = bounds.tolist()
+    spans = [torch.arange(ends[r], ends[r + 1], device=bounds.device) for r in rows.tolist()]
+    return torch.cat(spans)
+
+
+@contextlib.contextmanager
+def _before(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Shows ``change`` the hidden states that go into a decoder layer; what it returns takes their place."""
+
+    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        new = change(hidden)
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _skipped(block: nn.Module) -> Iterator[None]:
+    """Lets a decoder layer pass its input through; its own ``forward`` and hooks come back afterwards."""
+    own = block.__dict__.get("forward")
+    block.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own  # type: ignore[method-assign]

@@ -1,0 +1,317 @@
+"""Three ways to train routers against a frozen backbone, behind one interface.
+
+An objective sees the backbone as a function from routes to one loss per sequence (:class:`RoutedModel`) and
+returns a scalar whose gradient trains the routers (:class:`Step`). It knows nothing of transformers.
+
+Log-odds ``z`` are those of full attention, ``logits[..., 1] - logits[..., 0]``; units are the places that
+decide: one per layer, or one per layer and KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Recipe
+
+Policy = Callable[[int, Tensor], Tensor]
+"""``(layer, logits [B, 2] or [B, Hkv, 2]) -> route [B] or [B, Hkv]``: integers choose (0 full, 1 sparse),
+floats are the weight of sparse attention. ``layer`` counts routed layers from 0."""
+
+
+class RoutedModel(Protocol):
+    """A frozen model whose routed layers ask a policy."""
+
+    num_layers: int
+    """Routed layers L."""
+    num_heads: int
+    """Decisions per layer: 1, or the KV heads."""
+
+    def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
+        """The loss of each sequence ``[B]`` in nats per answer token.
+
+        keep: ``{layer: rows}``, what :meth:`loss_again` is going to be asked for.
+        """
+        ...
+
+    def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
+        """The losses ``[len(rows)]`` of these sequences of the last batch, no gradient.
+
+        The policy answers as in the last :meth:`loss` below ``layer``: the model may start there. It is
+        asked with the logits of ``rows`` only.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of an objective."""
+
+    loss: Tensor
+    """Scalar, to be differentiated."""
+    lm_loss: Tensor
+    """``[B]`` in nats per answer token, detached."""
+    sparsity: Tensor
+    """``[B]`` share of sparse attention of each sequence, as the constraint counts it, detached."""
+
+
+class Multipliers(nn.Module):
+    """Lagrange multipliers of the tasks' target sparsities, kept as buffers and moved by explicit dual
+    ascent.
+
+    They see no weight decay and no gradient clipping. Buffers ``lambda1``, ``lambda2`` and ``target`` are
+    ``[T]``.
+    """
+
+    lambda1: Tensor
+    lambda2: Tensor
+    target: Tensor
+
+    def __init__(self, tasks: Sequence[str], recipe: Recipe, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.tasks, self.form, self.rate = tuple(tasks), recipe.multipliers, recipe.multiplier_lr
+        start = torch.zeros(2, len(self.tasks))
+        if self.form != "inequality":  # U(0, 0.5), as published
+            start = 0.5 * torch.rand(start.shape, generator=generator)
+        self.register_buffer("lambda1", start[0].clone())
+        self.register_buffer("lambda2", start[1].clone())
+        self.register_buffer("target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32))
+
+    def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
+        """The scalar term of the loss.
+
+        sparsity: ``[B]``, differentiable. tasks: int64 ``[B]``. The inequality form is a mean over sequences
+            (each pays
+        the price of its own task); the published forms are a mean over the tasks present of a function of
+        the task's mean sparsity.
+        """
+        if self.form == "inequality":
+            return (self.lambda1[tasks] * (self.target[tasks] - sparsity)).mean()
+        terms = []
+        for task in tasks.unique():
+            d = sparsity[tasks == task].mean() - self.target[task]
+            linear = d.abs() if self.form == "published_abs" else d
+            terms.append(self.lambda1[task] * linear + self.lambda2[task] * d.square())
+        return torch.stack(terms).mean()
+
+    @torch.no_grad()
+    def ascend(self, sparsity: Tensor, count: Tensor) -> None:
+        """One step of gradient ascent.
+
+        sparsity: ``[T]``, the mean of each task over all sequences of the step (all ranks). count: ``[T]``,
+            how many there
+        were; tasks with none stay as they are.
+        """
+        d = sparsity - self.target
+        if self.form == "inequality":
+            first, second = -d, torch.zeros_like(d)
+        else:
+            first, second = d.abs() if self.form == "published_abs" else d, d.square()
+        seen = (count > 0).to(d.dtype)
+        self.lambda1.add_(self.rate * first.nan_to_num() * seen).clamp_(min=0)
+        self.lambda2.add_(self.rate * second.nan_to_num() * seen).clamp_(min=0)
+
+
+class Objective(nn.Module):
+    """Base of the three. Calling it gives a :class:`Step`; its state (multipliers, random draws) is a state
+    dict.
+
+    Args:
+        recipe: the options.
+        tasks: the tasks' names; batches name them by index.
+        num_layers, num_heads: see :class:`RoutedModel`.
+        seed: all draws come from one generator of its own, on the CPU. Ranks that share a sequence (sequence
+            parallel) take the same seed, ranks with different sequences different ones.
+    """
+
+    def __init__(
+        self, recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("tasks must name at least one task")
+        self.recipe, self.tasks = recipe, tuple(tasks)
+        self.num_layers, self.num_heads = num_layers, num_heads
+        self.generator = torch.Generator().manual_seed(seed)
+        # The multipliers' start is the same on all ranks.
+        self.multipliers = Multipliers(tasks, recipe, torch.Generator().manual_seed(0))
+
+    def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
+        """tasks: int64 ``[B]``. progress: the share of the training that is done, for the schedules."""
+        raise NotImplementedError
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+    def uniform(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uniform draws in (0, 1), fp32, on the device of ``like``."""
+        x = torch.rand(*shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
+        return x.to(like.device, non_blocking=True)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """``[..., 2]`` logits -> ``[...]`` log-odds of full attention."""
+    return (logits[..., 1] - logits[..., 0]).float()
+
+
+def _stack(per_layer: Mapping[int, Tensor]) -> Tensor:
+    """``{layer: [B] or [B, H]}`` -> ``[B, L, H]`` (H is 1 with layer-level routing)."""
+    rows = [per_layer[layer] for layer in sorted(per_layer)]
+    return torch.stack([r if r.dim() == 2 else r[:, None] for r in rows], 1)
+
+
+class Soft(Objective):
+    """Full and sparse attention mixed by Gumbel-softmax weights (Flux Attention, arXiv 2604.07394, section
+    3).
+
+    ``r = softmax((logits + g) / tau)[1]``, ``out = r * full + (1 - r) * sparse``.
+    """
+
+    hard = False
+
+    def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
+        tau = self.recipe.tau(progress)
+        noise: dict[int, Tensor] = {}
+        weight: dict[int, Tensor] = {}
+
+        def policy(layer: int, logits: Tensor) -> Tensor:
+            if layer not in noise:  # gradient checkpointing asks twice, and must get the same draw
+                noise[layer] = -torch.log(-torch.log(self.uniform(logits.shape, logits)))
+            full = ((logits.float() + noise[layer]) / tau).softmax(-1)[..., 1]
+            if self.hard:
+                full = (full > 0.5).float() + full - full.detach()
+            weight.setdefault(layer, full)
+            return 1 - full
+
+        loss = model.loss(policy)
+        sparsity = 1 - _stack(weight).mean((1, 2))
+        total = loss.mean() + self.multipliers.penalty(sparsity, tasks)
+        return Step(total, loss.detach(), sparsity.detach())
+
+
+class StraightThrough(Soft):
+    """As :class:`Soft`, with the weight rounded to 0 or 1 in the forward pass and not in the gradient.
+
+    The estimator of Elastic Attention (arXiv 2601.17367) and of both published codes.
+    """
+
+    hard = True
+
+
+class Counterfactual(Objective):
+    """What would this sequence's loss be, had one layer taken the other route?
+
+    Routes are drawn from the routers' own policy and the model runs once without a graph. Then one layer per
+    sequence (or a group of its heads) takes the other route, all else being equal: the difference is that
+    layer's exact worth ``delta = loss(full) - loss(sparse)`` for this sequence in this company. The routers'
+    log-odds get the gradient ``(L * delta + price) / 4``: what it would be at even odds, so that a confident
+    router can still turn, with a soft bound on the log-odds for the same reason. The price is the
+    multipliers' gradient. No backward pass goes through the backbone.
+
+    The layers to flip come off a shuffled deck per task, so every task sees every layer equally often.
+    """
+
+    BOUND_WEIGHT = 0.1
+    deck: Tensor
+    dealt: Tensor
+
+    def __init__(
+        self, recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__(recipe, tasks, num_layers, num_heads, seed)
+        if recipe.flips > num_layers:
+            raise ValueError(f"flips must be at most the {num_layers} routed layers, got {recipe.flips}")
+        if recipe.heads_per_flip > num_heads:
+            raise ValueError(
+                f"heads_per_flip must be at most the {num_heads} decisions of a layer, got {recipe.heads_per_flip}"
+            )
+        self.register_buffer("deck", torch.zeros(len(self.tasks), num_layers, dtype=torch.long))
+        self.register_buffer("dealt", torch.full((len(self.tasks),), num_layers))
+
+    def deal(self, tasks: Sequence[int]) -> Tensor:
+        """The layers to flip, int64 ``[B, flips]`` on the CPU, different ones in each row."""
+        flips, rows = self.recipe.flips, []
+        for task in tasks:
+            if self.dealt[task] + flips > self.num_layers:
+                self.deck[task] = torch.randperm(self.num_layers, generator=self.generator)
+                self.dealt[task] = 0
+            first = int(self.dealt[task])
+            rows.append(self.deck[task, first : first + flips].clone())
+            self.dealt[task] += flips
+        return torch.stack(rows)
+
+    def groups(self, batch: int) -> Tensor:
+        """The heads that flip together, bool ``[B, flips, H]`` on the CPU."""
+        shape = (batch, self.recipe.flips, self.num_heads)
+        rank = torch.rand(shape, generator=self.generator).argsort(-1).argsort(-1)
+        return rank < self.recipe.heads_per_flip
+
+    def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
+        batch, recipe = len(tasks), self.recipe
+        layers = self.deal(tasks.tolist())  # [B, K]
+        group = self.groups(batch).to(tasks.device)  # [B, K, H]
+        rows_of = {int(layer): (layers == layer).any(1).nonzero()[:, 0] for layer in layers.unique()}
+        z_of: dict[int, Tensor] = {}
+        full_of: dict[int, Tensor] = {}
+
+        def sample(layer: int, logits: Tensor) -> Tensor:
+            z = log_odds(logits)
+            z_of[layer] = z
+            draw = self.uniform(z.shape, z)
+            full = draw < torch.sigmoid(z.detach())
+            if self.num_heads > 1 and layer in rows_of:
+                full = self._agree(full, z.detach(), draw, layers == layer, group)
+            full_of[layer] = full
+            return (~full).to(torch.int32)
+
+        base = model.loss(sample, {layer: rows.to(tasks.device) for layer, rows in rows_of.items()}).detach()
+        z, full = _stack(z_of), _stack(full_of)  # [B, L, H]
+        # Heads are weighed as if each had been flipped alone: a group's worth is shared out evenly.
+        scale = self.num_layers * self.num_heads / (recipe.flips * recipe.heads_per_flip**2 * batch)
+        worth = torch.zeros_like(z)
+        for layer, rows in rows_of.items():
+            which = (layers[rows] == layer).int().argmax(1)
+            rows, which = rows.to(tasks.device), which.to(tasks.device)
+            members = group[rows, which]  # [R, H]
+
+            def other(asked: int, logits: Tensor, rows=rows, members=members, layer=layer) -> Tensor:
+                route = full[rows, asked] ^ (members if asked == layer else False)
+                return (~(route if logits.dim() == 3 else route[:, 0])).to(torch.int32)
+
+            with torch.no_grad():
+                change = model.loss_again(other, layer, rows) - base[rows]
+            was_full = (full[rows, layer] & members).any(1)
+            delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
+            worth[rows, layer] += scale * delta[:, None] * members
+        p = torch.sigmoid(z.detach())
+        sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
+        bound = F.relu(z.abs() - recipe.logit_bound).square().mean()
+        total = (worth / 4 * (z - z.detach())).sum() + self.multipliers.penalty(sparsity, tasks)
+        # The value is the policy's loss, for the logs; the gradient is that of the terms above.
+        return Step(total + base.mean() + self.BOUND_WEIGHT * bound, base, sparsity.detach())
+
+    @staticmethod
+    def _agree(full: Tensor, z: Tensor, draw: Tensor, flipped: Tensor, group: Tensor) -> Tensor:
+        """Heads that are going to flip together share one draw, so that they stand on the same side."""
+        flipped = flipped.to(group.device)
+        members = (group & flipped[..., None]).any(1)  # [B, H]
+        count = members.sum(1, keepdim=True).clamp(min=1)
+        odds = (torch.sigmoid(z) * members).sum(1, keepdim=True) / count
+        first = members.int().argmax(1, keepdim=True)
+        return torch.where(members, draw.gather(1, first) < odds, full)
+
+
+def make_objective(
+    recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
+) -> Objective:
+    """The objective that the recipe names."""
+    kinds = {"counterfactual": Counterfactual, "soft": Soft, "straight_through": StraightThrough}
+    return kinds[recipe.objective](recipe, tasks, num_layers, num_heads, seed)

@@ -1,0 +1,9 @@
+"""Shared settings of the tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,69 @@
+"""Tiny random models of every family the tests patch."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+BASE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MIXED = ["sliding_attention", "full_attention"] * 2
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-sliding": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": MIXED},
+    ),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "gemma2": ("Gemma2", {"attn_logit_softcapping": None, "sliding_window": 8, "layer_types": MIXED}),
+    "gemma3": ("Gemma3", {"sliding_window": 8, "layer_types": MIXED}),
+    "olmo2": ("Olmo2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+
+
+def tiny(family: str = "llama", **changes: Any) -> Any:
+    """A model in evaluation mode whose weights are large enough that attention matters."""
+    name, own = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    config = config_class(**{**BASE, **own, **changes})
+    model = model_class._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "embed" not in name:
+                p.mul_(3)
+    return model
+
+
+def ragged(lengths: tuple[int, ...] = (60, 43, 55), side: str = "left") -> tuple[Tensor, Tensor]:
+    """Token ids and padding mask ``[B, S]`` of random prompts of these lengths."""
+    width = max(lengths)
+    ids = torch.randint(2, 128, (len(lengths), width))
+    rows = torch.arange(width)
+    n = torch.tensor(lengths)[:, None]
+    mask = (rows >= width - n) if side == "left" else (rows < n)
+    return ids * mask, mask.long()
+
+
+def scramble(routers: nn.Module, scale: float = 0.4) -> None:
+    """Random routers that decide differently by layer and prompt."""
+    with torch.no_grad():
+        for name, p in routers.named_parameters():
+            p.normal_(0, scale if name.endswith("weight") else 0.0)

@@ -1,0 +1,170 @@
+"""The attention operator against its slow twin, over the whole matrix."""
+
+import pytest
+import torch
+from cases import Case, cases, make
+
+import flux_ext
+from flux_ext import BlockSparse, Full, Streaming, Triangle, reference
+from flux_ext.patterns import dense_mask
+from flux_ext.testing import assert_as_accurate
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_forward(case: Case, dtype: torch.dtype) -> None:
+    x = make(case, dtype)
+    out, lse = flux_ext.attention(x.q, x.k, x.v, x.route, return_lse=True, **x.kwargs)
+    exact, exact_lse = reference.attention(*_args(x.cast(torch.float64)), return_lse=True, **x.kwargs)
+    plain, plain_lse = reference.attention(*_args(x), return_lse=True, **x.kwargs)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_as_accurate(out, exact, plain)
+    assert_as_accurate(lse, exact_lse, plain_lse.float(), what="lse")
+
+
+def _args(x):
+    return x.q, x.k, x.v, x.route
+
+
+GRADIENT_CASES = [c for c in cases((16, 40)) if not c.layout.startswith("paged")]
+
+
+@pytest.mark.parametrize("fractional", [False, True], ids=["hard", "mixed"])
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_backward(case: Case, fractional: bool) -> None:
+    x = make(case)
+    grads = {}
+    for name, dtype, attention in (
+        ("got", torch.float32, flux_ext.attention),
+        ("plain", torch.float32, reference.attention),
+        ("exact", torch.float64, reference.attention),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in _args(x)[:3]]
+        route = x.route
+        if fractional and route is not None:
+            route = torch.linspace(0.1, 0.9, route.numel(), dtype=dtype).view(route.shape)
+            leaves.append(route.requires_grad_())
+        out = attention(*leaves[:3], route, **x.kwargs)
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+        grads[name] = torch.autograd.grad((out * weight).nan_to_num().sum(), leaves)
+    for label, got, plain, exact in zip(
+        ("q", "k", "v", "route"), grads["got"], grads["plain"], grads["exact"], strict=False
+    ):
+        # Padding is NaN in the inputs; its gradient is 0 here and whatever autograd makes of it in the twin.
+        real = ~x.__dict__[label].isnan() if label != "route" else torch.ones_like(exact, dtype=torch.bool)
+        # Sums over all keys or queries in fp32: their order alone makes a few epsilons.
+        floor = 16 * torch.finfo(torch.float32).eps
+        want, base = torch.where(real, exact, 0), torch.where(real, plain, 0)
+        assert_as_accurate(got * real, want, base, floor=floor, what=f"grad of {label}")
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_backward_in_half_precision(dtype: torch.dtype) -> None:
+    x = make(Case((90, 90), (120, 120), head_dim=64), dtype)
+    grads = []
+    for d, attention in (
+        (dtype, flux_ext.attention),
+        (dtype, reference.attention),
+        (torch.float64, reference.attention),
+    ):
+        leaves = [t.to(d).requires_grad_() for t in (x.q, x.k, x.v)]
+        grads.append(torch.autograd.grad(attention(*leaves, x.route, **x.kwargs).double().square().sum(), leaves))
+    for label, got, plain, exact in zip("qkv", *grads, strict=True):
+        assert_as_accurate(got, exact, plain, what=f"grad of {label}")
+
+
+@pytest.mark.parametrize("blocks", ["diagonal", "random", "all"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("lens", [(300, 300), (200, 500), (129, 129)], ids=str)
+def test_block_lists(lens: tuple[int, int], width: int, blocks: str) -> None:
+    q_len, kv_len = lens
+    q, k, v = torch.randn(1, q_len, 4, 32), torch.randn(1, kv_len, 2, 32), torch.randn(1, kv_len, 2, 32)
+    q_blocks, offset = -(-q_len // 128), kv_len - q_len
+    lists = torch.zeros(1, 2, q_blocks, -(-kv_len // width), dtype=torch.int32)
+    counts = torch.zeros(1, 2, q_blocks, dtype=torch.int32)
+    for h in range(2):
+        for i in range(q_blocks):
+            last = (offset + min((i + 1) * 128, q_len) - 1) // width
+            chosen = {"diagonal": [last], "all": list(range(last + 1))}.get(blocks)
+            if chosen is None:
+                chosen = [n for n in range(last + 1) if torch.rand(()) < 0.5]
+            counts[0, h, i] = len(chosen)
+            lists[0, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    pattern = BlockSparse(blocks=lists, counts=counts, width=width)
+    route = torch.tensor([[0, 1]])
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out, lse = flux_ext.attention(*leaves, route, sparse=pattern, return_lse=True)
+    exact, exact_lse = reference.attention(*(t.double() for t in leaves), route, sparse=pattern, return_lse=True)
+    plain, plain_lse = reference.attention(*leaves, route, sparse=pattern, return_lse=True)
+    assert_as_accurate(out, exact, plain)
+    assert_as_accurate(lse, exact_lse, plain_lse, what="lse")
+    for got, want in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(plain.sum(), leaves), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_infinities_and_nan_stand_where_plain_torch_has_them(value: float) -> None:
+    """A value that every query sees (key 0). What a query does not see may or may not reach it."""
+    x = make(Case((40,), (40,), head_dim=16, route="none"))
+    v, k = x.v.clone(), x.k.clone()
+    v[0, 0, 0, 3] = value
+    k[0, 0, 0, 3] = value
+    out = flux_ext.attention(x.q, x.k, v)
+    assert_as_accurate(out, reference.attention(x.q.double(), x.k.double(), v.double()), out)
+    got, want = flux_ext.attention(x.q, k, x.v), reference.attention(x.q.double(), k.double(), x.v.double())
+    # (Query 0 sees this key alone: a score of -inf is "no key" to us and 0 / 0 to plain PyTorch.)
+    assert torch.equal(got[:, 1:].isnan(), want[:, 1:].isnan())
+
+
+def test_empty_rows_give_zero_and_minus_infinity() -> None:
+    q, kv = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
+    out, lse = flux_ext.attention(q, kv, kv, return_lse=True)
+    assert (out[:, :2] == 0).all() and (lse[..., :2] == -torch.inf).all()
+    assert (out[:, 2:] != 0).all() and lse[..., 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    """More workers cut the tiles in more places; the answer stays the same within rounding."""
+    x = make(Case((1, 1), (1000, 700), "cached", head_dim=64))
+    y = make(Case((300,), (300,), head_dim=64, heads=2, kv_heads=1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for z in (x, y):
+            out = flux_ext.attention(*_args(z), **z.kwargs)
+            assert torch.equal(out, flux_ext.attention(*_args(z), **z.kwargs)), "the same call gives the same bits"
+            exact = reference.attention(*_args(z.cast(torch.float64)), **z.kwargs)
+            assert_as_accurate(out, exact, reference.attention(*_args(z), **z.kwargs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_fractional_route_mixes_the_two_patterns() -> None:
+    x = make(Case((80, 80), (80, 80), head_dim=16))
+    w = torch.tensor([[0.0, 0.25], [1.0, 0.5]])
+    full, sparse = (flux_ext.attention(x.q, x.k, x.v, torch.full((2, 2), r), sparse=Streaming(5, 17)) for r in (0, 1))
+    out = flux_ext.attention(x.q, x.k, x.v, w, sparse=Streaming(5, 17))
+    weight = w.repeat_interleave(2, 1)[:, None, :, None]
+    torch.testing.assert_close(out, (1 - weight) * full + weight * sparse)
+
+
+def test_booleans_and_other_integers_are_routes_too() -> None:
+    x = make(Case((80, 80), (80, 80), head_dim=16))
+    want = flux_ext.attention(*_args(x), **x.kwargs)
+    for dtype in (torch.bool, torch.int64, torch.int8):
+        assert torch.equal(flux_ext.attention(x.q, x.k, x.v, x.route.to(dtype), **x.kwargs), want)
+
+
+@pytest.mark.parametrize(
+    "pattern", [Full(), Streaming(3, 8), Streaming(4, 8, align=4), Triangle(2, 6, last_q=5)], ids=str
+)
+@pytest.mark.parametrize("lens", [(12, 12), (5, 30), (30, 5), (0, 4), (1, 1)], ids=str)
+def test_core_mask_is_the_python_mask(pattern, lens) -> None:
+    core = pytest.importorskip("flux_ext._C")
+    numbers = pattern.numbers()
+    assert torch.equal(torch.from_numpy(core.mask(numbers, *lens)), dense_mask(pattern, *lens))

@@ -1,0 +1,158 @@
+"""One row per argument and rule: a clear error that names both, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flux_ext
+from flux_ext.router import HeadRouter, LayerRouter
+
+
+def good() -> dict[str, Any]:
+    return {
+        "q": torch.randn(2, 8, 4, 16),
+        "k": torch.randn(2, 8, 2, 16),
+        "v": torch.randn(2, 8, 2, 16),
+        "route": torch.zeros(2, 2, dtype=torch.int32),
+    }
+
+
+def packed() -> dict[str, Any]:
+    return {
+        "q": torch.randn(8, 4, 16),
+        "k": torch.randn(8, 2, 16),
+        "v": torch.randn(8, 2, 16),
+        "cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32),
+    }
+
+
+def paged() -> dict[str, Any]:
+    return {
+        "q": torch.randn(2, 1, 4, 16),
+        "k": torch.randn(5, 16, 2, 16),
+        "v": torch.randn(5, 16, 2, 16),
+        "page_table": torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        "kv_len": torch.tensor([20, 32], dtype=torch.int32),
+    }
+
+
+def ints(*x: Any) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.int32)
+
+
+# What the arguments start from, what is broken, and what the message must say.
+ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
+    (good, {"q": torch.randn(8, 16)}, r"q must be \[B, S, Hq, D\].*\[8, 16\]"),
+    (good, {"k": torch.randn(2, 8, 16)}, r"k must be \[B, Skv, Hkv, D\].*\[2, 8, 16\]"),
+    (good, {"v": torch.randn(2, 7, 2, 16)}, r"v must have the shape of k .*\[2, 7, 2, 16\]"),
+    (good, {"k": torch.randn(3, 8, 2, 16), "v": torch.randn(3, 8, 2, 16)}, r"k must have the batch of q \(2\), got 3"),
+    (
+        good,
+        {"k": torch.randn(2, 8, 2, 24), "v": torch.randn(2, 8, 2, 24)},
+        r"k must have the head_dim of q \(16\), got 24",
+    ),
+    (good, {"q": torch.randn(2, 8, 3, 16)}, r"query heads \(3\) must be a multiple of the key heads \(2\)"),
+    (good, {x: torch.randn(2, 8, 2, 12) for x in "qkv"}, r"head_dim must be a multiple of 8 from 8 to 256, got 12"),
+    (good, {x: torch.randn(2, 8, 2, 264) for x in "qkv"}, r"head_dim must be a multiple of 8 from 8 to 256, got 264"),
+    (good, {"k": torch.randn(2, 8, 2, 16).bfloat16()}, r"k must have the dtype of q \(float32\), got bfloat16"),
+    (
+        good,
+        {x: torch.randn(2, 8, 2, 16).double() for x in "qkv"},
+        r"q must be float16, bfloat16 or float32, got float64",
+    ),
+    (good, {"q": torch.randn(2, 8, 4, 32)[..., ::2]}, r"q must have a contiguous last dimension, got stride 2"),
+    (good, {"route": ints(0, 2)}, r"route must be 0 \(full\) or 1 \(sparse\), got 2"),
+    (good, {"route": ints(0, -1)}, r"route must be 0 \(full\) or 1 \(sparse\), got -1"),
+    (good, {"route": ints(0, 1, 0)}, r"route must be \[2\] or \[2, 2\], got \[3\]"),
+    (good, {"route": torch.zeros(2, 4, dtype=torch.int32)}, r"route must be \[2\] or \[2, 2\], got \[2, 4\]"),
+    (good, {"route": torch.rand(2), "return_lse": True}, r"return_lse needs a hard route"),
+    (good, {"kv_len": ints(3, 9)}, r"kv_len must not exceed the 8 rows there are, got 9"),
+    (good, {"kv_len": ints(3, -1)}, r"kv_len.*must not decrease, got 0 and -1"),
+    (good, {"kv_len": torch.tensor([3, 8])}, r"kv_len must be int32, got int64"),
+    (good, {"kv_len": ints(3)}, r"kv_len must be \[2\] or \[2, 2\], got \[1\]"),
+    (good, {"seq_start": ints(0, 9)}, r"q_begin and q_end .* must not decrease, got 9 and 8"),
+    (good, {"seq_end": ints(3, 9)}, r"q_end must not exceed the 8 rows"),
+    (good, {"seq_start": ints(0, 0), "kv_len": ints(3, 3)}, r"exclude each other"),
+    (good, {"cu_seqlens": ints(0, 8)}, r"cu_seqlens goes with a packed q"),
+    (good, {"page_table": ints([0], [1])}, r"page_table needs kv_len"),
+    (packed, {"cu_seqlens": None}, r"cu_seqlens goes with a packed q .* without cu_seqlens"),
+    (packed, {"cu_seqlens": ints(0)}, r"cu_seqlens must be \[B \+ 1\]"),
+    (packed, {"cu_seqlens": ints(0, 5, 3)}, r"must not decrease, got 5 and 3"),
+    (packed, {"cu_seqlens": ints(-1, 3, 8)}, r"must not be negative, got -1"),
+    (packed, {"cu_seqlens": ints(0, 3, 9)}, r"must not exceed the 8 rows there are, got 9"),
+    (paged, {"page_table": ints([0, 1], [2, 5])}, r"page_table must index the 5 pages, got 5 at page 1 of sequence 1"),
+    (paged, {"page_table": ints([0, -1], [2, 3])}, r"page_table must index the 5 pages, got -1"),
+    (paged, {"page_table": ints([0, 1])}, r"page_table must be \[2, max_pages\]"),
+    (paged, {"kv_len": ints(20, 33)}, r"kv_len must not exceed the 32 rows"),
+    (paged, {"page_table": torch.zeros(2, 2, 1, dtype=torch.int32)}, r"goes with pages of one head, got 2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("start", "broken", "message"), ROWS, ids=[f"{'-'.join(b)}-{i}" for i, (_, b, _) in enumerate(ROWS)]
+)
+def test_attention_refuses(start, broken, message) -> None:
+    flux_ext.attention(**start())
+    with pytest.raises(ValueError, match=message):
+        flux_ext.attention(**{**start(), **broken})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: flux_ext.Streaming(sink=-1), "sink must be >= 0, got -1"),
+        (lambda: flux_ext.Streaming(window=0), r"window must be a positive multiple of align \(1\), got 0"),
+        (lambda: flux_ext.Streaming(window=100, align=64), r"multiple of align \(64\), got 100"),
+        (lambda: flux_ext.Streaming(align=0), "align must be >= 1, got 0"),
+        (lambda: flux_ext.Triangle(last_q=-2), "last_q must be >= 0, got -2"),
+        (lambda: flux_ext.BlockSparse(), "either blocks or a threshold"),
+        (lambda: flux_ext.BlockSparse(threshold=1.5), r"threshold must be in \(0, 1\], got 1.5"),
+        (lambda: flux_ext.BlockSparse(threshold=0.9, width=100), "width must be 64 or 128, got 100"),
+        (lambda: flux_ext.BlockSparse(threshold=0.9, stride=7), r"stride must divide width \(128\), got 7"),
+        (lambda: LayerRouter(0), "head_dim must be >= 1, got 0"),
+        (lambda: HeadRouter(16, pool_size=0), "pool_size must be >= 1, got 0"),
+    ],
+)
+def test_constructors_refuse(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_block_lists_are_checked() -> None:
+    q = torch.randn(1, 300, 2, 16)
+    lists = ints([[[0, 1, 2], [0, 1, 2], [0, 1, 2]]] * 2).view(1, 2, 3, 3)
+    counts = torch.full((1, 2, 3), 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="end at the diagonal, got block 1"):
+        flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists, counts=counts))
+    with pytest.raises(ValueError, match=r"full.blocks must be contiguous \[1, 2, 3, max_count\], got \[1, 2, 2, 3\]"):
+        flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists[:, :, :2].contiguous(), counts=counts))
+
+
+ROUTER_ROWS = [
+    ({"x": torch.randn(8, 16)}, r"x must be \[B, S, H, D\]"),
+    ({"x": torch.randn(2, 8, 4, 24)}, r"weights\[0\] must be contiguous \[out, 24\], got \[128, 16\]"),
+    ({"x": torch.full((2, 8, 4, 16), torch.nan)}, r"x must be finite where the router pools it, got -?nan"),
+    ({"x": torch.randn(8, 4, 16)}, r"a packed x \[T, H, D\] needs begin and end"),
+    ({"seq_start": ints(0, 9)}, r"begin and end .* must not decrease, got 9 and 8"),
+    ({"seq_end": ints(9, 8)}, r"end must not exceed the 8 rows"),
+    ({"seq_end": torch.tensor([8, 8])}, r"end must be int32, got int64"),
+]
+
+
+@pytest.mark.parametrize(("broken", "message"), ROUTER_ROWS, ids=[str(i) for i in range(len(ROUTER_ROWS))])
+def test_router_refuses(broken, message) -> None:
+    router = LayerRouter(16)
+    router(torch.randn(2, 8, 4, 16))
+    with pytest.raises(ValueError, match=message):
+        router.decide(**{"x": torch.randn(2, 8, 4, 16), **broken})
+
+
+def test_paged_cache_has_no_gradient() -> None:
+    x = paged()
+    x["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match="page_table.* has no gradient"):
+        flux_ext.attention(**x).sum().backward()

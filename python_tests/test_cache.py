@@ -1,0 +1,297 @@
+"""The cache: what is dropped, that dropping changes nothing, and every operation transformers asks of a cache."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import ragged, tiny
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import flux_ext
+from flux_ext import FluxCache, FluxConfig
+from flux_ext.batch import Batch
+from flux_ext.cache import FluxLayer
+from flux_ext.patterns import dense_mask
+
+SMALL = {"sink": 4, "window": 16, "pool_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def nan_memory() -> Iterator[None]:
+    """torch fills new memory with NaN, so that a page's unused end cannot hide."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+MIXED = torch.tensor(
+    [
+        [[0, 0], [0, 1], [1, 1], [1, 0]],
+        [[0, 1], [1, 1], [1, 1], [0, 1]],
+        [[1, 1], [1, 1], [0, 0], [1, 1]],
+    ],
+    dtype=torch.int32,
+)
+"""Routes [B, L, Hkv]: even the KV heads of one sequence differ."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return flux_ext.patch(tiny("qwen3"), FluxConfig(**SMALL))
+
+
+def new_cache(model: Any, page_size: int = 4) -> FluxCache:
+    return FluxCache(model.config, flux_ext.get_routers(model).config, page_size=page_size)
+
+
+def whole(model: Any, ids: Tensor, routes: Tensor) -> Tensor:
+    """Logits of one forward without a cache: the pattern on everything."""
+    with flux_ext.routes(model, routes):
+        return model(ids, use_cache=False).logits
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("chunks", [(60, 1, 1, 1), (1,) * 30, (25, 16, 19, 1), (7, 40, 1, 12)], ids=str)
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_chunks_equal_one_forward(chunks: tuple[int, ...], align: int, page_size: int) -> None:
+    model = flux_ext.patch(tiny("qwen3"), FluxConfig(align=align, **SMALL))
+    ids = torch.randint(2, 128, (3, sum(chunks)))
+    cache, outputs, start = new_cache(model, page_size), [], 0
+    for n in chunks:
+        with flux_ext.routes(model, MIXED):
+            outputs.append(model(ids[:, start : start + n], past_key_values=cache).logits)
+        start += n
+        assert cache.get_seq_length() == start
+    close(torch.cat(outputs, 1), whole(model, ids, MIXED))
+    assert torch.equal(cache.routes, MIXED)
+
+
+@pytest.mark.parametrize("sink, window, align, page_size", [(4, 16, 1, 4), (5, 9, 1, 4), (0, 8, 8, 16), (6, 24, 12, 8)])
+def test_stored_tokens(sink: int, window: int, align: int, page_size: int) -> None:
+    """A sparse row holds sink + window + align - 1, and less than a page at the sink's end and a unit of dropping."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(sink=sink, window=window, align=align))
+    slack = (-sink) % page_size + math.lcm(align, page_size) - 1
+    for length in (1, 20, 50, 200):
+        cache = new_cache(model, page_size)
+        with flux_ext.routes(model, MIXED[:1]):
+            model(torch.randint(2, 128, (1, length)), past_key_values=cache)
+            for step in range(20):
+                model(torch.randint(2, 128, (1, 1)), past_key_values=cache)
+                seen = length + step + 1
+                needed = int(dense_mask(flux_ext.Streaming(sink, window, align), 1, seen + 1).sum()) - 1
+                for i, layer in enumerate(cache.layers):
+                    stored, sparse = layer.stored_tokens(), MIXED[:1, i].numpy() == 1
+                    assert (stored[~sparse] == seen).all()
+                    assert (stored[sparse] <= sink + window + align - 1 + slack + 1).all()
+                    assert (stored[sparse] >= needed).all()
+
+
+def test_bytes_of_a_sparse_layer_do_not_grow_with_the_prompt() -> None:
+    model = flux_ext.patch(tiny("llama"), FluxConfig(sink=4, window=32))
+    page, per_token = 8, 2 * 2 * 16 * 4  # keys and values, two heads, head_dim 16, four bytes
+
+    def nbytes(route: str, length: int, steps: int = 24) -> list[int]:
+        cache = new_cache(model, page)
+        with flux_ext.routes(model, route):
+            model(torch.randint(2, 128, (2, length)), past_key_values=cache)
+            for _ in range(steps):
+                model(torch.randint(2, 128, (2, 1)), past_key_values=cache)
+        assert sum(layer.nbytes() for layer in cache.layers) == cache.nbytes()
+        return [layer.nbytes() for layer in cache.layers]
+
+    # 4 + 32 tokens are 5 pages; one more for the sink's last page, one for tokens not dropped yet, one ahead.
+    for length in (100, 200, 400):
+        assert all(b <= 2 * 8 * page * per_token for b in nbytes("sparse", length)), length
+        full = (length + 24) * 2 * per_token
+        assert all(full <= b <= 1.15 * full + 2 * 2 * page * per_token for b in nbytes("full", length))
+
+
+def test_a_long_turn_gives_its_pages_back(model: Any) -> None:
+    cache = new_cache(model)
+    with flux_ext.routes(model, "sparse"):
+        model(torch.randint(2, 128, (1, 40)), past_key_values=cache)
+        before = cache.nbytes()
+        model(torch.randint(2, 128, (1, 300)), past_key_values=cache)
+        assert cache.nbytes() > 4 * before
+        model(torch.randint(2, 128, (1, 1)), past_key_values=cache)
+        assert cache.nbytes() <= 1.5 * before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ragged_rows_hold_their_own_tokens(model: Any, side: str) -> None:
+    """Padding is not stored, and a ragged batch continues like each sequence alone, also in uneven turns."""
+    lengths, turn = (60, 33, 47), (5, 9, 7)
+    ids, mask = ragged(lengths, side)
+    more, more_mask = ragged(turn, side)
+    last = torch.randint(2, 128, (3, 1))
+    cache = new_cache(model)
+    with flux_ext.routes(model, MIXED):
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        outputs = [model(ids, attention_mask=mask, position_ids=position, past_key_values=cache).logits]
+        for tokens, valid in ((more, more_mask), (last, torch.ones_like(last))):
+            mask = torch.cat([mask, valid], 1)
+            position = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            outputs.append(model(tokens, attention_mask=mask, position_ids=position, past_key_values=cache).logits)
+    assert (cache.layers[0].stored_tokens()[0] == 60 + 5 + 1).all()
+    joined, valid = torch.cat(outputs, 1), mask.bool()
+    for b in range(3):
+        alone = torch.cat([ids, more, last], 1)[b, valid[b]][None]
+        close(joined[b, valid[b]], whole(model, alone, MIXED[b : b + 1])[0])
+
+
+def test_reorder_repeat_and_select(model: Any) -> None:
+    ids = torch.randint(2, 128, (3, 40))
+    cache = new_cache(model)
+    with flux_ext.routes(model, MIXED):
+        model(ids, past_key_values=cache)
+    order = torch.arange(3)
+
+    def check(picked: Tensor) -> None:
+        nonlocal ids, order
+        order, ids = order[picked], torch.cat([ids[picked], torch.randint(2, 128, (len(picked), 1))], 1)
+        assert cache.batch_size == len(picked) and torch.equal(cache.routes, MIXED[order])
+        close(model(ids[:, -1:], past_key_values=cache).logits[:, -1], whole(model, ids, MIXED[order])[:, -1])
+
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    check(torch.tensor([2, 0, 0]))
+    cache.batch_repeat_interleave(2)
+    check(torch.arange(3).repeat_interleave(2))
+    cache.batch_select_indices(torch.tensor([5, 1, 2]))
+    check(torch.tensor([5, 1, 2]))
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    check(torch.tensor([0, 2]))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("remove", [1, 7, 30])
+def test_crop(align: int, remove: int) -> None:
+    model = flux_ext.patch(tiny("qwen3"), FluxConfig(align=align, **SMALL))
+    ids = torch.randint(2, 128, (3, 60))
+    cache = new_cache(model)
+    cache.activate_past_recording()
+    with flux_ext.routes(model, MIXED):
+        model(ids, past_key_values=cache)
+    assert (cache.layers[2].stored_tokens() == 60).all()
+    cache.crop(-remove)
+    assert cache.get_seq_length() == 60 - remove
+    assert (cache.layers[2].stored_tokens()[0] <= 4 + 16 + align - 1 + math.lcm(align, 4)).all()
+    again = model(ids[:, 60 - remove :], past_key_values=cache).logits
+    close(again, whole(model, ids, MIXED)[:, 60 - remove :])
+
+
+def test_crop_of_the_last_forward_needs_no_recording(model: Any) -> None:
+    ids = torch.randint(2, 128, (3, 70))
+    cache = new_cache(model)
+    with flux_ext.routes(model, MIXED):
+        model(ids[:, :50], past_key_values=cache)
+    model(ids[:, 50:60], past_key_values=cache)
+    cache.crop(-10)
+    close(model(ids[:, 50:], past_key_values=cache).logits, whole(model, ids, MIXED)[:, 50:])
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-40)
+    with pytest.raises(ValueError, match="minus the number"):
+        cache.crop(5)
+    with pytest.raises(RuntimeError, match="belong to every sequence"):
+        cache.crop(-100)
+    assert cache.get_seq_length() == 70
+
+
+def test_crop_into_padding_is_refused(model: Any) -> None:
+    ids, mask = ragged((20, 12), "left")
+    cache = new_cache(model)
+    with flux_ext.routes(model, "full"):
+        model(ids, attention_mask=mask, past_key_values=cache)
+    cache.crop(-12)
+    with pytest.raises(RuntimeError, match="belong to every sequence"):
+        cache.crop(-1)
+
+
+def test_reset(model: Any) -> None:
+    cache = new_cache(model)
+    ids = torch.randint(2, 128, (2, 30))
+    with flux_ext.routes(model, "sparse"):
+        first = model(ids, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+        close(model(ids, past_key_values=cache).logits, first)
+    with pytest.raises(RuntimeError, match="before the first forward"):
+        _ = new_cache(model).routes
+
+
+def test_other_caches_are_refused(model: Any) -> None:
+    ids = torch.randint(2, 128, (1, 10))
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
+        with pytest.raises(TypeError, match="FluxCache"):
+            model(ids, past_key_values=cache)
+        with pytest.raises(TypeError, match="FluxCache"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2)
+
+
+def test_the_cache_is_refused_outside_a_patched_model() -> None:
+    model = tiny("llama")
+    with pytest.raises(RuntimeError, match="patched"):
+        model(torch.randint(2, 128, (1, 10)), past_key_values=FluxCache(model.config, FluxConfig(**SMALL)))
+    flux_ext.patch(model, FluxConfig(**SMALL))
+    cache = model(torch.randint(2, 128, (1, 10))).past_key_values
+    flux_ext.unpatch(model)
+    with pytest.raises(RuntimeError, match="patched"):
+        model(torch.randint(2, 128, (1, 1)), past_key_values=cache)
+
+
+def test_a_fractional_route_has_no_cache(model: Any) -> None:
+    with flux_ext.routes(model, torch.full((4,), 0.3)), pytest.raises(ValueError, match="use_cache=False"):
+        model(torch.randint(2, 128, (1, 10)))
+
+
+def test_random_operations_keep_every_token_in_place() -> None:
+    """Lengths, pages and contents against lists of tokens, over random appends, crops and selections."""
+    rng = np.random.default_rng(0)
+    for align, page_size in ((1, 4), (4, 2), (6, 4)):
+        config = FluxConfig(sink=5, window=12, align=align)
+        layer = FluxLayer(config, page_size, routed=True)
+        layer.set_route(torch.tensor([[0, 1], [1, 1], [0, 0]], dtype=torch.int32))
+        routes = layer.route.numpy()
+        true: list[list[float]] = [[], [], []]
+        next_token = 1.0
+        for _ in range(60):
+            if layer.is_initialized and rng.random() < 0.25:
+                picked = rng.integers(0, 3, 3)
+                layer.select(picked)
+                true, routes = [list(true[i]) for i in picked], routes[picked]
+                continue
+            n = int(rng.integers(1, 25))
+            begin = rng.integers(0, n, 3)
+            k = torch.arange(next_token, next_token + 3 * n).view(3, 1, n, 1).expand(3, 2, n, 8)
+            next_token += 3 * n
+            start = torch.from_numpy(begin.astype(np.int32))
+            layer.begin(Batch(seq_start=start, seq_end=torch.full((3,), n, dtype=torch.int32)))
+            layer.update(k, -k)
+            for b in range(3):
+                true[b] += k[b, 0, begin[b] :, 0].tolist()
+            if rng.random() < 0.3 and (remove := int(rng.integers(0, layer._croppable + 1))) < n:
+                layer.crop(-remove)
+                true = [t[: len(t) - remove] for t in true]
+            table, lengths = layer.rows.page_table(), layer.stored_tokens()
+            assert len(np.unique(np.concatenate([layer.rows.free, *layer_pages(layer)]))) == len(layer.rows.keys)
+            for b in range(3):
+                for h in range(2):
+                    pages = table[b, h].long()
+                    stored = layer.rows.keys[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
+                    values = layer.rows.values[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
+                    assert values == [-x for x in stored]
+                    gap = len(true[b]) - len(stored)
+                    assert gap % math.lcm(align, page_size) == 0 and (gap == 0 or routes[b, h] == 1)
+                    head = layer.head if gap else 0
+                    assert stored == true[b][:head] + true[b][head + gap :]
+
+
+def layer_pages(layer: FluxLayer) -> list[np.ndarray]:
+    return [layer.rows.table[r, : layer.rows.held[r]] for r in range(len(layer.rows.held))]

@@ -1,0 +1,59 @@
+"""The demonstration at a size that shows only that every part works; `flux-ext demo` runs it in full."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+import flux_ext
+from flux_ext import demo
+from flux_ext.evaluation import tasks
+from flux_ext.evaluation.runner import Score
+
+SMALL = replace(demo.Settings(), batch_size=2, length=640, distance=208, answer=16)
+
+
+def test_every_part_runs(tmp_path, capsys):
+    scores = demo.run(tmp_path, steps=2, examples=2, settings=SMALL)
+    text = capsys.readouterr().out
+    assert {(s.task, s.mode) for s in scores} == {(t, m) for t in tasks.TASKS for m in ("dense", "sparse", "routed")}
+    by = {(s.task, s.mode): s for s in scores}
+    assert by[tasks.RETRIEVAL, "dense"].accuracy == 1.0 and by[tasks.RETRIEVAL, "sparse"].accuracy == 0.0
+    for task in tasks.TASKS:
+        assert by[task, "dense"].sparsity == 0 and by[task, "sparse"].sparsity == 1
+        assert by[task, "sparse"].kv_bytes < 0.6 * by[task, "dense"].kv_bytes
+        assert f"--- {task}: layers" in text
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "scores.json").read_text())) == 6
+    model, _ = demo.load_backbone()
+    flux_ext.patch(model, routers=tmp_path / "routers")
+
+
+def score(task, mode, accuracy=math.nan, bits=math.nan, sparsity=0.0):
+    return Score(task, mode, 10, accuracy, bits, sparsity, 1.0, (1.0,), 1.0)
+
+
+def test_verdicts_say_no_where_it_is_no():
+    good = [
+        score("retrieval", "dense", 0.99),
+        score("retrieval", "sparse", 0.01, sparsity=1),
+        score("retrieval", "routed", 0.95, sparsity=0.75),
+        score("continuation", "dense", bits=1.0),
+        score("continuation", "sparse", bits=1.1, sparsity=1),
+        score("continuation", "routed", bits=1.01, sparsity=0.9),
+    ]
+    assert all(line.startswith("[yes]") for line in demo.verdicts(good))
+    bad = [
+        replace(s, accuracy=0.5, bits_per_byte=s.bits_per_byte * (1.1 if s.mode == "routed" else 1), sparsity=0.1)
+        for s in good
+    ]
+    assert all(line.startswith("[NO ]") for i, line in enumerate(demo.verdicts(bad)) if i != 2)
+    assert demo.verdicts([replace(s, accuracy=0.1) if s.mode == "routed" else s for s in good])[2].startswith("[NO ]")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        demo.run(tmp_path, steps=0)
+    with pytest.raises(FileNotFoundError, match="the demonstration's backbone is missing"):
+        demo.load_backbone(tmp_path)

@@ -1,0 +1,36 @@
+"""The built libraries: what they need from torch, and that both register their operators."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import flux_ext._library as library
+
+# Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, torch_* and aoti_torch_*).
+STABLE_2_10 = Path(__file__).parent / "stable_abi_2_10.txt"
+LIBRARIES = sorted(library.FOLDER.glob("libflux_ext_*.so"))
+
+
+@pytest.mark.parametrize("path", LIBRARIES, ids=lambda p: p.name)
+def test_needs_only_what_torch_2_10_has(path: Path) -> None:
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in symbols.splitlines()}
+    from_torch = {n for n in names if re.match(r"(aoti_)?torch_|_ZN?K?(2at|3c10|5torch)", n)}
+    assert from_torch, "the library uses torch"
+    unknown = from_torch - set(STABLE_2_10.read_text().split())
+    assert not unknown, f"not exported by torch 2.10: {sorted(unknown)}"
+    assert not [n for n in names if n.startswith("Py")], "an operator library must not depend on a Python version"
+
+
+def test_cpu_operators_are_registered() -> None:
+    for op in ("attend", "attend_backward", "route"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CPU")
+
+
+@pytest.mark.skipif(not library.has_cuda_library, reason="built without nvcc")
+def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
+    for op in ("attend", "route"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CUDA")

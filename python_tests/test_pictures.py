@@ -1,0 +1,27 @@
+"""The pictures are drawn from the real schedule and routes."""
+
+import numpy as np
+import pytest
+
+from flux_ext import pictures
+from flux_ext.patterns import Full, Streaming
+
+
+def test_schedule_shows_every_block_once(tmp_path):
+    core = pytest.importorskip("flux_ext._C")
+    figure = pictures.schedule([300, 40], [300, 40], [[0, 1], [1, 0]], sparse=Streaming(16, 64), num_workers=5)
+    drawn = sum(bar.get_width() for bar in figure.axes[0].patches)
+    one = core.plan(
+        np.array([300, 40], np.int32), np.array([300, 40], np.int32), np.array([[0, 1], [1, 0]], np.int32), 4,
+        Full().numbers(), Streaming(16, 64).numbers(), 32, 128, 1,
+    )  # fmt: skip
+    assert drawn == one[:, 6].sum() > 0
+    figure.savefig(tmp_path / "schedule.png")
+    assert (tmp_path / "schedule.png").stat().st_size > 1000
+
+
+def test_routes(tmp_path):
+    figure = pictures.routes({"retrieval": [1, 0.5, 0], "continuation": [0, 0, 0]})
+    assert [t.get_text() for t in figure.axes[0].texts] == ["1.00", "0.50", "0.00", "0.00", "0.00", "0.00"]
+    figure.savefig(tmp_path / "routes.png")
+    assert (tmp_path / "routes.png").stat().st_size > 1000

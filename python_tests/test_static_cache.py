@@ -1,0 +1,90 @@
+"""The static cache is the dynamic one with fixed addresses, and its step is one graph."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import ragged, tiny
+from transformers.generation import CompileConfig
+
+import flux_ext
+from flux_ext import FluxConfig, FluxStaticCache
+from flux_ext.patching import get_routers
+
+SMALL = {"sink": 4, "window": 16, "pool_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def nan_memory() -> Iterator[None]:
+    """torch fills new memory with NaN, so that a page's unused end cannot hide."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+ROUTES = torch.tensor([[[0, 0], [0, 1], [1, 1]], [[0, 1], [1, 1], [1, 1]], [[1, 1], [1, 1], [0, 0]]])
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("lengths", [(40, 31, 22), (5, 2, 1)], ids=str)
+def test_equals_the_dynamic_cache(lengths: tuple[int, ...], align: int, page_size: int) -> None:
+    model = flux_ext.patch(tiny("qwen3", num_hidden_layers=3), FluxConfig(align=align, **SMALL))
+    ids, mask = ragged(lengths)
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+    with flux_ext.routes(model, ROUTES):
+        want = model.generate(ids, **kwargs)
+        cache = FluxStaticCache(model.config, get_routers(model).config, 120, page_size=page_size)
+        got = model.generate(ids, past_key_values=cache, disable_compile=True, **kwargs)
+    assert torch.equal(got, want)
+    assert torch.equal(cache.routes, ROUTES.int()) and int(cache.get_seq_length()) == max(lengths) + 59
+
+
+def test_bytes_of_sparse_rows_do_not_grow_with_the_cache() -> None:
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+
+    def nbytes(route: str, length: int) -> int:
+        cache = FluxStaticCache(model.config, get_routers(model).config, length, page_size=4)
+        with flux_ext.routes(model, route):
+            model(torch.randint(2, 128, (1, 30)), past_key_values=cache)
+        return cache.nbytes()
+
+    assert nbytes("sparse", 100) == nbytes("sparse", 400) < nbytes("full", 100) / 2
+    assert nbytes("full", 400) == 4 * nbytes("full", 100)
+
+
+def test_generate_compiles_one_step() -> None:
+    """generate's own compilation: fullgraph, and the steps after the first ones compile nothing."""
+    model = flux_ext.patch(tiny("llama", num_hidden_layers=2), FluxConfig(**SMALL))
+    ids, mask = ragged((30, 21))
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    routes = torch.tensor([[0, 1], [1, 1]])
+    config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with flux_ext.routes(model, routes):
+        want = model.generate(ids, **kwargs)
+        got = model.generate(ids, cache_implementation="static", compile_config=config, **kwargs)
+    assert torch.equal(got, want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_it_cannot_do() -> None:
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (1, 20))
+    config = get_routers(model).config
+    with pytest.raises(ValueError, match="max_cache_len is 10"):
+        model(ids, past_key_values=FluxStaticCache(model.config, config, 10))
+    cache = FluxStaticCache(model.config, config, 40)
+    model(ids, past_key_values=cache)
+    for call, message in (
+        (lambda: model(ids[:, :2], past_key_values=cache), "single tokens"),
+        (lambda: cache.crop(-1), "cropped"),
+        (lambda: cache.reorder_cache(torch.tensor([0])), "beam search"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="full attention in every layer"):
+        FluxStaticCache(tiny("gemma3").config, config, 40)

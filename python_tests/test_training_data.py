@@ -1,0 +1,120 @@
+"""Files of examples, their tokens and the two ways to make batches."""
+
+import json
+
+import pytest
+import torch
+
+from flux_ext.evaluation.tasks import Example
+from flux_ext.training.data import (
+    IGNORED,
+    PackedCollator,
+    PaddedCollator,
+    RouterDataset,
+    load_examples,
+    save_examples,
+)
+
+EXAMPLES = [Example("some code ", "what?", "an äns", "a"), Example("", "why?", "so", "b")]
+
+
+class Bytes:
+    """A tokenizer: one token per byte, after a start token."""
+
+    pad_token_id = 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [2 + b for b in text.encode()]}
+
+
+def test_json_lines_round_trip(tmp_path):
+    save_examples(EXAMPLES, tmp_path / "x.jsonl")
+    assert load_examples(tmp_path / "x.jsonl") == EXAMPLES
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    rows = [{"context": e.context, "question": e.question, "answer": e.answer, "task": e.task} for e in EXAMPLES]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert load_examples(tmp_path / "x.parquet") == EXAMPLES
+    pq.write_table(pa.Table.from_pylist([{**rows[0], "task": None}]), tmp_path / "y.parquet")
+    with pytest.raises(ValueError, match=r"y.parquet, line 1: the column 'task' must be text, got NoneType"):
+        load_examples(tmp_path / "y.parquet")
+    (tmp_path / "z.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"z\.parquet: not a Parquet file"):
+        load_examples(tmp_path / "z.parquet")
+
+
+GOOD = {"context": "c", "question": "q", "answer": "a", "task": "t"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"context": "c"', r"x.jsonl, line 2, column 16: not JSON"),
+        ("[1]", r"line 2: a line must be an object with context, question, answer, task, got list"),
+        (json.dumps({**GOOD, "answer": 5}), r"line 2: the column 'answer' must be text, got int"),
+        (json.dumps({**GOOD, "answer": ""}), r"line 2: the column 'answer' is empty"),
+        (json.dumps({**GOOD, "task": ""}), r"line 2: the column 'task' is empty"),
+        (
+            json.dumps({**GOOD, "context": "", "question": ""}),
+            r"line 2: the columns 'context' and 'question' are both",
+        ),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "task"}), r"line 2: the column 'task' is missing"),
+        (b"\xff\xfe", r"line 2: not UTF-8"),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "x.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        load_examples(tmp_path / "x.jsonl")
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such file"):
+        load_examples(tmp_path / "none.jsonl")
+    (tmp_path / "x.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"x.csv: the name must end in .jsonl or .parquet"):
+        load_examples(tmp_path / "x.csv")
+    (tmp_path / "x.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl: the file has no examples"):
+        load_examples(tmp_path / "x.jsonl")
+
+
+def test_tokens_and_truncation():
+    rows = RouterDataset(EXAMPLES, Bytes())
+    assert rows.tasks == ("a", "b") and len(rows) == 2
+    row = rows[0]
+    assert row["prompt"] == [1, *(2 + b for b in b"some code what?")] and row["task"] == 0
+    assert row["answer"] == [2 + b for b in "an äns".encode()]
+    short = RouterDataset(EXAMPLES, Bytes(), max_length=13)[0]
+    assert short["answer"] == row["answer"]
+    assert short["prompt"] == row["prompt"][:3] + row["prompt"][-3:]
+    with pytest.raises(ValueError, match="max_length 8 has no room"):
+        RouterDataset(EXAMPLES, Bytes(), max_length=8)[0]
+    with pytest.raises(ValueError, match="'b' is not in"):
+        RouterDataset(EXAMPLES, Bytes(), tasks=["a"])
+
+
+def test_collators_hold_the_same_sequences():
+    rows = [RouterDataset(EXAMPLES, Bytes())[i] for i in (0, 1, 1)]
+    padded, packed = PaddedCollator(0)(rows), PackedCollator()(rows)
+    bounds = packed["cu_seq_lens_q"].tolist()
+    assert packed["max_length_q"] == padded["input_ids"].shape[1]
+    for i, row in enumerate(rows):
+        keep = padded["attention_mask"][i].bool()
+        span = slice(bounds[i], bounds[i + 1])
+        assert padded["input_ids"][i, keep].tolist() == packed["input_ids"][0, span].tolist()
+        assert padded["labels"][i, keep].tolist() == packed["labels"][0, span].tolist()
+        assert packed["position_ids"][0, span].tolist() == list(range(keep.sum()))
+        labels = padded["labels"][i][padded["labels"][i] != IGNORED]
+        assert labels.tolist() == row["answer"]
+    assert padded["attention_mask"][1, 0] == 0  # on the left
+    for batch in (padded, packed):
+        assert batch["task_ids"].tolist() == [0, 1, 1]
+        assert batch["prompt_lengths"].tolist() == [len(r["prompt"]) for r in rows]
+    assert "attention_mask" not in PaddedCollator(0)([rows[0], rows[0]])
+    assert all(torch.is_tensor(v) for v in padded.values())
