@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -59,12 +60,17 @@ class CMakeBuild(build_ext):
         for old in (prefix / "flux_ext").glob("*.so"):  # nothing left over may end up in the package
             old.unlink()
         generator = ["-G", "Ninja"]
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # no setting of an earlier build survives
+        # Finds the tools that pip installed beside this interpreter, whatever the caller's PATH is.
+        env = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
         subprocess.run(
-            ["cmake", "-S", ROOT, "-B", build, *generator, *(f"-D{k}={v}" for k, v in options.items())], check=True
+            ["cmake", "-S", ROOT, "-B", build, *generator, *(f"-D{k}={v}" for k, v in options.items())],
+            check=True,
+            env=env,
         )
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.run(["cmake", "--build", build, "-j", jobs], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", prefix, "--strip"], check=True)
+        subprocess.run(["cmake", "--build", build, "-j", jobs], check=True, env=env)
+        subprocess.run(["cmake", "--install", build, "--prefix", prefix, "--strip"], check=True, env=env)
 
     def get_outputs(self) -> list[str]:
         return []  # the placeholder extension itself is never made

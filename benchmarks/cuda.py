@@ -105,9 +105,7 @@ class Bench:
         self.add(case, what, us, rate, rate / self.copy_rate)
 
 
-def states(
-    batch: int, q_len: int, kv_len: int, dim: int, heads: int = HEADS
-) -> tuple[Tensor, Tensor, Tensor]:
+def states(batch: int, q_len: int, kv_len: int, dim: int, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     make = lambda n, h: torch.randn(batch, n, h, dim, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     return make(q_len, heads), make(kv_len, KV_HEADS), make(kv_len, KV_HEADS)
 
@@ -174,14 +172,10 @@ def prefill(bench: Bench, lengths: Iterable[int]) -> None:
                 1: 4.0 * dim * visible_pairs(sparse, n, n),
             }
             for name, share in (("dense", 0), ("half the heads streaming", 4), ("streaming", 8)):
-                route = torch.tensor(
-                    [[1] * share + [0] * (KV_HEADS - share)], dtype=torch.int32, device="cuda"
-                )
+                route = torch.tensor([[1] * share + [0] * (KV_HEADS - share)], dtype=torch.int32, device="cuda")
                 flops = HEADS / KV_HEADS * sum(per_head[int(r)] for r in route[0])
                 case = f"prefill {n} d{dim} {name}"
-                bench.compute(
-                    case, "flux_ext", median_us(lambda s=(q, k, v), r=route: attend(*s, r, sparse)), flops
-                )
+                bench.compute(case, "flux_ext", median_us(lambda s=(q, k, v), r=route: attend(*s, r, sparse)), flops)
                 if name == "dense":
                     peers(bench, case, q, k, v, True, flops, 0)
                 elif share == 4 and (dim, n) == (128, 32768):
@@ -195,9 +189,7 @@ def decode(bench: Bench, sizes: Iterable[tuple[int, int]]) -> None:
         num_bytes = batch * KV_HEADS * n * dim * 4
         sets = [states(batch, 1, n, dim) for _ in range(max(1, min(8, CACHE_BYTES // num_bytes)))]
         for name, share in (("full", 0), ("half the heads streaming", 4), ("streaming", 8)):
-            route = torch.tensor(
-                [[1] * share + [0] * (KV_HEADS - share)] * batch, dtype=torch.int32, device="cuda"
-            )
+            route = torch.tensor([[1] * share + [0] * (KV_HEADS - share)] * batch, dtype=torch.int32, device="cuda")
             seen = num_bytes * (KV_HEADS - share + share * min(1.0, 2176 / n)) / KV_HEADS
             case = f"decode {batch} x {n} {name}"
             us = graph_us([lambda s=s, r=route: attend(*s, r, sparse) for s in sets])

@@ -116,7 +116,8 @@ void random_attend(Random& random, DType dtype, Layout kind, int32_t dim, Attend
         }
     p.page_table = c.page_table.data();
     p.page_stride_b = int64_t(heads) * per_sequence;
-    p.page_stride_h = kind == Layout::kPagedPerHead ? per_sequence : 0;
+    p.pages_per_head = kind == Layout::kPagedPerHead;
+    p.page_stride_h = p.pages_per_head ? per_sequence : 0;
   }
   const int64_t kv_batch = paged ? p.num_pages : s.batch, kv_rows = paged ? p.page_size : s.kv_rows.capacity;
   const int64_t kv_heads = kind == Layout::kPagedPerHead ? 1 : s.num_kv_heads;

@@ -27,7 +27,7 @@ inline int64_t kv_at(const AttendParams& p, const Strides& s, int32_t b, int32_t
   const int32_t row = p.shape.kv_rows(b, h).begin + pos;
   if (!p.page_table) return at(s, b, row, h);
   const int32_t page = p.page_table[b * p.page_stride_b + h * p.page_stride_h + row / p.page_size];
-  return at(s, page, row % p.page_size, p.page_stride_h ? 0 : h);
+  return at(s, page, row % p.page_size, p.pages_per_head ? 0 : h);
 }
 
 struct Expected {

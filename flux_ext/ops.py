@@ -53,11 +53,23 @@ def _attend_backward(ctx, grad_out, _grad_lse):
     q, k, v, out, lse, route, fb, fc, sb, sc, *spans, page_table = ctx.saved_tensors
     if page_table is not None:
         raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
+    if q.is_cuda:
+        raise RuntimeError(
+            "attention has no gradient on CUDA yet: train with the counterfactual objective, which needs none, "
+            "or on the CPU"
+        )
     grads = _ops.attend_backward(grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans)
     return (*grads, *(None,) * 12)
 
 
 torch.library.register_autograd("flux_ext::attend", _attend_backward, setup_context=_save_attend)
+
+
+def _no_second_gradient(ctx, *grads):
+    raise RuntimeError("attention has no second gradient (create_graph=True)")
+
+
+torch.library.register_autograd("flux_ext::attend_backward", _no_second_gradient)
 
 
 def _save_route(ctx, inputs, output):
@@ -204,6 +216,14 @@ def attention(
         raise ValueError("page_table needs kv_len")
     if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(f"cu_seqlens must be [B + 1] with B >= 1, got shape {list(cu_seqlens.shape)}")
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("seq_start", seq_start), ("seq_end", seq_end)):
+        if bounds is not None and bounds.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {bounds.dtype}")
+    if (seq_start is not None or seq_end is not None) and k.shape[-3] != q.shape[-3]:
+        raise ValueError(
+            f"seq_start and seq_end bound the rows of q and k alike: k must have the {q.shape[-3]} rows of q, "
+            f"got {k.shape[-3]}"
+        )
     if (cu_seqlens is not None) != (q.dim() == 3):
         raise ValueError(
             f"cu_seqlens goes with a packed q [T, Hq, D], got q of shape {list(q.shape)} "
@@ -221,6 +241,8 @@ def attention(
         return attend(q, k, v, hard, full, sparse, scale, *spans, page_table)
 
     if route is not None and route.is_floating_point():
+        if route.dim() not in (1, 2):
+            raise ValueError(f"route must be [B] or [B, Hkv], got shape {list(route.shape)}")
         if return_lse:
             raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
         hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)

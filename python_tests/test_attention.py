@@ -120,6 +120,14 @@ def test_infinities_and_nan_stand_where_plain_torch_has_them(value: float) -> No
     assert torch.equal(got[:, 1:].isnan(), want[:, 1:].isnan())
 
 
+def test_a_second_gradient_is_refused() -> None:
+    x = make(Case((20,), (20,), head_dim=16))
+    q = x.q.requires_grad_()
+    (first,) = torch.autograd.grad(flux_ext.attention(q, x.k, x.v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second gradient"):
+        torch.autograd.grad(first.square().sum(), q)
+
+
 def test_empty_rows_give_zero_and_minus_infinity() -> None:
     q, kv = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
     out, lse = flux_ext.attention(q, kv, kv, return_lse=True)

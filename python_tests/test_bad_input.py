@@ -73,6 +73,13 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
     (good, {"kv_len": ints(3, 9)}, r"kv_len must not exceed the 8 rows there are, got 9"),
     (good, {"kv_len": ints(3, -1)}, r"kv_len.*must not decrease, got 0 and -1"),
     (good, {"kv_len": torch.tensor([3, 8])}, r"kv_len must be int32, got int64"),
+    (good, {"seq_end": torch.tensor([3, 8])}, r"seq_end must be int32, got torch.int64"),
+    (
+        good,
+        {"seq_end": ints(3, 8), "k": torch.randn(2, 9, 2, 16), "v": torch.randn(2, 9, 2, 16)},
+        r"8 rows of q, got 9",
+    ),
+    (good, {"route": torch.tensor(0.5)}, r"route must be \[B\] or \[B, Hkv\], got shape \[\]"),
     (good, {"kv_len": ints(3)}, r"kv_len must be \[2\] or \[2, 2\], got \[1\]"),
     (good, {"seq_start": ints(0, 9)}, r"q_begin and q_end .* must not decrease, got 9 and 8"),
     (good, {"seq_end": ints(3, 9)}, r"q_end must not exceed the 8 rows"),

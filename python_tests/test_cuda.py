@@ -44,9 +44,7 @@ class Case:
 
 def random(*shape: int, dtype: torch.dtype, odd: bool = False) -> torch.Tensor:
     if odd:  # rows that start at no multiple of 16 bytes
-        return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE, dtype=torch.float32).to(dtype)[
-            ..., 1:-2
-        ]
+        return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE, dtype=torch.float32).to(dtype)[..., 1:-2]
     return torch.randn(*shape, device=DEVICE, dtype=torch.float32).to(dtype)
 
 
@@ -213,9 +211,7 @@ def cases() -> list[Case]:
     found.append(Case((80, 80), (0, 33), layout="cache_heads"))
     found.append(Case((2000, 1), layout="packed", heads=16, kv_heads=4, sparse=Streaming(128, 256)))
     found.append(Case((1,) * 40, tuple(range(0, 4000, 100)), layout="cache", heads=8, kv_heads=2))
-    found.append(
-        Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512))
-    )  # whole tiles, sorted rows
+    found.append(Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)))  # whole tiles, sorted rows
     for scale in (0.0, -0.2, 1.5):
         found.append(Case((100, 100), (130, 130), scale=scale, layout="batched"))
         found.append(Case((1, 1), (130, 130), scale=scale, layout="batched"))
@@ -231,9 +227,7 @@ def test_attend(case: Case) -> None:
 
 @pytest.mark.parametrize("width", (64, 128))
 @pytest.mark.parametrize("kv_heads", (1, 2))
-@pytest.mark.parametrize(
-    ("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2))
-)
+@pytest.mark.parametrize(("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2)))
 def test_block_lists(width: int, kv_heads: int, q_len: int, kv_len: int, heads: int) -> None:
     torch.manual_seed(q_len + width)
     batch, q_blocks = 2, -(-q_len // 128)
@@ -285,9 +279,7 @@ def test_graph_with_growing_lengths(layout: str) -> None:
         out, lse = ops.attend(**arguments)
     for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
         arguments["kv_end"].copy_(torch.minimum(int32(lens), most))
-        arguments["route"].copy_(
-            torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step))
-        )
+        arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
         out.fill_(math.nan)
         graph.replay()
         exact_out, exact_lse = reference.attend(**upcast(arguments))
@@ -325,15 +317,9 @@ def test_route(router: type, dtype: torch.dtype, weights: torch.dtype, layout: s
             elif layout == "right":
                 end = int32(lens)
             elif layout == "strided":
-                x = (
-                    torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE)
-                    .to(dtype)[..., 1:]
-                    .transpose(1, 2)
-                )
+                x = torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE).to(dtype)[..., 1:].transpose(1, 2)
         logits, route = ops.route(x, module.weights(), 100, module.per_head, begin, end)
-        exact, _ = reference.route(
-            x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end
-        )
+        exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end)
         assert error_of(logits, exact) < 1e-5, (dim, layout)
         assert torch.equal(route, reference.decide(logits))
         again, _ = ops.route(x, module.weights(), 100, module.per_head, begin, end)

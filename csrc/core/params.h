@@ -79,6 +79,7 @@ struct AttendParams {
   Strides lse_stride;
   const int32_t* page_table = nullptr;  // [B, max_pages] or [B, Hkv, max_pages]; null: not paged
   int64_t page_stride_b = 0, page_stride_h = 0;
+  bool pages_per_head = false;  // the table has a row per head, and the pages hold one head
   int32_t page_size = 0, num_pages = 0;
   float scale = 1.f;
 };

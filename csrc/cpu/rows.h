@@ -21,7 +21,7 @@ FLUX_HD const T* kv_row(const AttendParams& p, const void* base, const Strides& 
   const int64_t page =
       p.page_table[v.tile.seq * p.page_stride_b + v.tile.kv_head * p.page_stride_h + row / p.page_size];
   // Pages of one head belong to a page table per head.
-  return data + page * stride.b + (row % p.page_size) * stride.s + (p.page_stride_h ? 0 : v.tile.kv_head * stride.h);
+  return data + page * stride.b + (row % p.page_size) * stride.s + (p.pages_per_head ? 0 : v.tile.kv_head * stride.h);
 }
 
 template <typename T>

@@ -67,7 +67,7 @@ FLUX_HD KvRows kv_rows(const AttendParams& p, const Strides& s, const TileView& 
   r.row_stride = s.s;
   if (p.page_table) {
     r.pages = p.page_table + v.tile.seq * p.page_stride_b + v.tile.kv_head * p.page_stride_h;
-    r.base = p.page_stride_h ? 0 : v.tile.kv_head * s.h;  // a table per head goes with pages of one head
+    r.base = p.pages_per_head ? 0 : v.tile.kv_head * s.h;
     r.page_stride = s.b;
     r.page_size = p.page_size;
     r.last_page = p.num_pages - 1;

@@ -174,6 +174,7 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
     p.page_table = t.const_data_ptr<int32_t>();
     p.page_stride_b = t.stride(0);
     p.page_stride_h = t.dim() == 3 ? t.stride(1) : 0;
+    p.pages_per_head = t.dim() == 3;
     p.page_size = to_int32(k.size(1), "page_size");
     p.num_pages = to_int32(k.size(0), "num_pages");
   } else if (!packed) {

@@ -10,7 +10,7 @@ namespace flux::cuda::sm90 {
 template <DType kDType, int kHeadDim, int kKvBlock>
 cudaError_t launch_instance(const KernelParams& p, const AttendConfig& c, cudaStream_t stream) {
   using Element = std::conditional_t<kDType == DType::kFloat16, cutlass::half_t, cutlass::bfloat16_t>;
-  using T = Traits<Element, kHeadDim, warpgroups(kHeadDim), kKvBlock>;
+  using T = Traits<Element, kHeadDim, kWarpgroups, kKvBlock>;
   const auto kernel = attend_kernel<T>;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes))
     return e;

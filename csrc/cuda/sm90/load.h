@@ -93,7 +93,7 @@ class Loader {
         : seq(v.tile.seq), head(v.tile.kv_head), first_row(v.kv_rows.begin), count(v.kv_rows.size()) {
       if (a.page_table) {
         pages = a.page_table + seq * a.page_stride_b + head * a.page_stride_h;
-        if (a.page_stride_h) head = 0;  // a table per head goes with pages of one head
+        if (a.pages_per_head) head = 0;
       }
     }
   };

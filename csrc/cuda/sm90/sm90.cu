@@ -74,7 +74,7 @@ TensorShape q_shape(const AttendParams& p) {
 TensorShape kv_shape(const AttendParams& p, const void* data, const Strides& t) {
   const ProblemShape& s = p.shape;
   if (p.page_table)
-    return {data, {s.head_dim, p.page_size, p.page_stride_h ? 1 : s.num_kv_heads, p.num_pages}, {1, t.s, t.h, t.b}};
+    return {data, {s.head_dim, p.page_size, p.pages_per_head ? 1 : s.num_kv_heads, p.num_pages}, {1, t.s, t.h, t.b}};
   return {data, {s.head_dim, s.kv_rows.capacity, s.num_kv_heads, t.b == 0 ? 1 : s.batch}, {1, t.s, t.h, t.b}};
 }
 
