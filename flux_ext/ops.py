@@ -76,7 +76,9 @@ def _save_route(ctx, inputs, output):
     x, weights, ctx.pool_size, ctx.per_head, begin, end = inputs
     pooled, _, route = output
     ctx.mark_non_differentiable(pooled, route)
-    ctx.save_for_backward(x, pooled, begin, end, *weights)
+    # Frozen queries are not kept: with a router in every layer they would be the backbone's activations.
+    kept = x if ctx.needs_input_grad[0] else None
+    ctx.save_for_backward(kept, pooled, begin, end, *weights)
 
 
 def _silu_grad(x: Tensor) -> Tensor:

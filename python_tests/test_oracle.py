@@ -11,7 +11,7 @@ from flux_ext.evaluation import tasks
 from flux_ext.training import PaddedCollator, RouterDataset
 from flux_ext.training.data import IGNORED
 
-SETTINGS = demo.Settings(steps=60, batch_size=6)
+SETTINGS = demo.Settings(steps=36, batch_size=6)
 EXAMPLES = 24
 
 

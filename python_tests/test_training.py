@@ -193,6 +193,23 @@ def test_counterfactual_builds_no_graph_through_the_backbone(tmp_path):
     t.model.train()
     t.compute_loss(t.model, inputs).backward()
     assert len(seen) > 1 and not any(seen)
+
+
+def test_frozen_queries_are_not_kept_for_the_routers_gradient():
+    """With a router in every layer they would be the backbone's activations."""
+    m = model()
+    m.requires_grad_(False)
+    flux_ext.get_routers(m).requires_grad_(True)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.shape) or x, lambda x: x):
+        m(torch.arange(5, 205)[None], use_cache=False)
+    assert sizes and not any(200 in shape for shape in sizes)
+
+
+def test_counterfactual_reaches_every_router(tmp_path):
+    t = trainer(tmp_path)
+    t.model.train()
+    t.compute_loss(t.model, t.data_collator(batch_rows(dataset(4)))).backward()
     assert all(p.grad is not None for p in t.routers.parameters())
 
 
