@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import FluxConfig, get_routers, patch
+from . import FluxConfig, get_routers, patch, pictures
 from .evaluation import tasks
 from .evaluation.runner import MODES, Score, evaluate, format_table
 from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
@@ -150,7 +150,7 @@ def run(
     for task in tasks.TASKS:
         show_example(model, tokenizer, next(e for e in held_out if e.task == task))
     picture = output / "routing.png"
-    draw(scores, picture)
+    pictures.routes({x.task: x.full_share for x in scores if x.mode == "routed"}).savefig(picture, dpi=120)
     (output / "scores.json").write_text(json.dumps([asdict(x) for x in scores], indent=2) + "\n")
     total = time.perf_counter() - start
     print(f"\n{picture}, {output / 'scores.json'} and {output / 'routers'} written")
@@ -196,26 +196,3 @@ def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> No
     print(f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated")
     print(f"{example.prompt[-160:]}[{text}]")
     print(f"--- right: [{example.answer}]")
-
-
-def draw(scores: Sequence[Score], path: Path) -> None:
-    """Saves the share of full attention per layer and task as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    routed = [s for s in scores if s.mode == "routed"]
-    shares = [s.full_share for s in routed]
-    fig, ax = plt.subplots(figsize=(1.5 + 0.7 * len(shares[0]), 1.4 + 0.6 * len(shares)), layout="constrained")
-    image = ax.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            ax.text(x, y, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
-    ax.set_xticks(range(len(shares[0])))
-    ax.set_yticks(range(len(routed)), [s.task for s in routed])
-    ax.set_xlabel("layer")
-    ax.set_title("Share of held-out prompts routed to full attention")
-    fig.colorbar(image, ax=ax)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import _library  # noqa: F401  (registers the operators)
 from .block_sparse import select_blocks
 from .patterns import BlockSparse, Full, Pattern, Streaming
-from .reference import mixing_weight
 
 _ops = torch.ops.flux_ext
 
@@ -162,6 +161,18 @@ def attend(
     return _ops.attend(q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
 
 
+def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output."""
+    w = route[:, None] if route.dim() == 1 else route
+    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
+    if cu_seqlens is None:
+        return w[:, None, :, None]
+    # Which sequence a row belongs to, without reading lengths back from the device.
+    rows = torch.arange(q.shape[0], device=q.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    return w[sequence.clamp(max=len(w) - 1)][:, :, None]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -248,7 +259,7 @@ def attention(
         if return_lse:
             raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
         hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
-        w = mixing_weight(route, q, cu_seqlens)
+        w = _mixing_weight(route, q, cu_seqlens)
         return (1 - w) * run(hard)[0] + w * run(hard + 1)[0]
     out, lse = run(route)
     return (out, lse) if return_lse else out

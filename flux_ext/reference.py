@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -137,14 +138,15 @@ def attention(
 
 
 def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output."""
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output, row by row."""
     w = route[:, None] if route.dim() == 1 else route
-    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1)  # [B, Hq]
+    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
     if cu_seqlens is None:
-        return w[:, None, :, None].to(q.dtype)
-    rows = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return w[sequence.clamp(max=len(w) - 1)][:, :, None].to(q.dtype)
+        return w[:, None, :, None]
+    bounds = cu_seqlens.tolist()
+    rows = [w[b].expand(end - begin, -1) for b, (begin, end) in enumerate(pairwise(bounds))]
+    rows.append(w.new_zeros(q.shape[0] - bounds[-1], w.shape[1]))  # rows that belong to no sequence
+    return torch.cat(rows)[:, :, None]
 
 
 def pool(x: Tensor, pool_size: int, per_head: bool) -> Tensor:

@@ -63,7 +63,15 @@ class FluxTrainer(Trainer):
         if unknown:
             raise ValueError(f"targets names tasks that the data lack: {', '.join(unknown)}; they have {self.tasks}")
         self.routers = patching.get_routers(model)
+        if self.routers.config.pattern == "triangle":
+            # Prompt and answer share one forward here, whose last rows would be the answer's, not the prompt's.
+            raise ValueError('pattern="triangle" cannot be trained: train with "streaming" and change it afterwards')
         args = args or training_arguments("flux_routers")
+        if args.device.type == "cuda" and self.recipe.objective != "counterfactual":
+            raise ValueError(
+                f"objective {self.recipe.objective!r} needs the gradient of attention, which CUDA has not yet: "
+                'use "counterfactual", or the CPU'
+            )
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
