@@ -15,7 +15,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_forward(case: Case, dtype: torch.dtype) -> None:
-    x = make(case, dtype)
+    check_forward(case, dtype, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", cases((64, 8, 40, 96, 128, 256)), ids=str)
+def test_forward_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    check_forward(case, dtype, "cuda")
+
+
+def check_forward(case: Case, dtype: torch.dtype, device: str) -> None:
+    x = make(case, dtype, device)
     out, lse = flux_ext.attention(x.q, x.k, x.v, x.route, return_lse=True, **x.kwargs)
     exact, exact_lse = reference.attention(*_args(x.cast(torch.float64)), return_lse=True, **x.kwargs)
     plain, plain_lse = reference.attention(*_args(x), return_lse=True, **x.kwargs)
