@@ -82,7 +82,7 @@ class FluxLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.route is None:
             raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, value_states.device
         batch_size, num_heads = key_states.shape[:2]
         self.rows = PagedRows(batch_size, num_heads, self.page_size, key_states, value_states)
         self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits for the device, once per prompt
@@ -98,7 +98,10 @@ class FluxLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged."""
+        """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged.
+
+        Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
+        """
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
@@ -127,7 +130,7 @@ class FluxLayer(CacheLayerMixin):
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of queries ``[B, S, Hq, D]`` over everything stored; returns the same shape."""
         return ops.attend(
-            q,
+            q.to(self.dtype),
             self.rows.keys,
             self.rows.values,
             self.route,
@@ -139,7 +142,7 @@ class FluxLayer(CacheLayerMixin):
             None,
             self.rows.kv_len(),
             self.rows.page_table(),
-        )[0]
+        )[0].to(q.dtype)
 
     # --- Dropping
 

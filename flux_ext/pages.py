@@ -20,7 +20,7 @@ class PagedRows:
     Args:
         batch_size, num_heads: B and Hkv; row ``b * Hkv + h``.
         page_size: tokens per page.
-        k, v: tensors ``[..., D]`` whose dtype, device and D the pools get.
+        k, v: tensors ``[..., D]`` whose D and device the pools get, and v's dtype.
     """
 
     def __init__(self, batch_size: int, num_heads: int, page_size: int, k: Tensor, v: Tensor) -> None:
@@ -30,7 +30,7 @@ class PagedRows:
         self.held = np.zeros(rows, np.int64)  # pages held
         self.table = np.zeros((rows, 0), np.int32)  # page numbers, the first `held` of each row count
         self.free = np.zeros(0, np.int32)
-        self.keys = k.new_empty((0, page_size, 1, k.shape[-1]))
+        self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
         self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
         self._device_table: Tensor | None = None
 
@@ -93,7 +93,8 @@ class PagedRows:
         slot = page.long() * self.page_size + stored % self.page_size
         index = torch.stack([row // self.num_heads, row % self.num_heads, source, slot]).to(self.keys.device)
         for pool, x in ((self.keys, k), (self.values, v)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], x.detach()[index[0], index[1], index[2]])
+            new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
+            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
 
     def _allocate(self, length: np.ndarray) -> None:
         """Gives every row the pages for ``length`` tokens."""

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
+from flux_ext.cache import FluxLayer
 from flux_ext.patching import get_routers, last_routing, policy
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
@@ -452,3 +453,26 @@ def test_bfloat16() -> None:
     scale = stock.float().abs().max()
     assert ((got - stock)[mask.bool()].float().abs().max() / scale) < 0.05
     model.generate(ids, attention_mask=mask, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_autocast(family: str) -> None:
+    """The rotary embedding of an fp32 model gives fp32 queries and keys beside bfloat16 values."""
+    model = tiny(family)
+    ids, mask = ragged()
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids, attention_mask=mask).logits
+        flux_ext.patch(model, FluxConfig(**SMALL))
+        with flux_ext.routes(model, "full"):
+            got = model(ids, attention_mask=mask)
+            got.logits.float().sum().backward()
+            generated = model.generate(ids, **kwargs)
+            if family != "gemma3":
+                assert torch.equal(model.generate(ids, cache_implementation="static", **kwargs), generated)
+    assert generated.shape[1] == ids.shape[1] + 6
+    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, FluxLayer)]
+    assert {pool.dtype for layer in layers for pool in (layer.rows.keys, layer.rows.values)} == {torch.bfloat16}
+    assert ((got.logits - stock)[mask.bool()].float().abs().max() / stock.float().abs().max()) < 0.05
+    step = model(ids[:, -1:], past_key_values=got.past_key_values).logits  # goes on without autocast
+    assert step.dtype == torch.float32 and bool(step.isfinite().all())
