@@ -209,6 +209,54 @@ def test_with_patched_undoes_itself_on_an_error() -> None:
     assert not flux_ext.is_patched(model)
 
 
+def test_with_patched_leaves_an_older_patch() -> None:
+    model = patched_model()
+    with flux_ext.patched(model):
+        pass
+    assert flux_ext.is_patched(model)
+
+
+def test_the_same_folder_again_changes_nothing(tmp_path: Path) -> None:
+    get_routers(patched_model()).save_pretrained(tmp_path)
+    model = flux_ext.patch(tiny(), routers=tmp_path)
+    routers = get_routers(model)
+    assert flux_ext.patch(model, routers=str(tmp_path)) is model and get_routers(model) is routers
+    with pytest.raises(ValueError, match="other routers"):
+        flux_ext.patch(model, routers=str(tmp_path / "other"))
+
+
+def test_another_attention_implementation_is_refused_until_unpatched() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="must stay 'flux_ext', it was set to 'sdpa'"):
+        model(ids)
+    flux_ext.unpatch(model)(ids)
+
+
+def test_attention_weights_are_refused() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    for call in (model, lambda *a, **kw: model.generate(*a, max_new_tokens=2, return_dict_in_generate=True, **kw)):
+        with pytest.raises(ValueError, match="output_attentions"):
+            call(ids, output_attentions=True)
+
+
+def test_a_failed_forward_leaves_nothing_behind() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    model(ids)
+
+    def fail(layer: int, logits: Tensor) -> Tensor:
+        raise KeyError
+
+    with pytest.raises(KeyError), policy(model, fail):
+        model(ids)
+    local = model._flux_ext.local
+    assert local.batch is None and local.cache is None
+    with pytest.raises(ValueError, match="no forward"):
+        last_routing(model)
+    model(ids)
+    assert last_routing(model).routes.shape == (1, 4, 2)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
