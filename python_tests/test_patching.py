@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
+from flux_ext.batch import Batch
 from flux_ext.cache import FluxLayer
 from flux_ext.patching import get_routers, last_routing, policy
 
@@ -85,8 +86,42 @@ def test_packed_rows_have_no_cache() -> None:
 
 def test_packed_sequences_in_several_rows_are_refused() -> None:
     model, position = patched_model(), torch.cat([torch.arange(18), torch.arange(12)]).expand(2, -1)
-    with pytest.raises(ValueError, match="position_ids restart"):
+    with pytest.raises(ValueError, match="position_ids restart in a batch"):
         model(torch.randint(2, 128, (2, 30)), position_ids=position)
+
+
+def test_packing_that_cannot_be_honoured() -> None:
+    model, position = patched_model(), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    ids, bounds = torch.randint(2, 128, (1, 30)), torch.tensor([0, 18, 30], dtype=torch.int32)
+    cache = flux_ext.FluxCache(model.config, get_routers(model).config)
+    padded = torch.ones(1, 30).index_fill(1, torch.tensor([29]), 0)
+    for kwargs, message in (
+        ({"cu_seq_lens_q": bounds, "past_key_values": cache}, "cu_seq_lens_q: .* no cache"),
+        ({"position_ids": position, "past_key_values": cache}, "restart with a cache"),
+        ({"cu_seq_lens_q": bounds, "attention_mask": padded}, "padding beside cu_seq_lens_q"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **kwargs)
+    with pytest.raises(ValueError, match="got a batch of 2 rows"):
+        model(ids.expand(2, -1), cu_seq_lens_q=bounds)
+    want = model(ids, position_ids=position, cu_seq_lens_q=bounds).logits
+    ones = torch.ones_like(ids)  # says nothing that cu_seq_lens_q does not
+    assert torch.equal(model(ids, position_ids=position, cu_seq_lens_q=bounds, attention_mask=ones).logits, want)
+
+
+def test_position_ids_and_packed_rows_compile_as_one_graph() -> None:
+    model, position = patched_model(num_hidden_layers=1), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    ids, bounds = torch.randint(2, 128, (1, 30)), torch.tensor([0, 18, 30], dtype=torch.int32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for kwargs in ({"position_ids": torch.arange(30)[None]}, {"position_ids": position, "cu_seq_lens_q": bounds}):
+        with torch.no_grad():
+            want = model(ids, use_cache=False, **kwargs).logits
+            torch.testing.assert_close(compiled(ids, use_cache=False, **kwargs).logits, want)
+
+
+def test_bounds_are_read_once_for_copies_of_a_batch() -> None:
+    batch = Batch(seq_start=torch.tensor([1]), seq_end=torch.tensor([3]))
+    assert batch.to("cpu").host_bounds(1, 4)[0] is batch.host_bounds(1, 4)[0]
 
 
 @pytest.mark.parametrize(
