@@ -85,9 +85,15 @@ class FluxLayer(CacheLayerMixin):
         self.dtype, self.device = value_states.dtype, value_states.device
         batch_size, num_heads = key_states.shape[:2]
         self.rows = PagedRows(batch_size, num_heads, self.page_size, key_states, value_states)
-        self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits for the device, once per prompt
+        self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits once per layer and prompt
         self.dropped = np.zeros(batch_size * num_heads, np.int64)
         self.is_initialized = True
+
+    def _keep_route(self) -> None:
+        """A route decided in inference mode becomes a normal tensor: the cache may go on outside."""
+        if self.route is not None and self.route.is_inference():
+            with torch.inference_mode(False):
+                self.route = self.route.clone()
 
     @property
     def batch_size(self) -> int:
@@ -107,6 +113,7 @@ class FluxLayer(CacheLayerMixin):
             raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._keep_route()
         q_len = key_states.shape[2]
         begin, end = batch.host_bounds(self.batch_size, q_len)
         self.continues = self.cumulative_length > 0
@@ -189,6 +196,9 @@ class FluxLayer(CacheLayerMixin):
             self.rows.truncate(self.rows.length - remove)
             self.cumulative_length -= remove
             self._croppable -= remove
+            if not self.cumulative_length:
+                self._clear()  # nothing is left: the next prompt decides anew
+                return
         self._trim()
 
     def get_seq_length(self) -> int:

@@ -47,7 +47,7 @@ class FluxStaticLayer(FluxLayer):
         self.full_pages = -(-max_cache_len // page_size)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Lays out the rows' pages for the routes at hand; waits for the device, once per prompt."""
+        """Lays out the rows' pages for the routes at hand; waits for the device, once per layer and prompt."""
         if self.route is None:
             raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
         self.dtype, self.device = value_states.dtype, value_states.device
@@ -111,9 +111,12 @@ class FluxStaticLayer(FluxLayer):
             return key_states, value_states
         if q_len != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {q_len} more tokens")
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
+            raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
         self.continues = True
-        gap = self._gap(self.seen)
-        position = self.seen[:, None, None].expand(-1, key_states.shape[1], 1)
+        seen = self.seen.clamp(max=self.max_cache_len - 1)  # unchecked, a token too many stays in its own row
+        gap = self._gap(seen)
+        position = seen[:, None, None].expand(-1, key_states.shape[1], 1)
         self._write(key_states, value_states, position)
         page = self.columns + torch.where(self.columns < self.head_pages, 0, gap // self.page_size)
         self.table.copy_(self._place(page))
@@ -127,7 +130,9 @@ class FluxStaticLayer(FluxLayer):
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
-        self.lazy_initialization(k, v)
+        with torch.inference_mode(False):
+            self.lazy_initialization(k, v)
+        self._keep_route()
         begin, end = (torch.from_numpy(x).to(self.device) for x in batch.host_bounds(k.shape[0], k.shape[2]))
         self.seen.copy_(end - begin)
         self.slots.fill_(k.shape[2])
@@ -181,7 +186,9 @@ class FluxStaticCache(FluxCache):
 
     Args:
         config, flux, page_size: as for FluxCache.
-        max_cache_len: tokens per sequence, prompt and padding included.
+        max_cache_len: tokens per sequence, prompt and padding included. A token more is a ValueError on the CPU;
+            on CUDA and in a compiled step a check would wait for the device, so there it overwrites the sequence's
+            last token, and what follows is wrong.
     """
 
     def __init__(self, config: Any, flux: FluxConfig, max_cache_len: int, page_size: int = 64) -> None:
