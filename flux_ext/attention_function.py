@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -38,10 +39,12 @@ def flux_attention(
         if given is not None and (isinstance(given, Tensor) or given):
             raise ValueError(f"{name} is not supported by flux_ext, {type(module).__name__} asks for {given}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     batch, cache, route = layer.current()
     if batch.probe is not None:
         batch.probe[layer.index]["given"] = query if layer.kind == "query" else key
+    if torch.is_autocast_enabled(value.device.type):  # the rotary embedding of an fp32 model gives fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if layer.window is not None:
         return _sliding(q, k, v, scaling, batch, layer.window), None
     if sliding_window is not None:

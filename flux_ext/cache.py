@@ -82,12 +82,18 @@ class FluxLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.route is None:
             raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, value_states.device
         batch_size, num_heads = key_states.shape[:2]
         self.rows = PagedRows(batch_size, num_heads, self.page_size, key_states, value_states)
-        self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits for the device, once per prompt
+        self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits once per layer and prompt
         self.dropped = np.zeros(batch_size * num_heads, np.int64)
         self.is_initialized = True
+
+    def _keep_route(self) -> None:
+        """A route decided in inference mode becomes a normal tensor: the cache may go on outside."""
+        if self.route is not None and self.route.is_inference():
+            with torch.inference_mode(False):
+                self.route = self.route.clone()
 
     @property
     def batch_size(self) -> int:
@@ -98,12 +104,16 @@ class FluxLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged."""
+        """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged.
+
+        Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
+        """
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self._keep_route()
         q_len = key_states.shape[2]
         begin, end = batch.host_bounds(self.batch_size, q_len)
         self.continues = self.cumulative_length > 0
@@ -127,7 +137,7 @@ class FluxLayer(CacheLayerMixin):
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of queries ``[B, S, Hq, D]`` over everything stored; returns the same shape."""
         return ops.attend(
-            q,
+            q.to(self.dtype),
             self.rows.keys,
             self.rows.values,
             self.route,
@@ -139,7 +149,7 @@ class FluxLayer(CacheLayerMixin):
             None,
             self.rows.kv_len(),
             self.rows.page_table(),
-        )[0]
+        )[0].to(q.dtype)
 
     # --- Dropping
 
@@ -186,6 +196,9 @@ class FluxLayer(CacheLayerMixin):
             self.rows.truncate(self.rows.length - remove)
             self.cumulative_length -= remove
             self._croppable -= remove
+            if not self.cumulative_length:
+                self._clear()  # nothing is left: the next prompt decides anew
+                return
         self._trim()
 
     def get_seq_length(self) -> int:

@@ -56,7 +56,7 @@ class PatchedLayer:
         self.tap_handle: Any = None
         self.handles = [
             attention.register_forward_pre_hook(self.before, with_kwargs=True),
-            attention.register_forward_hook(self.after),
+            attention.register_forward_hook(self.after, always_call=True),
         ]
         attention._flux_ext = self  # type: ignore[assignment]
 
@@ -98,7 +98,7 @@ class PatchedLayer:
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the attention module: lets go of the cache."""
+        """After the attention module, also after an error in it: lets go of the cache."""
         self.patch.local.batch = self.patch.local.cache = None
 
     def attach_tap(self) -> None:
@@ -149,6 +149,7 @@ class Patch:
 
     def __init__(self, model: PreTrainedModel, routers: FluxRouters | FluxConfig) -> None:
         self.model: Any = model
+        self.source: str | None = None  # the folder or repository that the routers are from
         self.decoder: Any = model.get_decoder()
         self.text_config = model.config.get_text_config(decoder=True)
         families.refuse_unsupported(model, self.decoder, self.text_config)
@@ -214,7 +215,10 @@ class Patch:
         self.previous_implementation = self.text_config._attn_implementation
         self._set_implementation(attention_function.NAME)
         self.layers = []
-        self.handles = [self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True)]
+        self.handles = [
+            self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self.after_decoder, always_call=True),
+        ]
         self.ignored_on_save = model._keys_to_ignore_on_save
         self.shadowed: list[str] = []
         model._flux_ext = self  # type: ignore[assignment]
@@ -300,6 +304,13 @@ class Patch:
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if (name := self.text_config._attn_implementation) != attention_function.NAME:
+            raise ValueError(
+                f"attn_implementation of a patched model must stay {attention_function.NAME!r}, it was set to "
+                f"{name!r}: call flux_ext.unpatch(model) to use another"
+            )
+        if kwargs.get("output_attentions") or self.text_config.output_attentions:
+            raise ValueError("output_attentions=True: a patched model computes no attention weights to give back")
         cache = kwargs.get("past_key_values")
         self.check_cache(cache)
         self.check_checkpointing()
@@ -321,6 +332,11 @@ class Patch:
         kwargs[BATCH] = batch
         self.local.decisions = batch.decisions
         return (), kwargs
+
+    def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the decoder: a forward that failed leaves no decisions."""
+        if output is None:
+            self.local.decisions = None
 
     def new_cache(self) -> FluxCache:
         """An empty cache for this model."""

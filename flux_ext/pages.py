@@ -20,7 +20,7 @@ class PagedRows:
     Args:
         batch_size, num_heads: B and Hkv; row ``b * Hkv + h``.
         page_size: tokens per page.
-        k, v: tensors ``[..., D]`` whose dtype, device and D the pools get.
+        k, v: tensors ``[..., D]`` whose D and device the pools get, and v's dtype.
     """
 
     def __init__(self, batch_size: int, num_heads: int, page_size: int, k: Tensor, v: Tensor) -> None:
@@ -30,8 +30,10 @@ class PagedRows:
         self.held = np.zeros(rows, np.int64)  # pages held
         self.table = np.zeros((rows, 0), np.int32)  # page numbers, the first `held` of each row count
         self.free = np.zeros(0, np.int32)
-        self.keys = k.new_empty((0, page_size, 1, k.shape[-1]))
-        self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
+        # Made outside inference mode, here and below, pools can be written to in and out of it.
+        with torch.inference_mode(False):
+            self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
+            self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
         self._device_table: Tensor | None = None
 
     @property
@@ -45,14 +47,15 @@ class PagedRows:
     def page_table(self) -> Tensor:
         """int32 ``[B, Hkv, max_pages]`` on the device."""
         if self._device_table is None:
-            table = torch.from_numpy(self.table).view(-1, self.num_heads, self.table.shape[1])
-            self._device_table = table.to(self.keys.device, copy=True)
+            with torch.inference_mode(False):
+                table = torch.from_numpy(self.table.copy()).view(-1, self.num_heads, self.table.shape[1])
+                self._device_table = table.to(self.keys.device, non_blocking=True)
         return self._device_table
 
     def kv_len(self) -> Tensor:
         """int32 ``[B, Hkv]`` on the device: tokens stored."""
         length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
-        return length.to(self.keys.device)
+        return length.to(self.keys.device, non_blocking=True)
 
     def append(
         self,
@@ -91,9 +94,11 @@ class PagedRows:
             source += torch.where(stored >= skip_at, spread(skip), 0)
         page = torch.from_numpy(self.table).to(device)[row, stored // self.page_size]
         slot = page.long() * self.page_size + stored % self.page_size
-        index = torch.stack([row // self.num_heads, row % self.num_heads, source, slot]).to(self.keys.device)
+        index = torch.stack([row // self.num_heads, row % self.num_heads, source, slot])
+        index = index.to(self.keys.device, non_blocking=True)
         for pool, x in ((self.keys, k), (self.values, v)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], x.detach()[index[0], index[1], index[2]])
+            new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
+            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
 
     def _allocate(self, length: np.ndarray) -> None:
         """Gives every row the pages for ``length`` tokens."""
@@ -115,6 +120,7 @@ class PagedRows:
         self.held = held
         self._device_table = None
 
+    @torch.inference_mode(False)
     def _enlarge(self, pages: int) -> None:
         old = len(self.keys)
         for name in ("keys", "values"):
@@ -156,6 +162,7 @@ class PagedRows:
         if len(self.free) > len(self.held) + int(self.held.sum()) // 8:
             self._compact()
 
+    @torch.inference_mode(False)
     def _compact(self) -> None:
         """New pools of exactly the pages held, each row's pages in order."""
         self.table = self.table[:, : int(self.held.max(initial=0))]

@@ -89,19 +89,20 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
     inner = _unwrap(model)
     if config is not None and routers is not None:
         raise ValueError("give either config or routers: routers bring their own configuration")
+    source = str(routers) if isinstance(routers, (str, Path)) else None
+    if is_patched(inner):
+        old = _patch_of(inner)
+        if routers is not None and routers is not old.routers and (source is None or source != old.source):
+            raise ValueError("model is patched with other routers: call flux_ext.unpatch(model) first")
+        if routers is None and config is not None and (difference := old.config.differences(config)):
+            raise ValueError(f"model is patched with other settings ({difference}): call flux_ext.unpatch first")
+        return model
     made: FluxRouters | FluxConfig
     if routers is None:
         made = FluxConfig() if config is None else config
     else:
         made = routers if isinstance(routers, FluxRouters) else FluxRouters.from_pretrained(routers)
-    if is_patched(inner):
-        old = _patch_of(inner)
-        if routers is not None and routers is not old.routers:
-            raise ValueError("model is patched with other routers: call flux_ext.unpatch(model) first")
-        if routers is None and config is not None and (difference := old.config.differences(config)):
-            raise ValueError(f"model is patched with other settings ({difference}): call flux_ext.unpatch first")
-        return model
-    Patch(inner, made)
+    Patch(inner, made).source = source
     return model
 
 
@@ -115,12 +116,14 @@ def unpatch(model: Any) -> Any:
 def patched(
     model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None
 ) -> Iterator[Any]:
-    """:func:`patch` for the length of a ``with`` block."""
+    """:func:`patch` for the length of a ``with`` block; a model that was patched before stays so."""
+    before = is_patched(model)
     patch(model, config, routers=routers)
     try:
         yield model
     finally:
-        unpatch(model)
+        if not before:
+            unpatch(model)
 
 
 def get_routers(model: Any) -> FluxRouters:
@@ -184,7 +187,8 @@ def prompt_lengths(model: Any, lengths: Tensor | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def routes(model: Any, route: str | Tensor) -> Iterator[None]:
-    """Forces routes within a ``with`` block.
+    """Forces routes within a ``with`` block, in this thread: where another thread generates (with a streamer, say),
+    enter the block there.
 
     Args:
         route: ``"full"``, ``"sparse"``, or a tensor ``[L]``, ``[B, L]`` or ``[B, L, Hkv]`` over the routed layers:

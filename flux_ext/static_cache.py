@@ -47,10 +47,10 @@ class FluxStaticLayer(FluxLayer):
         self.full_pages = -(-max_cache_len // page_size)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Lays out the rows' pages for the routes at hand; waits for the device, once per prompt."""
+        """Lays out the rows' pages for the routes at hand; waits for the device, once per layer and prompt."""
         if self.route is None:
             raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device = value_states.dtype, value_states.device
         self.num_sequences, _, q_len, head_dim = key_states.shape
         if q_len > self.max_cache_len:
             raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
@@ -66,7 +66,7 @@ class FluxStaticLayer(FluxLayer):
         self.drops = on_device(sparse & (short < self.full_pages))  # 1 where tokens are dropped
         self.columns = torch.arange(self.full_pages, device=self.device)
         shape = (int(pages.sum()), self.page_size, 1)
-        self.k_pool = key_states.new_empty((*shape, head_dim))
+        self.k_pool = value_states.new_empty((*shape, head_dim))
         self.v_pool = value_states.new_empty((*shape, value_states.shape[-1]))
         self.seen = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.device)  # valid tokens
         self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
@@ -97,7 +97,7 @@ class FluxStaticLayer(FluxLayer):
         """Stores ``k[:, :, i]`` as token ``position[..., i]`` (``[B, Hkv, n]``), where ``kept``."""
         slot = self._place(position // self.page_size) * self.page_size + position % self.page_size
         for pool, x in ((self.k_pool, k), (self.v_pool, v)):
-            flat, x = pool.view(-1, pool.shape[-1]), x.detach()
+            flat, x = pool.view(-1, pool.shape[-1]), x.detach().to(pool.dtype)
             if kept is None:
                 flat.index_copy_(0, slot.reshape(-1), x.reshape(-1, x.shape[-1]))
             else:
@@ -111,9 +111,12 @@ class FluxStaticLayer(FluxLayer):
             return key_states, value_states
         if q_len != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {q_len} more tokens")
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
+            raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
         self.continues = True
-        gap = self._gap(self.seen)
-        position = self.seen[:, None, None].expand(-1, key_states.shape[1], 1)
+        seen = self.seen.clamp(max=self.max_cache_len - 1)  # unchecked, a token too many stays in its own row
+        gap = self._gap(seen)
+        position = seen[:, None, None].expand(-1, key_states.shape[1], 1)
         self._write(key_states, value_states, position)
         page = self.columns + torch.where(self.columns < self.head_pages, 0, gap // self.page_size)
         self.table.copy_(self._place(page))
@@ -127,7 +130,9 @@ class FluxStaticLayer(FluxLayer):
         batch, self._batch = self._batch, None
         if batch is None:
             raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
-        self.lazy_initialization(k, v)
+        with torch.inference_mode(False):
+            self.lazy_initialization(k, v)
+        self._keep_route()
         begin, end = (torch.from_numpy(x).to(self.device) for x in batch.host_bounds(k.shape[0], k.shape[2]))
         self.seen.copy_(end - begin)
         self.slots.fill_(k.shape[2])
@@ -139,7 +144,9 @@ class FluxStaticLayer(FluxLayer):
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
         spans = (None, None, None, self.kv_len)
-        return ops.attend(q, self.k_pool, self.v_pool, self.route, Full(), self.pattern, scale, *spans, self.table)[0]
+        pools = self.k_pool, self.v_pool
+        out = ops.attend(q.to(self.dtype), *pools, self.route, Full(), self.pattern, scale, *spans, self.table)[0]
+        return out.to(q.dtype)
 
     def get_seq_length(self) -> Any:
         return self.slots if self.is_initialized else 0
@@ -179,7 +186,9 @@ class FluxStaticCache(FluxCache):
 
     Args:
         config, flux, page_size: as for FluxCache.
-        max_cache_len: tokens per sequence, prompt and padding included.
+        max_cache_len: tokens per sequence, prompt and padding included. A token more is a ValueError on the CPU;
+            on CUDA and in a compiled step a check would wait for the device, so there it overwrites the sequence's
+            last token, and what follows is wrong.
     """
 
     def __init__(self, config: Any, flux: FluxConfig, max_cache_len: int, page_size: int = 64) -> None:

@@ -214,6 +214,31 @@ def test_crop_into_padding_is_refused(model: Any) -> None:
         cache.crop(-1)
 
 
+def test_crop_of_everything_forgets_the_route(model: Any) -> None:
+    cache, ids = new_cache(model), torch.randint(2, 128, (2, 12))
+    for route in ("full", "sparse"):
+        with flux_ext.routes(model, route):
+            model(ids, past_key_values=cache)
+        assert (cache.routes == int(route == "sparse")).all()
+        cache.crop(-12)
+        assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside(model: Any) -> None:
+    ids = torch.randint(2, 128, (3, 70))
+    cache = new_cache(model)
+    with torch.inference_mode(), flux_ext.routes(model, MIXED):
+        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, 40:55], past_key_values=cache)
+        cache.reorder_cache(torch.arange(3))
+    want = whole(model, ids, MIXED)
+    for t in (55, 56):
+        close(model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0], want[:, t])
+    cache.reorder_cache(torch.arange(3))
+    with torch.inference_mode():
+        close(model(ids[:, 57:], past_key_values=cache).logits, want[:, 57:])
+
+
 def test_reset(model: Any) -> None:
     cache = new_cache(model)
     ids = torch.randint(2, 128, (2, 30))

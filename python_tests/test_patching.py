@@ -16,6 +16,8 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
+from flux_ext.batch import Batch
+from flux_ext.cache import FluxLayer
 from flux_ext.patching import get_routers, last_routing, policy
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
@@ -84,8 +86,42 @@ def test_packed_rows_have_no_cache() -> None:
 
 def test_packed_sequences_in_several_rows_are_refused() -> None:
     model, position = patched_model(), torch.cat([torch.arange(18), torch.arange(12)]).expand(2, -1)
-    with pytest.raises(ValueError, match="position_ids restart"):
+    with pytest.raises(ValueError, match="position_ids restart in a batch"):
         model(torch.randint(2, 128, (2, 30)), position_ids=position)
+
+
+def test_packing_that_cannot_be_honoured() -> None:
+    model, position = patched_model(), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    ids, bounds = torch.randint(2, 128, (1, 30)), torch.tensor([0, 18, 30], dtype=torch.int32)
+    cache = flux_ext.FluxCache(model.config, get_routers(model).config)
+    padded = torch.ones(1, 30).index_fill(1, torch.tensor([29]), 0)
+    for kwargs, message in (
+        ({"cu_seq_lens_q": bounds, "past_key_values": cache}, "cu_seq_lens_q: .* no cache"),
+        ({"position_ids": position, "past_key_values": cache}, "restart with a cache"),
+        ({"cu_seq_lens_q": bounds, "attention_mask": padded}, "padding beside cu_seq_lens_q"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **kwargs)
+    with pytest.raises(ValueError, match="got a batch of 2 rows"):
+        model(ids.expand(2, -1), cu_seq_lens_q=bounds)
+    want = model(ids, position_ids=position, cu_seq_lens_q=bounds).logits
+    ones = torch.ones_like(ids)  # says nothing that cu_seq_lens_q does not
+    assert torch.equal(model(ids, position_ids=position, cu_seq_lens_q=bounds, attention_mask=ones).logits, want)
+
+
+def test_position_ids_and_packed_rows_compile_as_one_graph() -> None:
+    model, position = patched_model(num_hidden_layers=1), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    ids, bounds = torch.randint(2, 128, (1, 30)), torch.tensor([0, 18, 30], dtype=torch.int32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for kwargs in ({"position_ids": torch.arange(30)[None]}, {"position_ids": position, "cu_seq_lens_q": bounds}):
+        with torch.no_grad():
+            want = model(ids, use_cache=False, **kwargs).logits
+            torch.testing.assert_close(compiled(ids, use_cache=False, **kwargs).logits, want)
+
+
+def test_bounds_are_read_once_for_copies_of_a_batch() -> None:
+    batch = Batch(seq_start=torch.tensor([1]), seq_end=torch.tensor([3]))
+    assert batch.to("cpu").host_bounds(1, 4)[0] is batch.host_bounds(1, 4)[0]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +242,54 @@ def test_with_patched_undoes_itself_on_an_error() -> None:
         assert flux_ext.is_patched(model)
         raise KeyError
     assert not flux_ext.is_patched(model)
+
+
+def test_with_patched_leaves_an_older_patch() -> None:
+    model = patched_model()
+    with flux_ext.patched(model):
+        pass
+    assert flux_ext.is_patched(model)
+
+
+def test_the_same_folder_again_changes_nothing(tmp_path: Path) -> None:
+    get_routers(patched_model()).save_pretrained(tmp_path)
+    model = flux_ext.patch(tiny(), routers=tmp_path)
+    routers = get_routers(model)
+    assert flux_ext.patch(model, routers=str(tmp_path)) is model and get_routers(model) is routers
+    with pytest.raises(ValueError, match="other routers"):
+        flux_ext.patch(model, routers=str(tmp_path / "other"))
+
+
+def test_another_attention_implementation_is_refused_until_unpatched() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="must stay 'flux_ext', it was set to 'sdpa'"):
+        model(ids)
+    flux_ext.unpatch(model)(ids)
+
+
+def test_attention_weights_are_refused() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    for call in (model, lambda *a, **kw: model.generate(*a, max_new_tokens=2, return_dict_in_generate=True, **kw)):
+        with pytest.raises(ValueError, match="output_attentions"):
+            call(ids, output_attentions=True)
+
+
+def test_a_failed_forward_leaves_nothing_behind() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (1, 10))
+    model(ids)
+
+    def fail(layer: int, logits: Tensor) -> Tensor:
+        raise KeyError
+
+    with pytest.raises(KeyError), policy(model, fail):
+        model(ids)
+    local = model._flux_ext.local
+    assert local.batch is None and local.cache is None
+    with pytest.raises(ValueError, match="no forward"):
+        last_routing(model)
+    model(ids)
+    assert last_routing(model).routes.shape == (1, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -452,3 +536,26 @@ def test_bfloat16() -> None:
     scale = stock.float().abs().max()
     assert ((got - stock)[mask.bool()].float().abs().max() / scale) < 0.05
     model.generate(ids, attention_mask=mask, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_autocast(family: str) -> None:
+    """The rotary embedding of an fp32 model gives fp32 queries and keys beside bfloat16 values."""
+    model = tiny(family)
+    ids, mask = ragged()
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model(ids, attention_mask=mask).logits
+        flux_ext.patch(model, FluxConfig(**SMALL))
+        with flux_ext.routes(model, "full"):
+            got = model(ids, attention_mask=mask)
+            got.logits.float().sum().backward()
+            generated = model.generate(ids, **kwargs)
+            if family != "gemma3":
+                assert torch.equal(model.generate(ids, cache_implementation="static", **kwargs), generated)
+    assert generated.shape[1] == ids.shape[1] + 6
+    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, FluxLayer)]
+    assert {pool.dtype for layer in layers for pool in (layer.rows.keys, layer.rows.values)} == {torch.bfloat16}
+    assert ((got.logits - stock)[mask.bool()].float().abs().max() / stock.float().abs().max()) < 0.05
+    step = model(ids[:, -1:], past_key_values=got.past_key_values).logits  # goes on without autocast
+    assert step.dtype == torch.float32 and bool(step.isfinite().all())

@@ -88,3 +88,29 @@ def test_what_it_cannot_do() -> None:
             call()
     with pytest.raises(ValueError, match="full attention in every layer"):
         FluxStaticCache(tiny("gemma3").config, config, 40)
+
+
+def test_a_full_cache_refuses_a_token_before_writing() -> None:
+    model, ids = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL)), torch.randint(2, 128, (1, 21))
+    cache = FluxStaticCache(model.config, get_routers(model).config, 20)
+    model(ids[:, :19], past_key_values=cache)
+    model(ids[:, 19:20], past_key_values=cache)
+    pools = [layer.k_pool.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match="full: max_cache_len is 20"):
+        model(ids[:, 20:], past_key_values=cache)
+    assert int(cache.get_seq_length()) == 20
+    for layer, pool in zip(cache.layers, pools, strict=True):
+        assert torch.equal(layer.k_pool.nan_to_num(), pool.nan_to_num())
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside() -> None:
+    model, ids = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL)), torch.randint(2, 128, (1, 43))
+    cache = FluxStaticCache(model.config, get_routers(model).config, 60)
+    with flux_ext.routes(model, "sparse"):
+        want = model(ids, use_cache=False).logits
+        with torch.inference_mode():
+            model(ids[:, :40], past_key_values=cache)
+            model(ids[:, 40:41], past_key_values=cache)
+    for t in (41, 42):
+        got = model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0]
+        torch.testing.assert_close(got, want[:, t], rtol=1e-4, atol=2e-4)
