@@ -1,0 +1,46 @@
+"""What the documents say can be run is run; what they point to is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+EXAMPLES = [
+    (path.name, i, code)
+    for path in DOCUMENTS
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("name", "index", "code"), EXAMPLES, ids=[f"{n}-{i}" for n, i, _ in EXAMPLES])
+def test_python_examples_run(name, index, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"{name}, example {index}", "exec"), {})
+
+
+def test_the_readme_has_an_example():
+    assert any(name == "README.md" for name, _, _ in EXAMPLES)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_command_line_in_the_readme_exists(capsys):
+    from flux_ext import cli
+
+    for command in sorted(set(re.findall(r"^    flux-ext (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        options = set(
+            re.findall(rf"^    flux-ext {command} (.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.MULTILINE)
+        )
+        text = capsys.readouterr().out
+        for option in re.findall(r"--[\w-]+", " ".join(options)):
+            assert option in text, f"flux-ext {command} has no {option}"
