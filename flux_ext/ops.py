@@ -125,6 +125,13 @@ def _pool_backward(
 torch.library.register_autograd("flux_ext::route", _route_backward, setup_context=_save_route)
 
 
+def _check_devices(name: str, first: Tensor, **others: Tensor | None) -> None:
+    """All on the device of the first. (The dispatcher would take a tensor elsewhere for a question about shapes.)"""
+    for other, t in others.items():
+        if t is not None and t.device != first.device:
+            raise ValueError(f"{other} must be on the device of {name} ({first.device}), got {t.device}")
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -140,6 +147,18 @@ def attend(
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, with every row bound spelt out; see :func:`flux_ext.reference.attend`."""
+    _check_devices(
+        "q",
+        q,
+        k=k,
+        v=v,
+        route=route,
+        q_begin=q_begin,
+        q_end=q_end,
+        kv_begin=kv_begin,
+        kv_end=kv_end,
+        page_table=page_table,
+    )
     if route is not None and route.dtype != torch.int32:
         route = route.to(torch.int32)
     patterns: list[int] = []
@@ -274,5 +293,6 @@ def route(
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`."""
+    _check_devices("x", x, weights=weights[0] if weights else None, begin=begin, end=end)
     _, logits, decision = _ops.route(x, weights, pool_size, per_head, begin, end)
     return logits, decision

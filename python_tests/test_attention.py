@@ -139,6 +139,21 @@ def test_a_second_gradient_is_refused() -> None:
         torch.autograd.grad(first.square().sum(), q)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00001, -1, 0x7FFFFFFF])
+def test_any_nan_is_a_nan(bits: int) -> None:
+    x = make(Case((40,), (40,), head_dim=16, route="none"))
+    k = x.k.clone()
+    k.view(torch.int32)[0, 0, 0, 0] = bits
+    out = flux_ext.attention(x.q, k, x.v)
+    assert out[:, :, :2].isnan().all() and not out[:, :, 2:].isnan().any()
+
+
+def test_a_row_that_sees_no_key_is_zero_whatever_the_keys_hold() -> None:
+    q, kv = torch.randn(1, 6, 2, 16), torch.randn(1, 3, 2, 16)
+    kv[0, 0] = torch.nan
+    assert (flux_ext.attention(q, kv, kv)[:, :3] == 0).all()
+
+
 def test_empty_rows_give_zero_and_minus_infinity() -> None:
     q, kv = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
     out, lse = flux_ext.attention(q, kv, kv, return_lse=True)

@@ -64,6 +64,12 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
         {x: torch.randn(2, 8, 2, 16).double() for x in "qkv"},
         r"q must be float16, bfloat16 or float32, got float64",
     ),
+    (good, {"k": torch.empty(2, 8, 2, 16, device="meta")}, r"k must be on the device of q \(cpu\), got meta"),
+    (
+        good,
+        {"route": torch.zeros(2, dtype=torch.int32, device="meta")},
+        r"route must be on the device of q \(cpu\), got meta",
+    ),
     (good, {"q": torch.randn(2, 8, 4, 32)[..., ::2]}, r"q must have a contiguous last dimension, got stride 2"),
     (good, {"route": ints(0, 2)}, r"route must be 0 \(full\) or 1 \(sparse\), got 2"),
     (good, {"route": ints(0, -1)}, r"route must be 0 \(full\) or 1 \(sparse\), got -1"),
@@ -94,6 +100,12 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
     (paged, {"page_table": ints([0, 1], [2, 5])}, r"page_table must index the 5 pages, got 5 at page 1 of sequence 1"),
     (paged, {"page_table": ints([0, -1], [2, 3])}, r"page_table must index the 5 pages, got -1"),
     (paged, {"page_table": ints([0, 1])}, r"page_table must be \[2, max_pages\]"),
+    (
+        paged,
+        {"k": torch.zeros(3, 0, 2, 16), "v": torch.zeros(3, 0, 2, 16), "kv_len": ints(0, 0)},
+        r"page_size must be >= 1, got 0",
+    ),
+    (good, {"k": torch.zeros(2, 8, 0, 16), "v": torch.zeros(2, 8, 0, 16)}, r"k must have at least one head, got 0"),
     (paged, {"kv_len": ints(20, 33)}, r"kv_len must not exceed the 32 rows"),
     (paged, {"page_table": torch.zeros(2, 2, 1, dtype=torch.int32)}, r"goes with pages of one head, got 2"),
 ]
@@ -137,9 +149,31 @@ def test_block_lists_are_checked() -> None:
         flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists, counts=counts))
     with pytest.raises(ValueError, match=r"full.blocks must be contiguous \[1, 2, 3, max_count\], got \[1, 2, 2, 3\]"):
         flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists[:, :, :2].contiguous(), counts=counts))
+    lists[..., 1] = 2**31 - 1 - 2**20  # times the width it would not fit in 31 bits
+    with pytest.raises(ValueError, match="end at the diagonal, got block 2146435071"):
+        flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists, counts=counts))
+    with pytest.raises(ValueError, match="room for at least one block"):
+        flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists[..., :0].contiguous(), counts=counts * 0))
+
+
+def test_backward_checks_what_the_forward_left():
+    q = torch.randn(1, 8, 2, 16)
+    rest = [None, [0, 1 << 30, 0, 1, 0] * 2, None, None, None, None, 0.25, None, None, None, None]
+    out, lse = torch.ops.flux_ext.attend(q, q, q, *rest, None)
+    backward = torch.ops.flux_ext.attend_backward
+    backward(out, q, q, q, out, lse, *rest)
+    for args, message in (
+        ((out[:, :1], q, q, q, out, lse), r"grad_out must have the shape of q"),
+        ((out, q, q, q, out[:, :4], lse), r"out must have the shape of q"),
+        ((out, q, q, q, out.half(), lse), r"out must have the dtype of q"),
+        ((out, q, q, q, out, lse[..., :4]), r"lse must be float32 \[B, Hq, S\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backward(*args, *rest)
 
 
 ROUTER_ROWS = [
+    ({"x": torch.empty(2, 8, 4, 16, device="meta")}, r"weights must be on the device of x \(meta\), got cpu"),
     ({"x": torch.randn(8, 16)}, r"x must be \[B, S, H, D\]"),
     ({"x": torch.randn(2, 8, 4, 24)}, r"weights\[0\] must be contiguous \[out, 24\], got \[128, 16\]"),
     ({"x": torch.full((2, 8, 4, 16), torch.nan)}, r"x must be finite where the router pools it, got -?nan"),

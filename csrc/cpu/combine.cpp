@@ -21,8 +21,9 @@ void write_rows(const AttendParams& p, const TileView& v, const TileState& state
     T* to = out_row<T>(p, v.tile, row, head);
     const float* from = state.out + int64_t(r) * padded_dim(p.shape);
     // Where all scores are -inf the sum is 0 and the result NaN, as softmax has it.
-    const float factor = sees_a_key(v, v.q_pos + r / group) ? 1.f / state.rows[r].sum : 0.f;
-    for (int32_t d = 0; d < dim; ++d) from_float(from[d] * factor, to[d]);
+    const bool sees = sees_a_key(v, v.q_pos + r / group);  // else nothing of `from` counts: it may be 0 * NaN
+    const float factor = 1.f / state.rows[r].sum;
+    for (int32_t d = 0; d < dim; ++d) from_float(sees ? from[d] * factor : 0.f, to[d]);
     lse_at(p, v.tile, row, head) = state.rows[r].lse();
   }
 }

@@ -99,7 +99,8 @@ FLUX_HD Vec exp2_of(Vec x) {
   p = p * f + 6.9314721497e-1f;
   p = p * f + 1.f;
   const Vec scaled = Vec(BitsVec(p) + (BitsVec(shifted) << 23));
-  return x < -126.f ? Vec{} : scaled;
+  const Vec y = x < -126.f ? Vec{} : scaled;
+  return x == x ? y : x;
 }
 
 }  // namespace flux::cpu::FLUX_ISA

@@ -66,6 +66,12 @@ inline void check_like(const Tensor& t, const Tensor& q, const char* name, const
              " must be on the device of ", of, " (", device_of(q), "), got ", device_of(t));
 }
 
+inline void check_shape(const Tensor& t, const Tensor& q, const char* name) {
+  bool same = t.dim() == q.dim();
+  for (int64_t i = 0; same && i < q.dim(); ++i) same = t.size(i) == q.size(i);
+  FLUX_CHECK(same, name, " must have the shape of q (", shape_of(q), "), got ", shape_of(t));
+}
+
 inline void check_last_contiguous(const Tensor& t, const char* name) {
   FLUX_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name,
              " must have a contiguous last dimension, got stride ", t.stride(t.dim() - 1));

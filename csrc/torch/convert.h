@@ -102,6 +102,8 @@ inline BlockTable to_block_table(const OptionalTensor& blocks, const OptionalTen
                  blocks->size(2) == t.q_blocks && blocks->is_contiguous(),
              name, ".blocks must be contiguous [", shape.batch, ", ", shape.num_kv_heads, ", ", t.q_blocks,
              ", max_count], got ", shape_of(*blocks));
+  FLUX_CHECK(blocks->size(3) >= 1 || t.q_blocks == 0, name, ".blocks must have room for at least one block, got ",
+             shape_of(*blocks));
   FLUX_CHECK(counts.has_value(), name, ".blocks needs ", name, ".counts");
   check_index_tensor(*counts, q, name);
   FLUX_CHECK(counts->dim() == 3 && counts->size(0) == shape.batch && counts->size(1) == shape.num_kv_heads &&
@@ -176,12 +178,14 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
     p.page_stride_h = t.dim() == 3 ? t.stride(1) : 0;
     p.pages_per_head = t.dim() == 3;
     p.page_size = to_int32(k.size(1), "page_size");
+    FLUX_CHECK(p.page_size >= 1, "page_size must be >= 1, got ", p.page_size);
     p.num_pages = to_int32(k.size(0), "num_pages");
   } else if (!packed) {
     FLUX_CHECK(k.size(0) == batch, "k must have the batch of q (", batch, "), got ", k.size(0));
   }
-  FLUX_CHECK(kv_heads >= 1 && heads % kv_heads == 0, "the query heads (", heads,
-             ") must be a multiple of the key heads (", kv_heads, ")");
+  FLUX_CHECK(kv_heads >= 1, "k must have at least one head, got ", kv_heads);
+  FLUX_CHECK(heads % kv_heads == 0, "the query heads (", heads, ") must be a multiple of the key heads (", kv_heads,
+             ")");
 
   s.batch = to_int32(batch, "batch");
   s.num_q_heads = to_int32(heads, "the number of query heads");
@@ -249,7 +253,15 @@ inline AttendBackwardParams to_backward_params(const Tensor& grad_out, const Ten
   AttendBackwardParams p;
   p.forward = to_attend_params(q, k, v, a);
   check_like(grad_out, q, "grad_out", "q");
+  check_like(out, q, "out", "q");
   check_last_contiguous(grad_out, "grad_out");
+  check_last_contiguous(out, "out");
+  check_shape(grad_out, q, "grad_out");
+  check_shape(out, q, "out");
+  FLUX_CHECK(lse.scalar_type() == ScalarType::Float && lse.dim() == q.dim() - 1 &&
+                 lse.size(lse.dim() - 1) == q.size(q.dim() - 3) && lse.size(lse.dim() - 2) == q.size(q.dim() - 2) &&
+                 (q.dim() == 3 || lse.size(0) == q.size(0)),
+             "lse must be float32 [B, Hq, S], as attend returned it, got ", shape_of(lse));
   set_outputs(p.forward, out, lse);
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_stride = strides_of(grad_out);
@@ -268,6 +280,7 @@ inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& w
   const bool packed = x.dim() == 3;
   FLUX_CHECK(x.dim() == 4 || packed, "x must be [B, S, H, D] or packed [T, H, D], got ", shape_of(x));
   FLUX_CHECK(!packed || (begin && end), "a packed x [T, H, D] needs begin and end");
+  FLUX_CHECK(!packed || begin->dim() == 1, "begin must be [B], got ", shape_of(*begin));
   check_last_contiguous(x, "x");
   p.dtype = to_dtype(x, "x");
   const int64_t n = x.dim();
@@ -275,6 +288,7 @@ inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& w
   p.batch = to_int32(batch, "batch");
   p.num_heads = to_int32(x.size(n - 2), "the number of heads");
   p.head_dim = to_int32(x.size(n - 1), "head_dim");
+  FLUX_CHECK(p.head_dim >= 1, "x must have a head_dim of at least 1, got ", shape_of(x));
   FLUX_CHECK(p.num_heads >= 1, "x must have at least one head, got ", shape_of(x));
   FLUX_CHECK(pool_size >= 1, "pool_size must be >= 1, got ", pool_size);
   p.pool_size = to_int32(pool_size, "pool_size");

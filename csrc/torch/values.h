@@ -48,7 +48,8 @@ inline void check_values(const AttendParams& p) {
           const BlockList list = t(b, h, s.num_kv_heads, i * t.q_width);
           const int32_t last = offset + min_of((i + 1) * t.q_width, rows) - 1;
           for (int32_t n = 0; n < list.count; ++n)
-            FLUX_CHECK(list.blocks[n] >= (n ? list.blocks[n - 1] + 1 : 0) && list.blocks[n] * list.width <= last,
+            FLUX_CHECK(list.blocks[n] >= 0 && (n == 0 || list.blocks[n] > list.blocks[n - 1]) && last >= 0 &&
+                           list.blocks[n] <= last / list.width,
                        "a block list must ascend from 0 and end at the diagonal, got block ", list.blocks[n],
                        " at entry ", n, " of query block ", i);
         }

@@ -125,7 +125,7 @@ struct Prefill {
       multiply_pv<T, kRowTiles, kKeys>(out, scores, slot_tile(2 * b + 1));
     }
     cp_async_wait<0>();
-    __syncwarp();
+    __syncthreads();  // Q is loaded by all warps, and its rows are about to hold the output
 
     SoftmaxState state[2 * kRowTiles];
 #pragma unroll

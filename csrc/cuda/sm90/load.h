@@ -138,7 +138,7 @@ class Loader {
       const int32_t pos = begin + r, page = pos / page_size;
       // Beyond the sequence the table holds anything: page -1 lies outside the tensor, which TMA fills with zeros.
       load_rows(map, full, buffer + r * T::kSlab, pos - page * page_size, keys.head,
-                pos < keys.count ? keys.pages[page] : -1);
+                uint32_t(pos) < uint32_t(keys.count) ? keys.pages[page] : -1);
     }
   }
 
