@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,7 +121,9 @@ def test_bench(capsys):
 
 
 def test_python_m():
-    done = subprocess.run([sys.executable, "-m", "flux_ext", "--version"], capture_output=True, text=True)
+    # From the folder of the package under test: in a checkout another one may lie in the working directory.
+    folder = Path(cli.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-m", "flux_ext", "--version"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0 and done.stdout.startswith("flux-ext ")
 
 

@@ -237,7 +237,8 @@ def test_import_is_light() -> None:
     import sys
 
     code = "import flux_ext, sys; assert 'transformers' not in sys.modules; flux_ext.patch; assert flux_ext.FluxCache"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    # From the folder of the package under test: in a checkout another one may lie in the working directory.
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(flux_ext.__file__).parent.parent)
     for name in flux_ext.__all__:
         assert getattr(flux_ext, name) is not None
     with pytest.raises(AttributeError, match="no attribute"):
