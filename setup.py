@@ -61,8 +61,8 @@ class CMakeBuild(build_ext):
             old.unlink()
         generator = ["-G", "Ninja"]
         (build / "CMakeCache.txt").unlink(missing_ok=True)  # no setting of an earlier build survives
-        # Finds the tools that pip installed beside this interpreter, whatever the caller's PATH is.
-        env = {**os.environ, "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])}
+        # Tools that pip installed beside this interpreter serve where the caller's PATH has none.
+        env = {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])}
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", build, *generator, *(f"-D{k}={v}" for k, v in options.items())],
             check=True,

@@ -60,8 +60,14 @@ def nvcc() -> str | None:
     return shutil.which(named) or (shutil.which("/usr/local/cuda/bin/nvcc") if named == "nvcc" else None)
 
 
+def _has(tool: str) -> bool:
+    """Whether a program is there that also runs inside an isolated build, as pip's own wrapper scripts do not."""
+    path = shutil.which(tool)
+    return path is not None and Path(path).read_bytes()[:2] != b"#!"
+
+
 def _extra_requires() -> list[str]:
-    need = ["pybind11>=2.13", *(tool for tool in ("cmake", "ninja") if shutil.which(tool) is None)]
+    need = ["pybind11>=2.13", *(tool for tool in ("cmake", "ninja") if not _has(tool))]
     if torch_include() is None:
         need.append(TORCH)
     if nvcc() and cutlass_include() is None:
