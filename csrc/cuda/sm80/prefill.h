@@ -40,13 +40,14 @@ struct Prefill {
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
       const int row = first + r / 2 * 16 + r % 2 * 8 + lane / 4;
-      const float norm = state[r].normalizer();
+      const TileRow at = tile_row(p, v, row);
+      const RowNorm norm(v, at, state[r]);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        const uint32_t pair = pack<T>(out[r / 2][n][r % 2 * 2] * norm, out[r / 2][n][r % 2 * 2 + 1] * norm);
+        const uint32_t pair = pack<T>(norm(out[r / 2][n][r % 2 * 2]), norm(out[r / 2][n][r % 2 * 2 + 1]));
         asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(q.at(row, n) + lane % 4 * 4), "r"(pair) : "memory");
       }
-      if (row < valid && lane % 4 == 0) lse_at(p, v, tile_row(p, v, row)) = state[r].lse();
+      if (row < valid && lane % 4 == 0) lse_at(p, v, at) = state[r].lse();
     }
     __syncwarp();
     for (int index = lane; index < 16 * kRowTiles * Tile::kChunks; index += 32) {
