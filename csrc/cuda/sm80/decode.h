@@ -122,9 +122,9 @@ struct Decode {
       }
       if (piece.final()) {
         const TileRow at = tile_row(p, v, row);
-        const float norm = state.normalizer();
-        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(sum.x * norm, sum.y * norm),
-                                                               pack<T>(sum.z * norm, sum.w * norm)};
+        const RowNorm norm(v, at, state);
+        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(norm(sum.x), norm(sum.y)),
+                                                               pack<T>(norm(sum.z), norm(sum.w))};
         if (d == 0) lse_at(p, v, at) = state.lse();
       } else {
         *reinterpret_cast<float4*>(partials.out_row(piece.slot, row) + d) = sum;
