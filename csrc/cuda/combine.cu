@@ -8,7 +8,9 @@
 namespace flux::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 4;     // of a block that merges one row
+constexpr int kRowWarps = 8;  // of a block that merges several
+constexpr int kRowBlocks = 8;
 
 // Four elements of a row, not normalised.
 struct Sum {
@@ -42,10 +44,11 @@ __device__ void write(const AttendParams& p, const TileView& view, int32_t row, 
   if (d == 0) lse_at(p, view, at) = sum.state.lse();
 }
 
-// One block per worker and kWarps rows, one warp per row, four elements a lane. The worker that holds the first piece
-// of a cut tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile.
+// kRowBlocks blocks per worker, one warp per row, four elements a lane. The worker that holds the first piece of a cut
+// tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile. (Where
+// nothing was cut all blocks leave at once: they should be no more than fit on the device together.)
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 4)
+__global__ void __launch_bounds__(32 * kRowWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
                    const Partials partials, const int32_t num_workers) {
   wait_for_previous();
@@ -56,10 +59,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
   const int32_t tile = leads_tile(range);
   if (tile < 0) return;
   const int lane = threadIdx.x % 32;
-  const int32_t row = blockIdx.y * kWarps + threadIdx.x / 32;
   const TileView view = view_tile(p.shape, tile_shape, plan.tiles[tile]);
-  if (row >= valid_rows(p, view)) return;
-
   TilePieces pieces{1, leader, partial_slot(range, leader, tile)};
   for (int32_t w = leader + 1 + lane;; w += 32) {
     const bool joins = w < num_workers && plan.ranges[w].tile == tile && plan.ranges[w].block > 0;
@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
     pieces.count += joined;
     if (joined < 32) break;
   }
-  for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128)
-    write<T>(p, view, row, d, merge_pieces(partials, pieces, row, d, 0, 1));
+  for (int32_t row = blockIdx.y * kRowWarps + threadIdx.x / 32; row < valid_rows(p, view); row += gridDim.y * kRowWarps)
+    for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128)
+      write<T>(p, view, row, d, merge_pieces(partials, pieces, row, d, 0, 1));
 }
 
 // The same after an inline plan: one block per tile and row. The pieces are shared by the warps, so that all loads are
@@ -112,8 +113,8 @@ cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }
-  const dim3 grid(c.num_workers, (c.tile_rows + kWarps - 1) / kWarps);
-  return cuda::launch(combine_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials,
+  const dim3 grid(c.num_workers, min_of(ceil_div(c.tile_rows, kRowWarps), kRowBlocks));
+  return cuda::launch(combine_kernel<T>, grid, 32 * kRowWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials,
                       c.num_workers);
 }
 
