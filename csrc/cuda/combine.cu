@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan) {
-    const dim3 grid(unsigned(max_tiles(p.shape, c.tile)), unsigned(most_rows(p.shape)));
+    const dim3 grid(max_of(int32_t(max_tiles(p.shape, c.tile)), 1), max_of(int32_t(most_rows(p.shape)), 1));
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }
