@@ -93,8 +93,7 @@ struct Decode {
     __syncwarp();
 
     // Warps' results to shared memory (each in its own ring), then merged in the order of the warps.
-    extern __shared__ __align__(16) unsigned char memory[];
-    const auto out_of = [&](int w) { return reinterpret_cast<float*>(memory + w * kWarpBytes); };
+    const auto out_of = [&](int w) { return reinterpret_cast<float*>(shared_memory() + w * kWarpBytes); };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = lane / 4 + 8 * r;

@@ -16,7 +16,6 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     attend_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const PlanView plan,
                   const Partials partials, const bool inline_plan) {
   constexpr bool kPlans = Body::kRows == kDecodeRows;
-  extern __shared__ __align__(16) unsigned char memory[];
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
   __shared__ int32_t row_begin[kPlans ? kInlineTiles + 1 : 1];         // of an inline plan
   auto& state = *reinterpret_cast<WorkerState*>(worker);
@@ -27,7 +26,7 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     static_assert(sizeof(InlineLine) <= Body::kSmemBytes, "the line is made where the keys go later");
     if (plans) {
       const BlockPlan own =
-          plan_inline<Body::kThreads>(p.shape, tile, *reinterpret_cast<InlineLine*>(memory), row_begin);
+          plan_inline<Body::kThreads>(p.shape, tile, *reinterpret_cast<InlineLine*>(shared_memory()), row_begin);
       if (threadIdx.x == 0) state.plan = own;
     }
   }
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   __syncthreads();
   for_each_piece(
       plan, p.shape, tile, state, [&](int32_t t) { return plans ? InlineTiles{p.shape, row_begin}(t) : plan.tiles[t]; },
-      [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(memory)); });
+      [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(shared_memory())); });
 }
 
 // Calls use(Body{}) for the kernel that a configuration names.

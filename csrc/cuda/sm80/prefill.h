@@ -45,7 +45,7 @@ struct Prefill {
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
         const uint32_t pair = pack<T>(norm(out[r / 2][n][r % 2 * 2]), norm(out[r / 2][n][r % 2 * 2 + 1]));
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(q.at(row, n) + lane % 4 * 4), "r"(pair) : "memory");
+        store_shared(q.at(row, n) + lane % 4 * 4, pair);
       }
       if (row < valid && lane % 4 == 0) lse_at(p, v, at) = state[r].lse();
     }
@@ -53,12 +53,7 @@ struct Prefill {
     for (int index = lane; index < 16 * kRowTiles * Tile::kChunks; index += 32) {
       const int row = first + index / Tile::kChunks, chunk = index % Tile::kChunks;
       if (row >= valid || chunk * 8 >= p.shape.head_dim) continue;
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(q.at(row, chunk))
-                   : "memory");
-      *reinterpret_cast<uint4*>(out_row<T>(p, v, tile_row(p, v, row)) + chunk * 8) = x;
+      *reinterpret_cast<uint4*>(out_row<T>(p, v, tile_row(p, v, row)) + chunk * 8) = load_shared(q.at(row, chunk));
     }
   }
 
