@@ -7,13 +7,7 @@
 namespace flux::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-template <typename Word>
-__device__ void copy(const void* from, void* to, int32_t bytes, int32_t thread, int32_t num_threads) {
-  for (int32_t i = thread; i < bytes / int32_t(sizeof(Word)); i += num_threads)
-    static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
-}
+constexpr int32_t kThreads = 256, kHalf = kThreads / 2;
 
 __device__ float load(const void* x, DType dtype, int32_t i) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(x)[i];
@@ -32,19 +26,17 @@ __device__ void store(void* x, DType dtype, int32_t i, float value) {
 
 __device__ int32_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Element `index` and the head_dim - 1 after it, to token `slot` of the pool.
-__device__ void store_token(const AppendParams& p, const void* x, DType dtype, int64_t index, void* pool, int64_t slot,
-                            int32_t thread, int32_t num_threads) {
-  const int32_t bytes = p.head_dim * size_of(p.pool_dtype);
-  const void* from = static_cast<const char*>(x) + index * size_of(dtype);
-  void* to = static_cast<char*>(pool) + slot * bytes;
-  if (dtype != p.pool_dtype) {
-    for (int32_t i = thread; i < p.head_dim; i += num_threads) store(to, p.pool_dtype, i, load(from, dtype, i));
-  } else if ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) | uintptr_t(bytes)) % 16 == 0) {
-    copy<uint4>(from, to, bytes, thread, num_threads);
-  } else {
-    copy<uint16_t>(from, to, bytes, thread, num_threads);
-  }
+// By threads 0 .. kHalf - 1. A token is at most 64 times 16 bytes, so nothing is gained by unrolling.
+template <typename Word>
+__device__ void copy(const void* from, void* to, int32_t bytes, int32_t thread) {
+#pragma unroll 1
+  for (int32_t i = thread; i < bytes / int32_t(sizeof(Word)); i += kHalf)
+    static_cast<Word*>(to)[i] = static_cast<const Word*>(from)[i];
+}
+
+__device__ void convert(const void* from, DType from_dtype, void* to, DType to_dtype, int32_t dim, int32_t thread) {
+#pragma unroll 1
+  for (int32_t i = thread; i < dim; i += kHalf) store(to, to_dtype, i, load(from, from_dtype, i));
 }
 
 // One block per row, and no block reads what another writes: a row has its own count of tokens, its own run of pages
@@ -53,15 +45,27 @@ __device__ void store_token(const AppendParams& p, const void* x, DType dtype, i
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   const int32_t row = blockIdx.x, thread = threadIdx.x;
   const AppendRow r(p, row);
-  __syncthreads();
-  const int64_t b = row / p.num_kv_heads, h = row % p.num_kv_heads, slot = r.slot();
-  constexpr int32_t kHalf = kThreads / 2;
-  if (thread < kHalf)
-    store_token(p, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, slot, thread, kHalf);
+
+  // Half the threads store the key, half the value.
+  const bool is_k = thread < kHalf;
+  const int32_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
+  const int64_t index = is_k ? b * p.k_stride.b + h * p.k_stride.h : b * p.v_stride.b + h * p.v_stride.h;
+  const DType dtype = is_k ? p.k_dtype : p.v_dtype;
+  const int32_t bytes = p.head_dim * size_of(p.pool_dtype);
+  const void* from = static_cast<const char*>(is_k ? p.k : p.v) + index * size_of(dtype);
+  void* to = static_cast<char*>(is_k ? p.k_pool : p.v_pool) + r.slot() * bytes;
+  const uintptr_t both = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
+  if (dtype != p.pool_dtype)
+    convert(from, dtype, to, p.pool_dtype, p.head_dim, thread % kHalf);
+  else if ((both | uintptr_t(bytes)) % 16 == 0)
+    copy<uint4>(from, to, bytes, thread % kHalf);
   else
-    store_token(p, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, slot, thread - kHalf, kHalf);
+    copy<uint16_t>(from, to, bytes, thread % kHalf);
+
   int32_t* table = p.page_table + int64_t(row) * p.max_pages;
   for (int32_t i = thread; i < r.num_columns(); i += kThreads) table[i] = r.column(i);
+
+  __syncthreads();
   if (thread == 0) {
     p.kv_len[row] = r.kv_len();
     ++p.seen[row];
