@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/cuda.h"
+#include "cuda/launch.h"
 
 namespace flux::cuda {
 namespace {
@@ -43,6 +44,7 @@ __device__ void convert(const void* from, DType from_dtype, void* to, DType to_d
 // and its own line of the table; `slots` is read by the one thread that counts it up. So blocks need no order. Within a
 // block, all threads read `seen` before the barrier and one writes it after.
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
+  let_next_start();  // an attend or plan kernel, which waits for the end of this one before it reads anything
   const int32_t row = blockIdx.x, thread = threadIdx.x;
   const AppendRow r(p, row);
 
