@@ -22,14 +22,15 @@ step() { # name, command...
 step gpu nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
 if [ -x "$CUDA_TEST" ]; then step cuda_test "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
 step pytest python3 -m pytest -q --tb=short -p no:cacheprovider python_tests/test_cuda.py \
-  python_tests/test_cuda_models.py python_tests/test_attention.py -k "cuda or gpu"
+  python_tests/test_cuda_models.py python_tests/test_attention.py python_tests/test_append.py -k "cuda or gpu"
 # Kernels that overlap (programmatic dependent launch) are beyond racecheck, so launches block under the sanitizers.
 # A sample of every kernel: each dimension, tile shape and layout.
 sample='test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)'
+sample="$sample or (twin and cuda and 3steps) or wrong_values"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     step $tool compute-sanitizer --tool $tool --force-blocking-launches --kernel-name kernel_substring=flux --error-exitcode 1 python3 -m pytest -q -x -p no:cacheprovider \
-      python_tests/test_cuda.py -k "$sample"
+      python_tests/test_cuda.py python_tests/test_append.py -k "$sample"
   done
 else
   echo "no compute-sanitizer: skipped"
