@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 }  // namespace
 
 cudaError_t append(const AppendParams& p, cudaStream_t stream) {
-  append_kernel<<<p.num_rows(), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(append_kernel, p.num_rows(), kThreads, 0, stream, false, p);
 }
 
 }  // namespace flux::cuda
