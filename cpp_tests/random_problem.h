@@ -69,7 +69,7 @@ struct Problem {
 };
 
 struct ProblemOptions {
-  int32_t max_batch = 4, max_q_len = 300, max_kv_len = 400;
+  int32_t max_batch = 4, min_q_len = 1, max_q_len = 300, max_kv_len = 400;
   int32_t max_kv_heads = 3, max_group = 5;
   bool packed = false;  // rows of q and k follow one another; else each sequence has its own
   bool per_head_lengths = false;
@@ -84,8 +84,10 @@ inline void random_problem(Random& random, const ProblemOptions& o, Problem& out
   s.num_q_heads = s.num_kv_heads * random.integer(1, o.max_group);
   int32_t q_at = 0, kv_at = 0;
   for (int32_t b = 0; b < s.batch; ++b) {
-    const bool decode = random.chance(30);
-    const int32_t q_len = random.chance(10) ? 0 : decode ? random.integer(1, 4) : random.integer(1, o.max_q_len);
+    const bool decode = o.min_q_len == 1 && random.chance(30);
+    const int32_t q_len = random.chance(10) ? 0
+                          : decode          ? random.integer(1, 4)
+                                            : random.integer(o.min_q_len, o.max_q_len);
     out.q_begin.push_back(o.packed ? q_at : random.chance(30) ? random.integer(0, 5) : 0);
     out.q_end.push_back(out.q_begin.back() + q_len);
     q_at = out.q_end.back();

@@ -1,7 +1,7 @@
 // CUDA for tests without a GPU: what the kernels of csrc/cuda need, on one thread of the host.
 //
-// Every CUDA thread is a fiber; it runs until it meets a barrier (of its warp, block or cluster), then another one,
-// picked at random but always alike, goes on. Blocks follow one another in random order, those of a cluster run
+// Every CUDA thread is a fiber; it runs until it meets a barrier (of its warp, block or cluster), then another one goes
+// on, picked at random but alike in every run. Blocks follow one another in random order, those of a cluster run
 // together. Shared memory starts full of NaN. What is missing: two threads never run at once, so a missing fence goes
 // unseen (a missing barrier does not: the order of threads is random), and the host's arithmetic is not the device's to
 // the last bit.

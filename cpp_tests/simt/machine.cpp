@@ -1,6 +1,7 @@
 #undef _FORTIFY_SOURCE  // its longjmp does not know of fibers
 #include <ucontext.h>
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <deque>
@@ -37,6 +38,7 @@ struct Copy {
 
 struct Warp {
   Barrier barrier;
+  unsigned rank = 0;  // who goes first, where not chance decides
   alignas(16) unsigned char values[2][kWarpSize][kExchangeBytes];
   unsigned exchange[2][kWarpSize] = {};  // to which they belong, from 1 on
 };
@@ -121,6 +123,13 @@ __attribute__((noinline)) void resume(Thread* t) {
   setcontext(&t->start);
 }
 
+void complete(const Copy& c) {
+  if (c.from)
+    std::memcpy(c.to, c.from, 16);
+  else
+    std::memset(c.to, 0, 16);
+}
+
 void prepare(Thread& t, unsigned char* stack) {
   getcontext(&t.start);
   t.start.uc_stack.ss_sp = stack;
@@ -144,6 +153,7 @@ void run_cluster(size_t shared_bytes) {
     b.barrier = {};
     b.barrier.members = size;
     b.warps.assign(warps, Warp{});
+    for (Warp& w : b.warps) w.rank = unsigned(m.random());
     for (int i = 0; i < size; ++i) {
       m.threads.emplace_back(new Thread);
       Thread& t = *m.threads.back();
@@ -158,8 +168,14 @@ void run_cluster(size_t shared_bytes) {
       m.ready.push_back(&t);
     }
   }
+  const unsigned chance = m.random() % 2 ? 1 : 16;  // how seldom chance decides
   while (!m.ready.empty()) {
-    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
+    const auto next_ready =
+        m.random() % chance
+            ? std::max_element(m.ready.begin(), m.ready.end(),
+                               [](const Thread* a, const Thread* b) { return a->warp->rank < b->warp->rank; })
+            : m.ready.begin() + m.random() % m.ready.size();
+    std::swap(*next_ready, m.ready.back());
     Thread* next = m.ready.back();
     m.ready.pop_back();
     resume(next);
@@ -225,18 +241,19 @@ void run_grid(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const std
 
 namespace flux::cuda::sm80 {
 
+// A copy may arrive at once, or not before it is waited for.
 void cp_async16(uint32_t shared, const void* global, bool valid) {
-  simt::machine.running->copies.back().push_back({shared_pointer(shared), valid ? global : nullptr});
+  const simt::Copy copy{shared_pointer(shared), valid ? global : nullptr};
+  if (simt::machine.random() % 2)
+    simt::complete(copy);
+  else
+    simt::machine.running->copies.back().push_back(copy);
 }
 void cp_async_commit() { simt::machine.running->copies.emplace_back(); }
 void cp_async_wait_for(int pending) {
   auto& copies = simt::machine.running->copies;
   for (; int(copies.size()) > pending + 1; copies.pop_front())
-    for (const simt::Copy& c : copies.front())
-      if (c.from)
-        std::memcpy(c.to, c.from, 16);
-      else
-        std::memset(c.to, 0, 16);
+    for (const simt::Copy& c : copies.front()) simt::complete(c);
 }
 
 }  // namespace flux::cuda::sm80

@@ -71,7 +71,7 @@ struct Decode {
     int stage = 0, next = kStages - 1;
     for (int32_t b = 0; b < num_blocks; ++b) {
       cp_async_wait<kStages - 2>();
-      __syncwarp();
+      __syncwarp();  // and all lanes are done with the stage that is loaded next
       load(b + kStages - 1, next);
       float scores[1][kWarpKeys / 8][4];
       multiply_qk<T, 1, kWarpKeys>(scores, keys_of(stage), [&](uint32_t(&a)[4], int, int k) {
@@ -87,7 +87,6 @@ struct Decode {
       multiply_pv<T, 1, kWarpKeys>(out, scores, values_of(stage));
       stage = stage + 1 == kStages ? 0 : stage + 1;
       next = next + 1 == kStages ? 0 : next + 1;
-      __syncwarp();  // all lanes are done with the stage before it is loaded again
     }
     cp_async_wait<0>();
     __syncwarp();
