@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flux_ext
+from flux_ext import ops, reference
 from flux_ext.router import HeadRouter, LayerRouter
 
 
@@ -170,6 +171,23 @@ def test_backward_checks_what_the_forward_left():
     ):
         with pytest.raises(ValueError, match=message):
             backward(*args, *rest)
+
+
+def test_sequences_share_no_rows_that_are_written():
+    q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16).requires_grad_()
+
+    def attend(q_spans, kv_spans, attention=ops.attend):
+        bounds = [ints(*(span[i] for span in spans)) for spans in (q_spans, kv_spans) for i in (0, 1)]
+        return attention(q, k, k, None, flux_ext.Full(), flux_ext.Full(), 0.25, *bounds)[0]
+
+    apart, shared = [(4, 8), (2, 2), (0, 4)], [(3, 8), (0, 8), (0, 5)]
+    attend(apart, apart).sum().backward()
+    with pytest.raises(ValueError, match=r"sequences must not share rows of q, got \[0, 4\) and \[3, 8\)"):
+        attend([(3, 8), (2, 2), (0, 4)], apart)
+    out = attend(apart, shared)  # sequences with a prefix in common may read it
+    torch.testing.assert_close(out, attend(apart, shared, reference.attend))
+    with pytest.raises(ValueError, match=r"sequences share rows of k and v, got \[0, 8\) and \[0, 5\)"):
+        out.sum().backward()
 
 
 ROUTER_ROWS = [
