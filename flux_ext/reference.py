@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import row_spans
 from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
@@ -50,10 +51,21 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, in the dtype of ``q`` (upcast first for a precise answer).
 
-    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence; the bounds are
-    ``[B]`` (``kv_end`` also ``[B, Hkv]``), None meaning the whole tensor. ``q`` is ``[B, S, Hq, D]``, or
-    packed ``[T, Hq, D]``. Returns ``out`` like ``q`` and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``), zero
-    and ``-inf`` in rows that belong to no sequence.
+    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence.
+
+    Args:
+        q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
+        k, v: ``[B, Skv, Hkv, D]``; packed beside a packed q, ``[T, Hkv, D]``; paged, as in ``attention``.
+        route: ``[B]`` or ``[B, Hkv]``, 0 full and 1 sparse; None: all full.
+        full, sparse: the two patterns; block lists, not a threshold.
+        scale: softmax scale.
+        q_begin, q_end, kv_begin, kv_end: ``[B]``, or of keys ``[B, Hkv]``; None: the whole tensor. Those of a packed
+            tensor must be given.
+        page_table: ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; its rows count page after page.
+
+    Returns:
+        ``out`` like ``q``, and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``) in the dtype of ``q``, natural logarithm:
+        0 and ``-inf`` where a query sees no key and in rows that belong to no sequence.
     """
     packed = q.dim() == 3
     num_q_heads = q.shape[-2]
@@ -78,7 +90,7 @@ def attend(
             if page_table is not None:
                 pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
                 keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
-            elif packed:
+            elif k.dim() == 3:
                 keys, values = k[k0:k1, h], v[k0:k1, h]
             else:
                 keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
@@ -116,13 +128,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`flux_ext.attention`, by one dense mask after the other."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans: tuple[Tensor | None, ...]
-    if cu_seqlens is not None:
-        spans = (cu_seqlens[:-1], cu_seqlens[1:]) * 2
-    elif seq_start is not None or seq_end is not None:
-        spans = (seq_start, seq_end) * 2
-    else:
-        spans = (None, None, None, kv_len)
+    spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
 
     def run(r: Tensor | None) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, r, full, sparse, scale, *spans, page_table)
