@@ -146,7 +146,16 @@ def attend(
     kv_end: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by hard routes, with every row bound spelt out; see :func:`flux_ext.reference.attend`."""
+    """Attention by hard routes, with every row bound spelt out: the operator with its tensors and patterns.
+
+    Arguments as for :func:`flux_ext.reference.attend`, the bounds int32, and beyond it block lists by threshold for
+    plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
+
+    Raises:
+        ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may share), or a
+            threshold meets bounds.
+        RuntimeError: in the backward pass, as for :func:`attention`.
+    """
     _check_devices(
         "q",
         q,
@@ -292,6 +301,7 @@ def attention(
     Raises:
         ValueError: an argument breaks a rule; the message names argument, rule and value. Values inside CUDA
             tensors are not read back: bounds outside the tensors are clamped.
+        RuntimeError: in the backward pass over a ``page_table``, on CUDA (no gradient yet), and in a second one.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
@@ -319,7 +329,14 @@ def route(
     begin: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`."""
+    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`.
+
+    ``x`` fp16, bf16 or fp32; weights of one such dtype; bounds int32. Returns logits, fp32, differentiable in ``x``
+    and the weights, and the route, int32.
+
+    Raises:
+        ValueError: an argument breaks a rule; on the CPU also a pooled value that is not finite.
+    """
     _check_devices("x", x, weights=weights[0] if weights else None, begin=begin, end=end)
     _, logits, decision = _ops.route(x, weights, pool_size, per_head, begin, end)
     return logits, decision

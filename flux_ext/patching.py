@@ -83,6 +83,7 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
         ``model``. Patching it again with the same settings changes nothing.
 
     Raises:
+        TypeError: ``model`` is no ``PreTrainedModel``.
         ValueError: the model's attention is not supported, the routers belong to another model or are damaged,
             or the model is patched with other settings. The model is then as before.
     """
@@ -107,7 +108,11 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
 
 
 def unpatch(model: Any) -> Any:
-    """Makes a patched model what it was; returns ``model``."""
+    """Makes a patched model what it was; returns ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     _patch_of(model).remove()
     return model
 
@@ -130,6 +135,9 @@ def get_routers(model: Any) -> FluxRouters:
     """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``.
 
     Where PEFT trains copies of them (``modules_to_save=["flux_router"]``), these are the active copies.
+
+    Raises:
+        ValueError: the model is not patched.
     """
     patch = _patch_of(model)
     for layer in patch.layers:
@@ -193,6 +201,9 @@ def routes(model: Any, route: str | Tensor) -> Iterator[None]:
     Args:
         route: ``"full"``, ``"sparse"``, or a tensor ``[L]``, ``[B, L]`` or ``[B, L, Hkv]`` over the routed layers:
             integers or booleans (0 full, 1 sparse), or floating weights of sparse.
+
+    Raises:
+        ValueError: the model is not patched, or ``route`` is another word or of another shape.
     """
     num_layers = len(get_routers(model).layers)
     if isinstance(route, str):

@@ -158,8 +158,8 @@ def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor
 def pool(x: Tensor, pool_size: int, per_head: bool) -> Tensor:
     """Mean over the first and the last ``pool_size`` rows of one sequence ``[S, H, D]``, in fp32 or better.
 
-    Shorter sequences: the two windows overlap and the overlap counts twice, as published. ``[H, D]``, or
-    ``[D]`` averaged over the heads too. An empty sequence pools to zero.
+    Shorter sequences: the two windows overlap and the overlap counts twice, as published. An empty sequence
+    pools to zero. Returns ``[H, D]``, or ``[D]`` averaged over the heads too.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     rows = torch.cat([x[:pool_size], x[-pool_size:]])
@@ -189,9 +189,17 @@ def route(
     begin: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pool, both MLPs, decision. x ``[B, S, H, D]`` or packed ``[T, H, D]`` with ``begin`` and ``end`` [B].
+    """Pool, both MLPs, decision (arXiv 2604.07394, section 3; per head arXiv 2601.17367).
 
-    Returns logits ``[B, 2]`` (``per_head``: ``[B, H, 2]``) and the route, int32 of the same leading shape.
+    Args:
+        x: ``[B, S, H, D]``, or packed ``[T, H, D]`` with ``begin`` and ``end``.
+        weights: ``(w1, b1, ..., w5, b5)``.
+        pool_size: rows pooled at either end of a sequence.
+        per_head: decide for every head, not once per sequence.
+        begin, end: ``[B]``, the sequences' rows; None: all.
+
+    Returns:
+        logits, fp32 or better, ``[B, 2]`` (per head ``[B, H, 2]``), and the route, int32 ``[B]`` (``[B, H]``).
     """
     batch = len(begin) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
     pooled = []

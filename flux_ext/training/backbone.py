@@ -96,9 +96,13 @@ def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
 
 
 def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The mean cross-entropy of each sequence's answer, ``[B]``, fp32; the routers decide from its prompt.
+    """The mean cross-entropy of each sequence's answer, fp32 ``[B]``, nats per token.
 
-    Logits are made for answers only.
+    The routers decide from the prompts; logits are made for answers only.
+
+    Args:
+        model: a patched causal language model, wrapped or not.
+        inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
     """
     labels = inputs["labels"]
     targets = labels[:, 1:]
@@ -119,7 +123,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The batch of these sequences alone, padded or packed like the whole."""
+    """The batch of these sequences (int64 ``rows``) alone, padded or packed like the whole."""
     tokens = token_index(inputs, rows)
     if tokens is None:
         return {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -137,7 +141,7 @@ def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def token_index(inputs: Mapping[str, Any], rows: Tensor) -> Tensor | None:
-    """Which tokens of a packed row belong to these sequences; None for padded batches."""
+    """Which tokens of a packed row belong to these sequences, int64; None for padded batches."""
     bounds = inputs.get("cu_seq_lens_q")
     if bounds is None:
         return None

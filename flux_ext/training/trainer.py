@@ -42,8 +42,7 @@ class FluxTrainer(Trainer):
         kwargs: as for ``Trainer``.
 
     Raises:
-        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot
-        work.
+        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot work.
     """
 
     def __init__(
