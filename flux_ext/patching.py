@@ -45,18 +45,24 @@ class Routing:
         return torch.stack([r.to(routes[0].device) for r in routes], 1)
 
 
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, DDP and PEFT wrappers."""
+def unwrap_parallel(model: Any) -> Any:
+    """The model inside data-parallel and compilation wrappers; PEFT's stays, for it has a forward of its own."""
     while not isinstance(model, PreTrainedModel):
-        for name in ("_orig_mod", "module"):
-            if isinstance(inner := getattr(model, name, None), nn.Module):
-                break
-        else:
-            if not hasattr(model, "get_base_model"):
-                raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-            inner = model.get_base_model()
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
         model = inner
     return model
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside all wrappers."""
+    inner = unwrap_parallel(model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = unwrap_parallel(inner.get_base_model())
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    return inner
 
 
 def _patch_of(model: Any) -> Patch:
@@ -161,7 +167,18 @@ def last_routing(model: Any) -> Routing:
 
 
 @contextlib.contextmanager
-def policy(model: Any, fn: Policy) -> Iterator[None]:
+def _setting(model: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets a field of this thread's forwards within a ``with`` block."""
+    local = _patch_of(model).local
+    before = getattr(local, name)
+    setattr(local, name, value)
+    try:
+        yield
+    finally:
+        setattr(local, name, before)
+
+
+def policy(model: Any, fn: Policy) -> contextlib.AbstractContextManager[None]:
     """Lets ``fn(layer, logits)`` decide in place of the routers' argmax, in this thread.
 
     Args:
@@ -169,28 +186,17 @@ def policy(model: Any, fn: Policy) -> Iterator[None]:
             ``[B, Hkv, 2]``), index 1 arguing for full. Returns the route, ``[B]`` or ``[B, Hkv]``: integers or booleans
             (1 sparse) or floating weights of sparse. Called again when checkpointing recomputes a layer.
     """
-    local = _patch_of(model).local
-    before, local.policy = local.policy, fn
-    try:
-        yield
-    finally:
-        local.policy = before
+    return _setting(model, "policy", fn)
 
 
-@contextlib.contextmanager
-def prompt_lengths(model: Any, lengths: Tensor | None) -> Iterator[None]:
+def prompt_lengths(model: Any, lengths: Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Lets the routers see only the beginning of each sequence, in this thread: training feeds prompt and answer
     together, and must decide from what there is when an answer is generated.
 
     Args:
         lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
     """
-    local = _patch_of(model).local
-    before, local.prompt_lengths = local.prompt_lengths, lengths
-    try:
-        yield
-    finally:
-        local.prompt_lengths = before
+    return _setting(model, "prompt_lengths", lengths)
 
 
 @contextlib.contextmanager

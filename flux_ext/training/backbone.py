@@ -40,7 +40,7 @@ class PatchedModel:
     ) -> None:
         self.model, self.inputs = model, inputs
         self.num_layers, self.num_heads = num_layers, num_heads
-        self._own = unwrap(model)
+        self._own = patching.unwrap_parallel(model)
         self._index = list(range(num_layers)) if layers is None else list(layers)
         self._blocks = decoder_layers(self._own)
         self._kept: dict[int, Tensor] = {}
@@ -78,15 +78,6 @@ class PatchedModel:
         return keep
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel and compilation wrappers."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
     """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
     get_decoder: Any = getattr(model, "get_decoder", None)
@@ -108,7 +99,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
     arguments = {k: v for k, v in inputs.items() if k not in _OURS}
-    with patching.prompt_lengths(unwrap(model), inputs["prompt_lengths"]):
+    with patching.prompt_lengths(model, inputs["prompt_lengths"]):
         logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
