@@ -266,6 +266,8 @@ def test_bad_input(tmp_path):
     m = model()
     with pytest.raises(ValueError, match="targets names tasks that the data lack: c"):
         trainer(tmp_path, m, Recipe(targets={"c": 0.5}))
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters must be False"):
+        trainer(tmp_path, m, ddp_find_unused_parameters=True)
     flux_ext.unpatch(m)
     with pytest.raises(ValueError, match="is not patched"):
         trainer(tmp_path, m)
