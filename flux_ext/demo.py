@@ -21,6 +21,7 @@ from . import FluxConfig, get_routers, patch, pictures
 from .evaluation import tasks
 from .evaluation.runner import MODES, Score, evaluate, format_table
 from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
+from .training.config import ObjectiveName
 from .training.trainer import set_initial_bias
 
 BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
@@ -44,6 +45,7 @@ class Settings:
     train_answer: int = 32
     answer: int = 128
     """Code to be continued."""
+    objective: ObjectiveName = "counterfactual"
     steps: int = 80
     batch_size: int = 8
     flips: int = 2
@@ -70,6 +72,7 @@ def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, outpu
     """Patches the model and trains its routers; the trainer, with the log, is returned."""
     s = settings
     recipe = Recipe(
+        objective=s.objective,
         targets={tasks.RETRIEVAL: s.retrieval_target, tasks.CONTINUATION: s.continuation_target},
         multiplier_lr=s.multiplier_lr,
         flips=s.flips,
