@@ -33,10 +33,13 @@ def accuracy(model, batch):
     return right.float().mean().item(), patching.last_routing(model).routes[..., 0]
 
 
-def held_out(tokenizer):
-    """Questions that no training example asked, as one batch."""
+def held_out(tokenizer, task=tasks.RETRIEVAL):
+    """Questions (or code) that no training example had, as one batch."""
     s = SETTINGS
-    examples = tasks.retrieval(EXAMPLES, length=s.train_length, facts=s.train_facts, distance=s.train_distance)
+    if task == tasks.RETRIEVAL:
+        examples = tasks.retrieval(EXAMPLES, length=s.train_length, facts=s.train_facts, distance=s.train_distance)
+    else:
+        examples = tasks.continuation(EXAMPLES, length=s.train_length, answer_length=s.train_answer)
     rows = RouterDataset(examples, tokenizer)
     return PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
 
@@ -86,9 +89,10 @@ def compare(objectives, seeds=(0, 1, 2)):
         full = full_layers(routes)
         if full not in found:
             found[full] = oracle(model, batch, full)
+        code = accuracy(model, held_out(tokenizer, tasks.CONTINUATION))[1].float().mean()
         print(
-            f"{objective}, seed {seed}: accuracy {trained:.2f} at sparsity {routes.float().mean():.2f}; "
-            f"oracle with {full} full layers {found[full]:.2f}; {seconds:.0f} s",
+            f"{objective}, seed {seed}: accuracy {trained:.2f} at sparsity {routes.float().mean():.2f} "
+            f"(oracle {found[full]:.2f} with {full} full layers), code at sparsity {code:.2f}; {seconds:.0f} s",
             flush=True,
         )
 
