@@ -27,6 +27,9 @@ def antidiagonal_scores(q: Tensor, k: Tensor, stride: int, width: int) -> Tensor
     Returns:
         fp32 ``[B, Hkv, q_blocks, kv_blocks]``: the mean over the group's query heads of the soft-maxed
         antidiagonal sums, scaled by ``1 / (sqrt(D) * stride)``; 0 beyond the diagonal.
+
+    Raises:
+        ValueError: more queries than keys.
     """
     _, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1], k.shape[2]
@@ -55,6 +58,12 @@ def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: 
 
     The first block (the sink) and the diagonal ones are always kept.
 
+    Args:
+        scores: fp32 ``[B, H, q_blocks, kv_blocks]``, see :func:`antidiagonal_scores`.
+        threshold: share of the scores, in (0, 1].
+        q_len, kv_len: tokens, the queries aligned to the end of the keys.
+        width: keys per block.
+
     Returns:
         int32 ``blocks [B, H, q_blocks, kv_blocks]``, ascending, and ``counts [B, H, q_blocks]``.
     """
@@ -79,7 +88,10 @@ def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: 
 
 
 def select_blocks(pattern: BlockSparse, q: Tensor, k: Tensor) -> BlockSparse:
-    """A :class:`BlockSparse` with a threshold, turned into one with lists for these queries and keys."""
+    """A :class:`BlockSparse` with a threshold, turned into one with lists for these queries and keys.
+
+    ``q [B, S, Hq, D]``, ``k [B, Skv, Hkv, D]``; a pattern that has lists comes back as it is.
+    """
     if pattern.threshold is None:
         return pattern
     if q.shape[1] == 0:

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="training steps (default: the recipe's)")
     add("--examples", type=int, help="held-out examples per task (default: the recipe's)")
     add("--seed", type=int, default=0)
+    add("--check", action="store_true", help="end with status 1 where an expectation is missed")
 
     add = command("info", _info, "what is built and what is found on this machine")
     add("--json", action="store_true", help="as JSON")
@@ -151,9 +152,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .demo import run
+    from .demo import run, verdicts
 
-    run(args.output, steps=args.steps, examples=args.examples, seed=args.seed)
+    scores = run(args.output, steps=args.steps, examples=args.examples, seed=args.seed)
+    missed = [verdict.text for verdict in verdicts(scores) if not verdict.holds]
+    if args.check and missed:
+        raise RuntimeError(f"the demonstration missed what is expected of it: {'; '.join(missed)}")
 
 
 # info

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from . import FluxConfig, get_routers, patch, pictures
 from .evaluation import tasks
 from .evaluation.runner import MODES, Score, evaluate, format_table
 from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
+from .training.config import ObjectiveName
 from .training.trainer import set_initial_bias
 
 BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
@@ -44,6 +45,7 @@ class Settings:
     train_answer: int = 32
     answer: int = 128
     """Code to be continued."""
+    objective: ObjectiveName = "counterfactual"
     steps: int = 80
     batch_size: int = 8
     flips: int = 2
@@ -70,6 +72,7 @@ def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, outpu
     """Patches the model and trains its routers; the trainer, with the log, is returned."""
     s = settings
     recipe = Recipe(
+        objective=s.objective,
         targets={tasks.RETRIEVAL: s.retrieval_target, tasks.CONTINUATION: s.continuation_target},
         multiplier_lr=s.multiplier_lr,
         flips=s.flips,
@@ -146,7 +149,7 @@ def run(
     print(f"\nheld-out text, prompts of {s.length} bytes, {s.examples} examples per task\n")
     print(format_table(scores))
     print()
-    print("\n".join(verdicts(scores)))
+    print(*verdicts(scores), sep="\n")
     for task in tasks.TASKS:
         show_example(model, tokenizer, next(e for e in held_out if e.task == task))
     picture = output / "routing.png"
@@ -158,30 +161,39 @@ def run(
     return scores
 
 
-def verdicts(scores: Sequence[Score]) -> list[str]:
+class Verdict(NamedTuple):
+    """One expectation of the demonstration, and whether it was met."""
+
+    holds: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"[{'yes' if self.holds else 'NO '}] {self.text}"
+
+
+def verdicts(scores: Sequence[Score]) -> list[Verdict]:
     """What the demonstration is expected to show, and whether it did."""
     by = {(s.task, s.mode): s for s in scores}
     dense, sparse, routed = (by[tasks.RETRIEVAL, mode] for mode in MODES)
     code, routed_code = by[tasks.CONTINUATION, "dense"], by[tasks.CONTINUATION, "routed"]
     more_bits = routed_code.bits_per_byte / code.bits_per_byte - 1
-    lines = [
-        (
+    return [
+        Verdict(
             dense.accuracy > 0.90,
             f"dense attention answers the questions: {dense.accuracy:.1%} (expected > 90 %)",
         ),
-        (sparse.accuracy < 0.30, f"sparse attention alone does not: {sparse.accuracy:.1%} (expected < 30 %)"),
-        (
+        Verdict(sparse.accuracy < 0.30, f"sparse attention alone does not: {sparse.accuracy:.1%} (expected < 30 %)"),
+        Verdict(
             routed.accuracy >= 0.95 * dense.accuracy,
             f"routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense (expected >= 95 %) "
             f"at sparsity {routed.sparsity:.2f}",
         ),
-        (
+        Verdict(
             routed_code.sparsity >= 0.75,
             f"code is continued at sparsity {routed_code.sparsity:.2f} (expected >= 0.75)",
         ),
-        (more_bits <= 0.02, f"with {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
+        Verdict(more_bits <= 0.02, f"with {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
     ]
-    return [f"[{'yes' if holds else 'NO '}] {text}" for holds, text in lines]
 
 
 def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> None:

@@ -151,7 +151,16 @@ def attend(
     kv_end: Tensor | None = None,
     page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by hard routes, with every row bound spelt out; see :func:`flux_ext.reference.attend`."""
+    """Attention by hard routes, with every row bound spelt out: the operator with its tensors and patterns.
+
+    Arguments as for :func:`flux_ext.reference.attend`, the bounds int32, and beyond it block lists by threshold for
+    plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
+
+    Raises:
+        ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may share), or a
+            threshold meets bounds.
+        RuntimeError: in the backward pass, as for :func:`attention`.
+    """
     _check_devices(
         "q",
         q,
@@ -183,6 +192,55 @@ def attend(
             patterns += [*pattern.numbers(), 0]
             lists += [None, None]
     return _ops.attend(q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+
+
+def row_spans(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    kv_len: Tensor | None,
+    page_table: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``(q_begin, q_end, kv_begin, kv_end)`` of :func:`attend`, from the arguments of :func:`attention`.
+
+    Raises:
+        ValueError: they contradict each other, or a shape or dtype is wrong.
+    """
+    padded = seq_start is not None or seq_end is not None
+    if padded and (cu_seqlens is not None or kv_len is not None):
+        raise ValueError("seq_start and seq_end bound the rows of q, k and v alike: they exclude cu_seqlens and kv_len")
+    if page_table is not None and kv_len is None:
+        raise ValueError("page_table needs kv_len")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
+        raise ValueError(f"cu_seqlens must be [B + 1] with B >= 1, got shape {list(cu_seqlens.shape)}")
+    for name, bounds in (("cu_seqlens", cu_seqlens), ("seq_start", seq_start), ("seq_end", seq_end)):
+        if bounds is not None and bounds.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {bounds.dtype}")
+    if padded and k.shape[-3] != q.shape[-3]:
+        raise ValueError(
+            f"seq_start and seq_end bound the rows of q and k alike: k must have the {q.shape[-3]} rows of q, "
+            f"got {k.shape[-3]}"
+        )
+    if (cu_seqlens is not None) != (q.dim() == 3):
+        raise ValueError(
+            f"cu_seqlens goes with a packed q [T, Hq, D], got q of shape {list(q.shape)} "
+            f"{'with' if cu_seqlens is not None else 'without'} cu_seqlens"
+        )
+    if padded:
+        return seq_start, seq_end, seq_start, seq_end
+    if cu_seqlens is None:
+        return None, None, None, kv_len
+    begin, end = cu_seqlens[:-1], cu_seqlens[1:]
+    if k.dim() != 3:  # a cache
+        return begin, end, None, kv_len
+    if kv_len is not None:
+        raise ValueError(
+            "kv_len bounds a cache [B, Skv, Hkv, D] or pages, a packed k is bounded by cu_seqlens: "
+            f"got both and k of shape {list(k.shape)}"
+        )
+    return begin, end, begin, end
 
 
 def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -222,18 +280,21 @@ def attention(
     Args:
         q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``; fp16, bf16 (CPU: fp32 too). Any strides with the last
             dimension contiguous; ``D`` a multiple of 8 up to 256.
-        k, v: ``[B, Skv, Hkv, D]``, ``Hkv`` a divisor of ``Hq``; packed ``[T, Hkv, D]``; paged
+        k, v: ``[B, Skv, Hkv, D]``, ``Hkv`` a divisor of ``Hq``; packed like q, ``[T, Hkv, D]``; paged
             ``[num_pages, page_size, Hkv, D]`` (``[num_pages, page_size, 1, D]`` with a page table per head).
+            Queries in a batch or packed may see keys in a cache, contiguous or paged.
         route: ``[B]`` or ``[B, Hkv]``. Integers or booleans are a hard choice, 0 full and 1 sparse, and
             cost only what is visible. Floating-point ``w`` mixes ``(1 - w) * full + w * sparse``,
             differentiable in q, k, v and w (training). None: all full.
         sparse, full: the two patterns; see :mod:`flux_ext.patterns`.
         scale: softmax scale; default ``D ** -0.5``.
-        cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0.
+        cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0: of q, and of k and v where those
+            are packed too. Over a cache, the ``q_len`` queries of a sequence are its last tokens: their own keys
+            are in the cache already, ``kv_len`` counts them (chunked prefill, prefill after a cached prefix).
         seq_start, seq_end: int32 ``[B]``, the rows ``[start, end)`` of q, k and v that belong to each sequence
             of a padded batch (left padding: ``seq_start``; right padding: ``seq_end``). Padding rows of the
-            output are 0.
-        kv_len: int32 ``[B]`` or ``[B, Hkv]``, the filled rows of a cache longer than that.
+            output are 0. They exclude ``cu_seqlens`` and ``kv_len``.
+        kv_len: int32 ``[B]`` or ``[B, Hkv]``, the filled rows of a cache longer than that, the queries' included.
         page_table: int32 ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; needs ``kv_len``. Entries beyond
             ``kv_len`` are never read.
         return_lse: also return the natural log-sum-exp, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``); ``-inf``
@@ -245,34 +306,10 @@ def attention(
     Raises:
         ValueError: an argument breaks a rule; the message names argument, rule and value. Values inside CUDA
             tensors are not read back: bounds outside the tensors are clamped.
+        RuntimeError: in the backward pass over a ``page_table``, on CUDA (no gradient yet), and in a second one.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if sum(x is not None for x in (cu_seqlens, kv_len)) + (seq_start is not None or seq_end is not None) > 1:
-        raise ValueError("cu_seqlens, seq_start / seq_end and kv_len exclude each other")
-    if page_table is not None and kv_len is None:
-        raise ValueError("page_table needs kv_len")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
-        raise ValueError(f"cu_seqlens must be [B + 1] with B >= 1, got shape {list(cu_seqlens.shape)}")
-    for name, bounds in (("cu_seqlens", cu_seqlens), ("seq_start", seq_start), ("seq_end", seq_end)):
-        if bounds is not None and bounds.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {bounds.dtype}")
-    if (seq_start is not None or seq_end is not None) and k.shape[-3] != q.shape[-3]:
-        raise ValueError(
-            f"seq_start and seq_end bound the rows of q and k alike: k must have the {q.shape[-3]} rows of q, "
-            f"got {k.shape[-3]}"
-        )
-    if (cu_seqlens is not None) != (q.dim() == 3):
-        raise ValueError(
-            f"cu_seqlens goes with a packed q [T, Hq, D], got q of shape {list(q.shape)} "
-            f"{'with' if cu_seqlens is not None else 'without'} cu_seqlens"
-        )
-    spans: tuple[Tensor | None, ...]
-    if cu_seqlens is not None:
-        spans = (cu_seqlens[:-1], cu_seqlens[1:]) * 2
-    elif seq_start is not None or seq_end is not None:
-        spans = (seq_start, seq_end) * 2
-    else:
-        spans = (None, None, None, kv_len)
+    spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
 
     def run(hard: Tensor | None) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, hard, full, sparse, scale, *spans, page_table)
@@ -297,7 +334,14 @@ def route(
     begin: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`."""
+    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`.
+
+    ``x`` fp16, bf16 or fp32; weights of one such dtype; bounds int32. Returns logits, fp32, differentiable in ``x``
+    and the weights, and the route, int32.
+
+    Raises:
+        ValueError: an argument breaks a rule; on the CPU also a pooled value that is not finite.
+    """
     _check_devices("x", x, weights=weights[0] if weights else None, begin=begin, end=end)
     _, logits, decision = _ops.route(x, weights, pool_size, per_head, begin, end)
     return logits, decision

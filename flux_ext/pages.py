@@ -38,6 +38,7 @@ class PagedRows:
 
     @property
     def batch_size(self) -> int:
+        """Sequences."""
         return len(self.length) // self.num_heads
 
     def nbytes(self) -> int:

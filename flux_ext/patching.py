@@ -45,18 +45,24 @@ class Routing:
         return torch.stack([r.to(routes[0].device) for r in routes], 1)
 
 
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, DDP and PEFT wrappers."""
+def unwrap_parallel(model: Any) -> Any:
+    """The model inside data-parallel and compilation wrappers; PEFT's stays, for it has a forward of its own."""
     while not isinstance(model, PreTrainedModel):
-        for name in ("_orig_mod", "module"):
-            if isinstance(inner := getattr(model, name, None), nn.Module):
-                break
-        else:
-            if not hasattr(model, "get_base_model"):
-                raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-            inner = model.get_base_model()
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
         model = inner
     return model
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside all wrappers."""
+    inner = unwrap_parallel(model)
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = unwrap_parallel(inner.get_base_model())
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+    return inner
 
 
 def _patch_of(model: Any) -> Patch:
@@ -83,6 +89,7 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
         ``model``. Patching it again with the same settings changes nothing.
 
     Raises:
+        TypeError: ``model`` is no ``PreTrainedModel``.
         ValueError: the model's attention is not supported, the routers belong to another model or are damaged,
             or the model is patched with other settings. The model is then as before.
     """
@@ -107,7 +114,11 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
 
 
 def unpatch(model: Any) -> Any:
-    """Makes a patched model what it was; returns ``model``."""
+    """Makes a patched model what it was; returns ``model``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
     _patch_of(model).remove()
     return model
 
@@ -130,6 +141,9 @@ def get_routers(model: Any) -> FluxRouters:
     """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``.
 
     Where PEFT trains copies of them (``modules_to_save=["flux_router"]``), these are the active copies.
+
+    Raises:
+        ValueError: the model is not patched.
     """
     patch = _patch_of(model)
     for layer in patch.layers:
@@ -153,7 +167,18 @@ def last_routing(model: Any) -> Routing:
 
 
 @contextlib.contextmanager
-def policy(model: Any, fn: Policy) -> Iterator[None]:
+def _setting(model: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets a field of this thread's forwards within a ``with`` block."""
+    local = _patch_of(model).local
+    before = getattr(local, name)
+    setattr(local, name, value)
+    try:
+        yield
+    finally:
+        setattr(local, name, before)
+
+
+def policy(model: Any, fn: Policy) -> contextlib.AbstractContextManager[None]:
     """Lets ``fn(layer, logits)`` decide in place of the routers' argmax, in this thread.
 
     Args:
@@ -161,28 +186,17 @@ def policy(model: Any, fn: Policy) -> Iterator[None]:
             ``[B, Hkv, 2]``), index 1 arguing for full. Returns the route, ``[B]`` or ``[B, Hkv]``: integers or booleans
             (1 sparse) or floating weights of sparse. Called again when checkpointing recomputes a layer.
     """
-    local = _patch_of(model).local
-    before, local.policy = local.policy, fn
-    try:
-        yield
-    finally:
-        local.policy = before
+    return _setting(model, "policy", fn)
 
 
-@contextlib.contextmanager
-def prompt_lengths(model: Any, lengths: Tensor | None) -> Iterator[None]:
+def prompt_lengths(model: Any, lengths: Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Lets the routers see only the beginning of each sequence, in this thread: training feeds prompt and answer
     together, and must decide from what there is when an answer is generated.
 
     Args:
         lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
     """
-    local = _patch_of(model).local
-    before, local.prompt_lengths = local.prompt_lengths, lengths
-    try:
-        yield
-    finally:
-        local.prompt_lengths = before
+    return _setting(model, "prompt_lengths", lengths)
 
 
 @contextlib.contextmanager
@@ -193,6 +207,9 @@ def routes(model: Any, route: str | Tensor) -> Iterator[None]:
     Args:
         route: ``"full"``, ``"sparse"``, or a tensor ``[L]``, ``[B, L]`` or ``[B, L, Hkv]`` over the routed layers:
             integers or booleans (0 full, 1 sparse), or floating weights of sparse.
+
+    Raises:
+        ValueError: the model is not patched, or ``route`` is another word or of another shape.
     """
     num_layers = len(get_routers(model).layers)
     if isinstance(route, str):

@@ -45,9 +45,15 @@ class Full:
 class Streaming:
     """The first ``sink`` keys and the last ``window`` ones, the query's own included.
 
-    With ``align > 1`` the window of all queries of one aligned block starts where that of its last query
-    does, minus nothing: it begins at ``align * (p // align + 1) - window`` (block-aligned streaming, as the
-    published Flux checkpoints were trained with; arXiv 2604.07394).
+    Args:
+        sink: tokens, >= 0.
+        window: tokens, a positive multiple of ``align``.
+        align: tokens. Above 1, the queries of one aligned block share one window, that of the block's last query: it
+            begins at ``align * (p // align + 1) - window`` (block-aligned streaming, as the published Flux
+            checkpoints were trained with; arXiv 2604.07394).
+
+    Raises:
+        ValueError: a number breaks its rule.
     """
 
     sink: int = 128
@@ -66,8 +72,14 @@ class Streaming:
 class Triangle:
     """Streaming, but the last ``last_q`` queries see every earlier key ("TA"; arXiv 2604.07394).
 
-    ``last_q`` counts from the end of the prompt. A decode step of a triangle-routed sequence is a streaming
-    step: use :meth:`decode`.
+    A decode step of a triangle-routed sequence is a streaming step: use :meth:`decode`.
+
+    Args:
+        sink, window, align: tokens, as for :class:`Streaming`.
+        last_q: queries, >= 0, counted from the end of the prompt.
+
+    Raises:
+        ValueError: a number breaks its rule.
     """
 
     sink: int = 128
@@ -100,8 +112,11 @@ class BlockSparse:
             diagonal; entries from the count on are ignored.
         counts: int32 ``[B, Hkv, q_blocks]``; None: every list is full.
         width: keys per block, 128 or 64.
-        threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this.
-        stride: sub-block size of the antidiagonal scoring.
+        threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this, in (0, 1].
+        stride: sub-block size of the antidiagonal scoring, in tokens; divides ``width``.
+
+    Raises:
+        ValueError: both or neither are given, or a number breaks its rule.
     """
 
     blocks: Tensor | None = None
@@ -140,6 +155,9 @@ def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device |
     """The pattern as a boolean mask ``[q_len, kv_len]`` (block lists: ``[B, Hkv, q_len, kv_len]``).
 
     The obvious definition that everything else is tested against.
+
+    Raises:
+        ValueError: a :class:`BlockSparse` with a threshold, which has no lists yet.
     """
     p = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
     j = torch.arange(kv_len, device=device)[None, :]

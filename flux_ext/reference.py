@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import row_spans
 from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
@@ -50,10 +51,21 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, in the dtype of ``q`` (upcast first for a precise answer).
 
-    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence; the bounds are
-    ``[B]`` (``kv_end`` also ``[B, Hkv]``), None meaning the whole tensor. ``q`` is ``[B, S, Hq, D]``, or
-    packed ``[T, Hq, D]``. Returns ``out`` like ``q`` and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``), zero
-    and ``-inf`` in rows that belong to no sequence.
+    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence.
+
+    Args:
+        q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
+        k, v: ``[B, Skv, Hkv, D]``; packed beside a packed q, ``[T, Hkv, D]``; paged, as in ``attention``.
+        route: ``[B]`` or ``[B, Hkv]``, 0 full and 1 sparse; None: all full.
+        full, sparse: the two patterns; block lists, not a threshold.
+        scale: softmax scale.
+        q_begin, q_end, kv_begin, kv_end: ``[B]``, or of keys ``[B, Hkv]``; None: the whole tensor. Those of a packed
+            tensor must be given.
+        page_table: ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; its rows count page after page.
+
+    Returns:
+        ``out`` like ``q``, and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``) in the dtype of ``q``, natural logarithm:
+        0 and ``-inf`` where a query sees no key and in rows that belong to no sequence.
     """
     packed = q.dim() == 3
     num_q_heads = q.shape[-2]
@@ -78,7 +90,7 @@ def attend(
             if page_table is not None:
                 pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
                 keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
-            elif packed:
+            elif k.dim() == 3:
                 keys, values = k[k0:k1, h], v[k0:k1, h]
             else:
                 keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
@@ -157,13 +169,7 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`flux_ext.attention`, by one dense mask after the other."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans: tuple[Tensor | None, ...]
-    if cu_seqlens is not None:
-        spans = (cu_seqlens[:-1], cu_seqlens[1:]) * 2
-    elif seq_start is not None or seq_end is not None:
-        spans = (seq_start, seq_end) * 2
-    else:
-        spans = (None, None, None, kv_len)
+    spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
 
     def run(r: Tensor | None) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, r, full, sparse, scale, *spans, page_table)
@@ -193,8 +199,8 @@ def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor
 def pool(x: Tensor, pool_size: int, per_head: bool) -> Tensor:
     """Mean over the first and the last ``pool_size`` rows of one sequence ``[S, H, D]``, in fp32 or better.
 
-    Shorter sequences: the two windows overlap and the overlap counts twice, as published. ``[H, D]``, or
-    ``[D]`` averaged over the heads too. An empty sequence pools to zero.
+    Shorter sequences: the two windows overlap and the overlap counts twice, as published. An empty sequence
+    pools to zero. Returns ``[H, D]``, or ``[D]`` averaged over the heads too.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     rows = torch.cat([x[:pool_size], x[-pool_size:]])
@@ -224,9 +230,17 @@ def route(
     begin: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Pool, both MLPs, decision. x ``[B, S, H, D]`` or packed ``[T, H, D]`` with ``begin`` and ``end`` [B].
+    """Pool, both MLPs, decision (arXiv 2604.07394, section 3; per head arXiv 2601.17367).
 
-    Returns logits ``[B, 2]`` (``per_head``: ``[B, H, 2]``) and the route, int32 of the same leading shape.
+    Args:
+        x: ``[B, S, H, D]``, or packed ``[T, H, D]`` with ``begin`` and ``end``.
+        weights: ``(w1, b1, ..., w5, b5)``.
+        pool_size: rows pooled at either end of a sequence.
+        per_head: decide for every head, not once per sequence.
+        begin, end: ``[B]``, the sequences' rows; None: all.
+
+    Returns:
+        logits, fp32 or better, ``[B, 2]`` (per head ``[B, H, 2]``), and the route, int32 ``[B]`` (``[B, H]``).
     """
     batch = len(begin) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
     pooled = []

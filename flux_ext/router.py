@@ -26,6 +26,9 @@ class Router(nn.Module):
     Args:
         head_dim: width D of one head's states.
         pool_size: rows pooled at either end of the prompt (published: 100).
+
+    Raises:
+        ValueError: either is below 1.
     """
 
     per_head: bool
@@ -72,6 +75,9 @@ class Router(nn.Module):
         Returns:
             logits fp32 ``[B, 2]`` (per head ``[B, H, 2]``): index 1 argues for full attention; route int32
             ``[B]`` (``[B, H]``): 0 full where ``logits[..., 1] > logits[..., 0]``, else 1 sparse.
+
+        Raises:
+            ValueError: x, the bounds or (on the CPU) a value that is pooled break a rule.
         """
         return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
 

@@ -12,7 +12,9 @@ from flux_ext import BlockSparse, Full, Streaming, Triangle
 from flux_ext.patterns import Pattern
 from flux_ext.testing import poisoned
 
-LAYOUTS = ("batched", "left_padded", "right_padded", "packed", "cached", "cached_per_head", "paged", "paged_per_head")
+CACHES = ("cached", "cached_per_head", "paged", "paged_per_head")
+"""Layouts of keys; ``packed_`` before one: the queries are packed."""
+LAYOUTS = ("batched", "left_padded", "right_padded", "packed", *CACHES, *(f"packed_{x}" for x in CACHES))
 STRIDES = ("plain", "heads_first", "sliced")
 ROUTES = ("none", "full", "sparse", "sequence", "head")
 
@@ -58,6 +60,10 @@ def cases(head_dims: tuple[int, ...] = (8, 40, 64, 128)) -> list[Case]:
         Case((1, 1, 1), (0, 33, 63), "cached_per_head", head_dim=d),
         *(Case((2, 2, 2), (3, 64, 130), "paged", head_dim=d, page_size=p) for p in (1, 16, 128)),
         Case((1, 1), (70, 33), "paged_per_head", head_dim=d),
+        # Packed queries over a cache: a whole prompt, decode steps, nothing, a prompt after a cached prefix.
+        *(Case((33, 1, 0, 64, 5), (33, 130, 64, 65, 3), f"packed_{x}", head_dim=d) for x in CACHES),
+        *(Case((150, 1), (280, 300), f"packed_{x}", head_dim=d, page_size=64) for x in ("cached", "paged")),
+        Case((40, 9), (70, 64), "packed_paged", sparse=Triangle(4, 16, last_q=5), head_dim=d),
         # Lengths around a block, and more queries than keys.
         *(Case((n,), (n,), head_dim=d) for n in (0, 1, 63, 64, 65, 127, 128, 129)),
         *(Case((9,), (n,), head_dim=d) for n in (0, 4, 9, 200)),
@@ -131,6 +137,9 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", se
     vs = [randn(n, case.kv_heads) for n in case.kv_lens]
     kwargs: dict[str, Any] = {"sparse": case.sparse, "full": case.full, "scale": case.scale}
     lens = torch.tensor(case.kv_lens, dtype=torch.int32)
+    packed, cache = case.layout.startswith("packed"), case.layout.removeprefix("packed_")
+    if packed:
+        kwargs["cu_seqlens"] = torch.tensor([0, *case.q_lens]).cumsum(0).int()
     if case.layout == "batched":
         q, k, v = torch.stack(qs), torch.stack(ks), torch.stack(vs)
     elif case.layout in ("left_padded", "right_padded"):
@@ -140,19 +149,17 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", se
         kwargs["seq_start" if left else "seq_end"] = size - lens if left else lens
     elif case.layout == "packed":
         q, k, v = (poisoned(torch.cat(xs), sum(case.q_lens) + 5) for xs in (qs, ks, vs))
-        kwargs["cu_seqlens"] = torch.tensor([0, *case.q_lens]).cumsum(0).int()
-    elif case.layout in ("cached", "cached_per_head"):
-        size = max(case.kv_lens) + 9
-        q = torch.stack(qs)
-        k, v = (torch.stack([poisoned(x, size) for x in xs]) for xs in (ks, vs))
+    else:
+        q = poisoned(torch.cat(qs), sum(case.q_lens) + 5) if packed else torch.stack(qs)
         kwargs["kv_len"] = lens
-        if case.layout == "cached_per_head":  # every other head holds one key less
+        if cache.endswith("per_head"):  # every other head holds one key less
             less = torch.arange(case.kv_heads, dtype=torch.int32) % 2
             kwargs["kv_len"] = (lens[:, None] - less).clamp_min(0)
-    else:
-        q, k, v, table = _paged(case, qs, ks, vs, g)
-        kwargs["page_table"] = table
-        kwargs["kv_len"] = lens if table.dim() == 2 else lens[:, None].expand(-1, case.kv_heads).contiguous()
+        if cache.startswith("cached"):
+            size = max(case.kv_lens) + 9
+            k, v = (torch.stack([poisoned(x, size) for x in xs]) for xs in (ks, vs))
+        else:
+            k, v, kwargs["page_table"] = _paged(case, ks, vs, cache == "paged_per_head", g)
     route = _route(case, g)
     q, k, v = (_restride(x, case.strides) for x in (q, k, v))
 
@@ -166,10 +173,10 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", se
 
 
 def _paged(
-    case: Case, qs: list[Tensor], ks: list[Tensor], vs: list[Tensor], g: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    case: Case, ks: list[Tensor], vs: list[Tensor], per_head: bool, g: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pages in random order; unused pages, tails of pages and of the page table hold garbage."""
-    size, per_head = case.page_size, case.layout == "paged_per_head"
+    size = case.page_size
     max_pages = -(-max(case.kv_lens) // size) + 2
     rows = len(ks) * (case.kv_heads if per_head else 1)
     num_pages = rows * max_pages + 3
@@ -188,4 +195,4 @@ def _paged(
             used += 1
     if per_head:
         table = table.view(len(ks), case.kv_heads, max_pages)
-    return torch.stack(qs), pools[0], pools[1], table
+    return pools[0], pools[1], table

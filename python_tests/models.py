@@ -1,4 +1,4 @@
-"""Tiny random models of every family the tests patch."""
+"""Tiny random models of every family, and what tests of patched ones share."""
 
 from typing import Any
 
@@ -6,6 +6,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import flux_ext
+from flux_ext.patching import get_routers, last_routing
+
+SMALL: dict[str, Any] = {"sink": 4, "window": 16, "pool_size": 20}
+"""A pattern that drops most of the tests' prompts."""
 BASE: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -67,3 +72,18 @@ def scramble(routers: nn.Module, scale: float = 0.4) -> None:
     with torch.no_grad():
         for name, p in routers.named_parameters():
             p.normal_(0, scale if name.endswith("weight") else 0.0)
+
+
+def patched_model(family: str = "llama", granularity: str = "layer", **changes: Any) -> Any:
+    """A tiny model whose routers are scrambled."""
+    model = flux_ext.patch(tiny(family, **changes), flux_ext.FluxConfig(granularity=granularity, **SMALL))
+    scramble(get_routers(model))
+    return model
+
+
+def routes_and_logits(model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one forward: routes ``[B, L, Hkv]``, the routers' logits ``[B, L, (Hkv,) 2]`` and the model's."""
+    output = model(*args, use_cache=False, **kwargs).logits
+    routing = last_routing(model)
+    assert routing.logits is not None
+    return routing.routes, routing.logits, output

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flux_ext
+from flux_ext import ops, reference
 from flux_ext.router import HeadRouter, LayerRouter
 
 
@@ -89,7 +90,7 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
     (good, {"kv_len": ints(3)}, r"kv_len must be \[2\] or \[2, 2\], got \[1\]"),
     (good, {"seq_start": ints(0, 9)}, r"q_begin and q_end .* must not decrease, got 9 and 8"),
     (good, {"seq_end": ints(3, 9)}, r"q_end must not exceed the 8 rows"),
-    (good, {"seq_start": ints(0, 0), "kv_len": ints(3, 3)}, r"exclude each other"),
+    (good, {"seq_start": ints(0, 0), "kv_len": ints(3, 3)}, r"seq_start and seq_end .* exclude cu_seqlens and kv_len"),
     (good, {"cu_seqlens": ints(0, 8)}, r"cu_seqlens goes with a packed q"),
     (good, {"page_table": ints([0], [1])}, r"page_table needs kv_len"),
     (packed, {"cu_seqlens": None}, r"cu_seqlens goes with a packed q .* without cu_seqlens"),
@@ -97,6 +98,16 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
     (packed, {"cu_seqlens": ints(0, 5, 3)}, r"must not decrease, got 5 and 3"),
     (packed, {"cu_seqlens": ints(-1, 3, 8)}, r"must not be negative, got -1"),
     (packed, {"cu_seqlens": ints(0, 3, 9)}, r"must not exceed the 8 rows there are, got 9"),
+    (packed, {"seq_end": ints(3, 5)}, r"seq_start and seq_end .* exclude cu_seqlens and kv_len"),
+    (packed, {"kv_len": ints(3, 5)}, r"kv_len bounds a cache .* got both and k of shape \[8, 2, 16\]"),
+    (packed, {"k": torch.randn(8, 16)}, r"k must be packed \[T, Hkv, D\] or a cache \[B, Skv, Hkv, D\], got \[8, 16\]"),
+    (packed, {x: torch.randn(3, 9, 2, 16) for x in "kv"}, r"k must have the batch of q \(2\), got 3"),
+    (packed, {"page_table": ints([0], [1])}, r"page_table needs kv_len"),
+    (
+        packed,
+        {**{x: torch.randn(5, 16, 2, 16) for x in "kv"}, "page_table": ints([0]), "kv_len": ints(3, 5)},
+        r"page_table must be \[2, max_pages\]",
+    ),
     (paged, {"page_table": ints([0, 1], [2, 5])}, r"page_table must index the 5 pages, got 5 at page 1 of sequence 1"),
     (paged, {"page_table": ints([0, -1], [2, 3])}, r"page_table must index the 5 pages, got -1"),
     (paged, {"page_table": ints([0, 1])}, r"page_table must be \[2, max_pages\]"),
@@ -170,6 +181,23 @@ def test_backward_checks_what_the_forward_left():
     ):
         with pytest.raises(ValueError, match=message):
             backward(*args, *rest)
+
+
+def test_sequences_share_no_rows_that_are_written():
+    q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16).requires_grad_()
+
+    def attend(q_spans, kv_spans, attention=ops.attend):
+        bounds = [ints(*(span[i] for span in spans)) for spans in (q_spans, kv_spans) for i in (0, 1)]
+        return attention(q, k, k, None, flux_ext.Full(), flux_ext.Full(), 0.25, *bounds)[0]
+
+    apart, shared = [(4, 8), (2, 2), (0, 4)], [(3, 8), (0, 8), (0, 5)]
+    attend(apart, apart).sum().backward()
+    with pytest.raises(ValueError, match=r"sequences must not share rows of q, got \[0, 4\) and \[3, 8\)"):
+        attend([(3, 8), (2, 2), (0, 4)], apart)
+    out = attend(apart, shared)  # sequences with a prefix in common may read it
+    torch.testing.assert_close(out, attend(apart, shared, reference.attend))
+    with pytest.raises(ValueError, match=r"sequences share rows of k and v, got \[0, 8\) and \[0, 5\)"):
+        out.sum().backward()
 
 
 ROUTER_ROWS = [

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import ragged, tiny
+from models import SMALL, ragged, tiny
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
@@ -16,8 +16,6 @@ from flux_ext import FluxCache, FluxConfig
 from flux_ext.batch import Batch
 from flux_ext.cache import FluxLayer
 from flux_ext.patterns import dense_mask
-
-SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
 
 @pytest.fixture(autouse=True)

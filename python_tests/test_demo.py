@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import flux_ext
-from flux_ext import demo
+from flux_ext import cli, demo
 from flux_ext.evaluation import tasks
 from flux_ext.evaluation.runner import Score
 
@@ -34,22 +34,36 @@ def score(task, mode, accuracy=math.nan, bits=math.nan, sparsity=0.0):
     return Score(task, mode, 10, accuracy, bits, sparsity, 1.0, (1.0,), 1.0)
 
 
+GOOD = [
+    score("retrieval", "dense", 0.99),
+    score("retrieval", "sparse", 0.01, sparsity=1),
+    score("retrieval", "routed", 0.95, sparsity=0.75),
+    score("continuation", "dense", bits=1.0),
+    score("continuation", "sparse", bits=1.1, sparsity=1),
+    score("continuation", "routed", bits=1.01, sparsity=0.9),
+]
+
+
 def test_verdicts_say_no_where_it_is_no():
-    good = [
-        score("retrieval", "dense", 0.99),
-        score("retrieval", "sparse", 0.01, sparsity=1),
-        score("retrieval", "routed", 0.95, sparsity=0.75),
-        score("continuation", "dense", bits=1.0),
-        score("continuation", "sparse", bits=1.1, sparsity=1),
-        score("continuation", "routed", bits=1.01, sparsity=0.9),
-    ]
-    assert all(line.startswith("[yes]") for line in demo.verdicts(good))
+    assert all(verdict.holds and str(verdict).startswith("[yes]") for verdict in demo.verdicts(GOOD))
     bad = [
         replace(s, accuracy=0.5, bits_per_byte=s.bits_per_byte * (1.1 if s.mode == "routed" else 1), sparsity=0.1)
-        for s in good
+        for s in GOOD
     ]
-    assert all(line.startswith("[NO ]") for i, line in enumerate(demo.verdicts(bad)) if i != 2)
-    assert demo.verdicts([replace(s, accuracy=0.1) if s.mode == "routed" else s for s in good])[2].startswith("[NO ]")
+    assert all(str(verdict).startswith("[NO ]") for i, verdict in enumerate(demo.verdicts(bad)) if i != 2)
+    assert not demo.verdicts([replace(s, accuracy=0.1) if s.mode == "routed" else s for s in GOOD])[2].holds
+
+
+def test_a_missed_expectation_is_an_error_only_where_it_is_asked_for(monkeypatch, capsys):
+    def status(scores, *options):
+        monkeypatch.setattr(demo, "run", lambda *_, **__: scores)
+        return cli.main(["demo", *options])
+
+    missed = [replace(s, accuracy=0.5) if s.mode == "routed" else s for s in GOOD]
+    assert status(GOOD, "--check") == status(missed) == 0
+    assert capsys.readouterr().err == ""
+    assert status(missed, "--check") == 1
+    assert "missed what is expected of it: routed keeps 50.5% of dense (expected >= 95 %)" in capsys.readouterr().err
 
 
 def test_bad_input(tmp_path):

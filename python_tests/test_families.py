@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, MIXED, ragged, scramble, tiny
+from models import FAMILIES, MIXED, SMALL, ragged, scramble, tiny
 
 import flux_ext
 from flux_ext import FluxConfig
 from flux_ext.patching import last_routing, policy
-
-SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])

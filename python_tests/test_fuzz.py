@@ -30,6 +30,8 @@ def any_case(draw):
         q_lens = kv_lens = tuple(draw(length) for _ in range(batch))
     elif layout == "batched":
         q_lens, kv_lens = (draw(length),) * batch, (draw(length),) * batch
+    elif layout.startswith("packed_"):
+        q_lens, kv_lens = (tuple(draw(length) for _ in range(batch)) for _ in range(2))
     else:
         q_lens, kv_lens = (draw(st.integers(0, 20)),) * batch, tuple(draw(length) for _ in range(batch))
     return Case(

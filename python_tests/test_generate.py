@@ -4,13 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import ragged, scramble, tiny
+from models import SMALL, ragged, scramble, tiny
 from transformers import GenerationConfig
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
-
-SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The built libraries: what they need from torch, and that both register their operators."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,16 @@ def test_cpu_operators_are_registered() -> None:
 def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
     for op in ("attend", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CUDA")
+
+
+@pytest.mark.parametrize(
+    "isa, message", [("portable", None), ("sse2", r"FLUX_EXT_ISA must be one of .*portable, got sse2")]
+)
+def test_only_instruction_sets_that_exist_can_be_asked_for(isa: str, message: str | None) -> None:
+    code = "import torch, flux_ext; x = torch.randn(1, 8, 2, 16); flux_ext.attention(x, x, x)"
+    env = {**os.environ, "FLUX_EXT_ISA": isa, "PYTHONPATH": str(library.FOLDER.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if message is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1 and re.search("ValueError: .*" + message, done.stderr), done.stderr

@@ -62,6 +62,13 @@ def test_compile_fullgraph(function):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+def test_compile_packed_queries_over_pages():
+    x = make(Case((5, 1), (20, 33), "packed_paged", head_dim=16))
+    args = (x.q, x.k, x.v, x.route)
+    compiled = torch.compile(flux_ext.attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args, **x.kwargs), flux_ext.attention(*args, **x.kwargs))
+
+
 def test_compile_with_dynamic_lengths_compiles_once():
     graphs = []
 

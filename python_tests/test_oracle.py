@@ -1,7 +1,15 @@
-"""Trained routers against the oracle: the best of all routings with as much full attention, all of them tried."""
+"""Trained routers against the oracle: the best of all routings with as much full attention, all of them tried.
+
+As a program: the objectives beside each other, python python_tests/test_oracle.py counterfactual soft straight_through
+"""
 
 import itertools
 import math
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -25,19 +33,20 @@ def accuracy(model, batch):
     return right.float().mean().item(), patching.last_routing(model).routes[..., 0]
 
 
-def test_training_comes_within_two_percent_of_the_oracle(tmp_path):
-    model, tokenizer = demo.load_backbone()
-    demo.train(model, tokenizer, SETTINGS, seed=0, output=tmp_path)
-    examples = tasks.retrieval(
-        EXAMPLES, length=SETTINGS.train_length, facts=SETTINGS.train_facts, distance=SETTINGS.train_distance
-    )
+def held_out(tokenizer, task=tasks.RETRIEVAL):
+    """Questions (or code) that no training example had, as one batch."""
+    s = SETTINGS
+    if task == tasks.RETRIEVAL:
+        examples = tasks.retrieval(EXAMPLES, length=s.train_length, facts=s.train_facts, distance=s.train_distance)
+    else:
+        examples = tasks.continuation(EXAMPLES, length=s.train_length, answer_length=s.train_answer)
     rows = RouterDataset(examples, tokenizer)
-    batch = PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
-    trained, routes = accuracy(model, batch)
-    layers = len(flux_ext.get_routers(model).layers)
-    full = math.ceil((1 - routes.float()).sum(1).mean().item() - 1e-6)
-    assert full <= layers * (1 - SETTINGS.retrieval_target), "the target sparsity is not reached"
+    return PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
 
+
+def oracle(model, batch, full):
+    """The best accuracy of all routings with so many full layers."""
+    layers = len(flux_ext.get_routers(model).layers)
     best = 0.0
     for chosen in itertools.combinations(range(layers), full):
         route = torch.ones(layers, dtype=torch.int32)
@@ -46,5 +55,47 @@ def test_training_comes_within_two_percent_of_the_oracle(tmp_path):
             best = max(best, accuracy(model, batch)[0])
         if best == 1.0:  # there is no better one
             break
+    return best
+
+
+def full_layers(routes):
+    """Mean number of full layers, rounded up."""
+    return math.ceil((1 - routes.float()).sum(1).mean().item() - 1e-6)
+
+
+def test_training_comes_within_two_percent_of_the_oracle(tmp_path):
+    model, tokenizer = demo.load_backbone()
+    demo.train(model, tokenizer, SETTINGS, seed=0, output=tmp_path)
+    batch = held_out(tokenizer)
+    trained, routes = accuracy(model, batch)
+    full = full_layers(routes)
+    assert full <= routes.shape[1] * (1 - SETTINGS.retrieval_target), "the target sparsity is not reached"
+    best = oracle(model, batch, full)
     assert best > 0.9, "no routing of this sparsity retrieves: the case shows nothing"
     assert trained >= 0.98 * best
+
+
+def compare(objectives, seeds=(0, 1)):
+    """Prints what each objective reaches from the same steps and examples, a line per seed."""
+    found = {}
+    for objective, seed in itertools.product(objectives, seeds):
+        model, tokenizer = demo.load_backbone()
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            demo.train(model, tokenizer, replace(SETTINGS, objective=objective), seed, Path(folder))
+        seconds = time.perf_counter() - start
+        batch = held_out(tokenizer)
+        trained, routes = accuracy(model, batch)
+        full = full_layers(routes)
+        if full not in found:
+            found[full] = oracle(model, batch, full)
+        code = accuracy(model, held_out(tokenizer, tasks.CONTINUATION))[1].float().mean()
+        print(
+            f"{objective}, seed {seed}: accuracy {trained:.2f} at sparsity {routes.float().mean():.2f} "
+            f"(oracle {found[full]:.2f} with {full} full layers), code at sparsity {code:.2f}; {seconds:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    compare(sys.argv[1:])

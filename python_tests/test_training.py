@@ -4,96 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from tiny_training import LAYERS, Grab, batch_rows, dataset, model, snapshot, trainer
 
 import flux_ext
 from flux_ext import patching
-from flux_ext.evaluation.tasks import Example
-from flux_ext.training import (
-    FluxTrainer,
-    PackedCollator,
-    PaddedCollator,
-    Recipe,
-    RouterDataset,
-    training_arguments,
-)
+from flux_ext.training import PackedCollator, PaddedCollator, Recipe
 from flux_ext.training.backbone import PatchedModel, losses
-
-LAYERS = 3
-SMALL = {
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-}
-
-
-class Bytes:
-    """A tokenizer: one token per byte, after a start token."""
-
-    pad_token_id = 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [1] * add_special_tokens + [2 + b for b in text.encode()]}
-
-
-def model(granularity="layer", family="qwen3", **config):
-    torch.manual_seed(0)
-    kind, cls = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[family]
-    m = cls(kind(**SMALL)).eval()
-    with torch.no_grad():  # far from uniform, so that routes matter
-        for p in m.parameters():
-            p.mul_(3)
-    flux_ext.patch(m, flux_ext.FluxConfig(sink=2, window=6, pool_size=4, granularity=granularity, **config))
-    with torch.no_grad():
-        for router in flux_ext.get_routers(m).layers:
-            router.classifier[-1].bias.zero_()
-    return m
-
-
-def dataset(count=12, ragged=True):
-    generator = torch.Generator().manual_seed(2)
-
-    def text(length):
-        return "".join(chr(97 + int(c)) for c in torch.randint(26, (length,), generator=generator))
-
-    examples = [
-        Example(text(20 + (5 * i % 17 if ragged else 0)), text(3), text(2 + i % 3 if ragged else 3), "ab"[i % 2])
-        for i in range(count)
-    ]
-    return RouterDataset(examples, Bytes())
-
-
-def trainer(tmp_path, m=None, recipe=None, data=None, **options):
-    packed = options.pop("packed", False)
-    callbacks = options.pop("callbacks", None)
-    args = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        **options,
-    }
-    return FluxTrainer(
-        model() if m is None else m,
-        recipe or Recipe(targets={"a": 0.5}),
-        training_arguments(str(tmp_path), **args),
-        train_dataset=data or dataset(),
-        packed=packed,
-        tokenizer=Bytes(),
-        callbacks=callbacks,
-    )
-
-
-def snapshot(m):
-    return {name: p.detach().clone() for name, p in m.named_parameters()}
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -113,10 +29,6 @@ def test_only_the_routers_move(tmp_path, objective, granularity, packed):
             assert f"{task}/{key}" in logs[-1]
         assert 0 <= logs[-1][f"{task}/sparsity"] <= 1
     assert logs[-1]["a/target"] == pytest.approx(0.2) and logs[-1]["b/target"] == 0.5
-
-
-def batch_rows(data):
-    return [data[i] for i in range(len(data))]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -185,6 +97,27 @@ def test_second_run_from_a_layer_equals_the_whole_run(collator, family):
     assert not any("forward" in b.__dict__ or b._forward_pre_hooks for b in m.model.layers)
 
 
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_autocast(tmp_path, objective, packed):
+    """Routers in fp32 learn over a backbone under autocast, and from nearly the same losses."""
+    logs = {}
+    for bf16 in (False, True):
+        m = model()
+        before = snapshot(m)
+        t = trainer(tmp_path, m, Recipe(objective=objective, targets={"a": 0.2}), packed=packed, bf16=bf16)
+        seen = []
+        m.lm_head.register_forward_hook(lambda _m, args, out, seen=seen: seen.append(out.dtype))
+        t.train()
+        assert set(seen) == {torch.bfloat16 if bf16 else torch.float32}
+        moved = {name for name, p in m.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if "flux_router" in name}
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in m.parameters())
+        logs[bf16] = [x for x in t.state.log_history if "loss" in x]
+    for task in "ab":
+        assert logs[True][0][f"{task}/lm_loss"] == pytest.approx(logs[False][0][f"{task}/lm_loss"], rel=0.05)
+
+
 def test_counterfactual_builds_no_graph_through_the_backbone(tmp_path):
     t = trainer(tmp_path)
     inputs = t.data_collator(batch_rows(dataset(4)))
@@ -234,17 +167,6 @@ def test_gradient_accumulation_is_a_mean(tmp_path, objective):
     one, four = grads
     assert one.abs().max() > 0 if objective == "counterfactual" else True
     assert torch.allclose(one, four, atol=1e-6, rtol=1e-4)
-
-
-class Grab(TrainerCallback):
-    """Keeps the gradient at each step."""
-
-    def __init__(self, grads):
-        self.grads = grads
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        routers = flux_ext.get_routers(model)
-        self.grads.append(torch.cat([p.grad.flatten() for p in routers.parameters()]).clone())
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
@@ -344,6 +266,8 @@ def test_bad_input(tmp_path):
     m = model()
     with pytest.raises(ValueError, match="targets names tasks that the data lack: c"):
         trainer(tmp_path, m, Recipe(targets={"c": 0.5}))
+    with pytest.raises(ValueError, match="ddp_find_unused_parameters must be False"):
+        trainer(tmp_path, m, ddp_find_unused_parameters=True)
     flux_ext.unpatch(m)
     with pytest.raises(ValueError, match="is not patched"):
         trainer(tmp_path, m)

@@ -10,7 +10,8 @@ namespace flux::cpu {
 void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
   const ProblemShape& s = b.forward.shape;
   const TileShape shape = tile_shape(s);
-  const int dtype = int(b.forward.dtype);
+  const auto queries_backward = kernels().queries_backward[int(b.forward.dtype)];
+  const auto keys_backward = kernels().keys_backward[int(b.forward.dtype)];
   const Plan work = plan(s, shape, 1);
   const auto num_tiles = int64_t(work.tiles.size());
   const int32_t rows = tile_rows(s);
@@ -23,7 +24,7 @@ void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
     stats[t] = {row_stats, row_stats + rows};
   }
   run_dynamic(executor, num_tiles, backward_scratch(s),
-              [&](int64_t t, float* scratch) { kernels().queries_backward[dtype](b, views[t], scratch, stats[t]); });
+              [&](int64_t t, float* scratch) { queries_backward(b, views[t], scratch, stats[t]); });
 
   // The key blocks of a (sequence, KV head) that has queries; the others have gradient 0, as they were handed over.
   struct Keys {
@@ -39,7 +40,7 @@ void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
   }
   run_dynamic(executor, int64_t(jobs.size()), backward_scratch(s), [&](int64_t i, float* scratch) {
     const Keys& j = jobs[i];
-    kernels().keys_backward[dtype](b, &views[j.first_tile], &stats[j.first_tile], j.num_tiles, j.block, scratch);
+    keys_backward(b, &views[j.first_tile], &stats[j.first_tile], j.num_tiles, j.block, scratch);
   });
 }
 

@@ -33,7 +33,8 @@ void attend(const AttendParams& p, const Executor& executor);
 void attend_backward(const AttendBackwardParams& p, const Executor& executor);
 void append(const AppendParams& p, const Executor& executor);
 
-// What the vectorised kernels were compiled for ("portable", "avx2", "avx512").
+// What the kernels in use were compiled for: "portable", "avx2", "avx512" or "avx512_bf16".
+// Throws std::invalid_argument, as attend and attend_backward do, where FLUX_EXT_ISA is none of these.
 const char* isa();
 
 }  // namespace flux::cpu

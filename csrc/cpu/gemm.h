@@ -60,13 +60,7 @@ FLUX_HD void clear(Accumulators& acc) {
 
 // ---- packing ----
 
-// One row of `dim` elements (a multiple of 8) times `factor`, as fp32.
-template <typename T>
-FLUX_HD void pack_row(const T* x, int32_t dim, float factor, float* to) {
-  int32_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(x + d) * factor);
-  for (; d < dim; ++d) to[d] = to_float(x[d]) * factor;
-}
+// One row of `dim` elements (a multiple of 8), as fp32; of bf16 also as it is, in pairs.
 template <typename T>
 FLUX_HD void pack_row(const T* x, int32_t dim, float* to) {
   int32_t d = 0;

@@ -1,6 +1,10 @@
 // Which build of the kernels runs here.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -24,26 +28,42 @@ extern const Kernels table;
 
 namespace {
 
-// Best first. FLUX_EXT_ISA names the best that may be used, for tests and comparisons.
-const Kernels& choose() {
-  const char* limit = std::getenv("FLUX_EXT_ISA");
-  bool allowed = !limit || !*limit;
-  const auto may_use = [&](const Kernels& k, bool supported) {
-    allowed = allowed || std::strcmp(limit, k.isa) == 0;
-    return allowed && supported;
-  };
+struct Build {
+  const Kernels& kernels;
+  bool runs_here;
+};
+
+// Best first.
+std::vector<Build> builds() {
+  std::vector<Build> found;
 #ifdef FLUX_X86
   __builtin_cpu_init();
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (may_use(avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16"))) return avx512_bf16::table;
-  if (may_use(avx512::table, has_avx512)) return avx512::table;
-  if (may_use(avx2::table, has_avx2)) return avx2::table;
+  found.push_back({avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+  found.push_back({avx512::table, has_avx512});
+  found.push_back({avx2::table, has_avx2});
 #endif
-  may_use(portable::table, true);
-  return portable::table;
+  found.push_back({portable::table, true});
+  return found;
+}
+
+// FLUX_EXT_ISA names the best that may be used, for tests and comparisons.
+const Kernels& choose() {
+  const std::vector<Build> all = builds();
+  const char* limit = std::getenv("FLUX_EXT_ISA");
+  auto best = all.begin();
+  if (limit && *limit) {
+    best = std::find_if(all.begin(), all.end(), [&](const Build& b) { return !std::strcmp(b.kernels.isa, limit); });
+    if (best == all.end()) {
+      std::string names;
+      for (const Build& b : all) names += std::string(names.empty() ? "" : ", ") + b.kernels.isa;
+      throw std::invalid_argument("the environment variable FLUX_EXT_ISA must be one of " + names + ", got " + limit);
+    }
+  }
+  return std::find_if(best, all.end(), [](const Build& b) { return b.runs_here; })->kernels;  // portable at the latest
 }
 
 }  // namespace

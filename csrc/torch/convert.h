@@ -136,8 +136,12 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   const bool paged = a.page_table.has_value();
   const bool packed = q.dim() == 3;
   FLUX_CHECK(q.dim() == 4 || packed, "q must be [B, S, Hq, D] or packed [T, Hq, D], got ", shape_of(q));
-  const int64_t want = packed && !paged ? 3 : 4;
-  const char* kv_shape = paged ? "[num_pages, page_size, Hkv, D]" : packed ? "[T, Hkv, D]" : "[B, Skv, Hkv, D]";
+  const bool packed_kv = packed && !paged && k.dim() == 3;
+  const int64_t want = packed_kv ? 3 : 4;
+  const char* kv_shape = paged       ? "[num_pages, page_size, Hkv, D]"
+                         : packed_kv ? "[T, Hkv, D]"
+                         : packed    ? "packed [T, Hkv, D] or a cache [B, Skv, Hkv, D]"
+                                     : "[B, Skv, Hkv, D]";
   FLUX_CHECK(k.dim() == want, "k must be ", kv_shape, ", got ", shape_of(k));
   FLUX_CHECK(v.dim() == want, "v must be ", kv_shape, ", got ", shape_of(v));
   for (int64_t i = 0; i < want; ++i)
@@ -157,8 +161,8 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   if (packed) {
     FLUX_CHECK(a.q_begin && a.q_end, "a packed q [T, Hq, D] needs the row bounds of its sequences (cu_seqlens)");
     FLUX_CHECK(a.q_begin->dim() == 1, "q_begin must be [B], got ", shape_of(*a.q_begin));
-    FLUX_CHECK(paged || (a.kv_begin && a.kv_end), "a packed k [T, Hkv, D] needs the row bounds of its sequences");
   }
+  FLUX_CHECK(!packed_kv || (a.kv_begin && a.kv_end), "a packed k [T, Hkv, D] needs the row bounds of its sequences");
   const int64_t batch = packed ? a.q_begin->size(0) : q.size(0);
   if (paged) {
     const Tensor& t = *a.page_table;
@@ -180,7 +184,7 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
     p.page_size = to_int32(k.size(1), "page_size");
     FLUX_CHECK(p.page_size >= 1, "page_size must be >= 1, got ", p.page_size);
     p.num_pages = to_int32(k.size(0), "num_pages");
-  } else if (!packed) {
+  } else if (!packed_kv) {
     FLUX_CHECK(k.size(0) == batch, "k must have the batch of q (", batch, "), got ", k.size(0));
   }
   FLUX_CHECK(kv_heads >= 1, "k must have at least one head, got ", kv_heads);

@@ -31,6 +31,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                     {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale,
                                      q_begin, q_end, kv_begin, kv_end, page_table});
   check_values(p);
+  if (q.dim() == 3)
+    check_disjoint(p.shape.q_rows, p.shape.batch, 1, "q_begin and q_end: sequences must not share rows of q");
   auto [out, lse] = make_outputs(q, q_begin || q_end);
   set_outputs(p, out, lse);
   cpu::attend(p, TorchThreads());
@@ -54,7 +56,12 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const
                                                     {route, patterns, full_blocks, full_counts, sparse_blocks,
                                                      sparse_counts, scale, q_begin, q_end, kv_begin, kv_end, no_pages},
                                                     grad_q, grad_k, grad_v);
+  const ProblemShape& s = p.forward.shape;
   check_values(p.forward);
+  if (q.dim() == 3) check_disjoint(s.q_rows, s.batch, 1, "q_begin and q_end: sequences must not share rows of q");
+  if (k.dim() == 3)
+    check_disjoint(s.kv_rows, s.batch, s.num_kv_heads,
+                   "kv_begin and kv_end: there is no gradient where sequences share rows of k and v");
   cpu::attend_backward(p, TorchThreads());
   return {grad_q, grad_k, grad_v};
 }

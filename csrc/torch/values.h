@@ -2,7 +2,9 @@
 // there, RowSpans and the kernels clamp what could lead outside a tensor.)
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "core/params.h"
 #include "torch/checks.h"
@@ -55,6 +57,20 @@ inline void check_values(const AttendParams& p) {
         }
       }
     }
+}
+
+// Rows of a packed tensor that two sequences claim would be written by both.
+inline void check_disjoint(const RowSpans& s, int32_t batch, int32_t heads, const char* rule) {
+  if (s.begin_stride_h == 0 && s.end_stride_h == 0) heads = 1;
+  std::vector<Span> spans(batch);
+  for (int32_t h = 0; h < heads; ++h) {
+    for (int32_t b = 0; b < batch; ++b) spans[b] = s(b, h);
+    const auto end = std::remove_if(spans.begin(), spans.end(), [](const Span& x) { return x.size() == 0; });
+    std::sort(spans.begin(), end, [](const Span& x, const Span& y) { return x.begin < y.begin; });
+    const auto two =
+        std::adjacent_find(spans.begin(), end, [](const Span& x, const Span& y) { return y.begin < x.end; });
+    FLUX_CHECK(two == end, rule, ", got [", two->begin, ", ", two->end, ") and [", two[1].begin, ", ", two[1].end, ")");
+  }
 }
 
 inline void check_finite(const RouteParams& p) {

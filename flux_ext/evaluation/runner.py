@@ -73,6 +73,9 @@ def evaluate(
 
     Returns:
         One :class:`Score` per mode and task, modes first.
+
+    Raises:
+        ValueError: a task is neither to be generated nor measured, or the model is not patched.
     """
     tasks = sorted({e.task for e in examples})
     training = model.training

@@ -77,7 +77,12 @@ def is_heldout(name: str) -> bool:
 def corpus(split: str = "train", root: Path | None = None) -> Mapping[str, str]:
     """The standard library's sources, ``{name: text}``, in the order of the names.
 
-    split: ``"train"`` or ``"heldout"``; no file is in both. root: another folder of Python sources to read instead.
+    Args:
+        split: ``"train"`` or ``"heldout"``; no file is in both.
+        root: another folder of Python sources to read instead.
+
+    Raises:
+        ValueError: another split.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -164,9 +169,17 @@ def retrieval(
 ) -> list[Example]:
     """Code with facts hidden in it, then a question about one of them.
 
-    length: bytes of each prompt. facts: how many are hidden; one is asked for, the others distract. distance: at least
-    so many bytes of code lie between the last fact and the question; take it larger than the window of the sparse
-    pattern. head: the first so many bytes of code hold no fact.
+    Args:
+        count: examples.
+        length: bytes of each prompt.
+        facts: how many are hidden; one is asked for, the others distract.
+        distance: at least so many bytes of code lie between the last fact and the question; take it larger than the
+            window of the sparse pattern.
+        head: the first so many bytes of code hold no fact.
+        split, seed: see :func:`corpus`; the seed of the draws.
+
+    Raises:
+        ValueError: ``length`` has no room for all that, or no source is as long.
     """
     rng = random.Random(f"retrieval {split} {seed}")
     code_length = length - len(HEADER) - len(question_text("....")) - facts * len(fact_line("....", "...."))
@@ -190,7 +203,14 @@ def continuation(
 ) -> list[Example]:
     """Code, and the code that comes next.
 
-    length: bytes of each prompt. answer_length: bytes to be continued.
+    Args:
+        count: examples.
+        length: bytes of each prompt.
+        answer_length: bytes to be continued.
+        split, seed: see :func:`corpus`; the seed of the draws.
+
+    Raises:
+        ValueError: no source is as long.
     """
     rng = random.Random(f"continuation {split} {seed}")
     excerpts = Excerpts(tuple(corpus(split).values()), length + answer_length)

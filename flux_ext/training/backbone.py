@@ -40,7 +40,7 @@ class PatchedModel:
     ) -> None:
         self.model, self.inputs = model, inputs
         self.num_layers, self.num_heads = num_layers, num_heads
-        self._own = unwrap(model)
+        self._own = patching.unwrap_parallel(model)
         self._index = list(range(num_layers)) if layers is None else list(layers)
         self._blocks = decoder_layers(self._own)
         self._kept: dict[int, Tensor] = {}
@@ -78,15 +78,6 @@ class PatchedModel:
         return keep
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel and compilation wrappers."""
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
     """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
     get_decoder: Any = getattr(model, "get_decoder", None)
@@ -96,15 +87,19 @@ def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
 
 
 def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The mean cross-entropy of each sequence's answer, ``[B]``, fp32; the routers decide from its prompt.
+    """The mean cross-entropy of each sequence's answer, fp32 ``[B]``, nats per token.
 
-    Logits are made for answers only.
+    The routers decide from the prompts; logits are made for answers only.
+
+    Args:
+        model: a patched causal language model, wrapped or not.
+        inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
     """
     labels = inputs["labels"]
     targets = labels[:, 1:]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
     arguments = {k: v for k, v in inputs.items() if k not in _OURS}
-    with patching.prompt_lengths(unwrap(model), inputs["prompt_lengths"]):
+    with patching.prompt_lengths(model, inputs["prompt_lengths"]):
         logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -119,7 +114,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-    """The batch of these sequences alone, padded or packed like the whole."""
+    """The batch of these sequences (int64 ``rows``) alone, padded or packed like the whole."""
     tokens = token_index(inputs, rows)
     if tokens is None:
         return {k: v[rows] if isinstance(v, Tensor) else v for k, v in inputs.items()}
@@ -137,7 +132,7 @@ def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
 
 
 def token_index(inputs: Mapping[str, Any], rows: Tensor) -> Tensor | None:
-    """Which tokens of a packed row belong to these sequences; None for padded batches."""
+    """Which tokens of a packed row belong to these sequences, int64; None for padded batches."""
     bounds = inputs.get("cu_seq_lens_q")
     if bounds is None:
         return None

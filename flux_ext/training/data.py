@@ -29,8 +29,9 @@ def load_examples(path: str | Path) -> list[Example]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, empty, or a line breaks a rule; the message names file, line
-        and column. ImportError: Parquet without pyarrow.
+        ValueError: the file is of another kind or empty, or a line breaks a rule; the message names file, line and
+            column.
+        ImportError: a Parquet file without pyarrow.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,8 +111,12 @@ class RouterDataset(Dataset):
         examples: what to learn from.
         tokenizer: a Hugging Face tokenizer. The prompt gets its special tokens, the answer none.
         tasks: the tasks' names in order; default: those of the examples, sorted.
-        max_length: longer examples lose tokens from the middle of the prompt, so that its beginning and the
+        max_length: tokens; longer examples lose some from the middle of the prompt, so that its beginning and the
             question stay.
+
+    Raises:
+        ValueError: no examples, or one whose task is not in ``tasks``; on access, an example without tokens or
+            whose answer leaves no room for a prompt.
     """
 
     def __init__(
@@ -180,12 +185,11 @@ class PaddedCollator:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Batches packed into one row without padding, in the form of transformers'
-    ``DataCollatorWithFlattening``.
+    """Batches packed into one row without padding, in the form of transformers' ``DataCollatorWithFlattening``.
 
-    Returns ``input_ids``, ``labels`` and ``position_ids`` ``[1, T]``, ``cu_seq_lens_q`` and
-    ``cu_seq_lens_k`` int32 ``[B + 1]``, ``max_length_q`` and ``max_length_k``, ``task_ids`` and
-    ``prompt_lengths`` ``[B]``.
+    Returns ``input_ids``, ``labels`` and ``position_ids``, int64 ``[1, T]``; ``cu_seq_lens_q`` and
+    ``cu_seq_lens_k``, int32 ``[B + 1]``; ``max_length_q`` and ``max_length_k``, integers; ``task_ids`` and
+    ``prompt_lengths``, int64 ``[B]``.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

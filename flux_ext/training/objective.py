@@ -33,17 +33,22 @@ class RoutedModel(Protocol):
     """Decisions per layer: 1, or the KV heads."""
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
-        """The loss of each sequence ``[B]`` in nats per answer token.
+        """The loss of each sequence, ``[B]``, in nats per answer token.
 
-        keep: ``{layer: rows}``, what :meth:`loss_again` is going to be asked for.
+        Args:
+            policy: decides every routed layer.
+            keep: ``{layer: rows}``, int64 rows of the batch: what :meth:`loss_again` is going to be asked for.
         """
         ...
 
     def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
-        """The losses ``[len(rows)]`` of these sequences of the last batch, no gradient.
+        """The losses of some sequences of the last batch, ``[len(rows)]``, without a gradient.
 
-        The policy answers as in the last :meth:`loss` below ``layer``: the model may start there. It is
-        asked with the logits of ``rows`` only.
+        Args:
+            policy: asked with the logits of ``rows`` only; below ``layer`` it answers as in the last :meth:`loss`,
+                so the model may start there.
+            layer: the first layer that is routed otherwise.
+            rows: int64, which sequences.
         """
         ...
 
@@ -61,11 +66,15 @@ class Step:
 
 
 class Multipliers(nn.Module):
-    """Lagrange multipliers of the tasks' target sparsities, kept as buffers and moved by explicit dual
-    ascent.
+    """Lagrange multipliers of the tasks' target sparsities (arXiv 2604.07394).
 
-    They see no weight decay and no gradient clipping. Buffers ``lambda1``, ``lambda2`` and ``target`` are
-    ``[T]``.
+    Buffers ``lambda1``, ``lambda2`` (nats per unit of sparsity, and of its square) and ``target`` (share of sparse
+    attention), fp32 ``[T]``, moved by explicit dual ascent: no weight decay and no gradient clipping sees them.
+
+    Args:
+        tasks: the tasks' names; T of them.
+        recipe: the form of the penalty, the targets and the rate of the ascent.
+        generator: draws the start of the published forms.
     """
 
     lambda1: Tensor
@@ -83,12 +92,14 @@ class Multipliers(nn.Module):
         self.register_buffer("target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32))
 
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
-        """The scalar term of the loss.
+        """The multipliers' term of the loss: a scalar, in nats.
 
-        sparsity: ``[B]``, differentiable. tasks: int64 ``[B]``. The inequality form is a mean over sequences
-            (each pays
-        the price of its own task); the published forms are a mean over the tasks present of a function of
-        the task's mean sparsity.
+        In the inequality form it is a mean over sequences, each of which pays the price of its own task; in the
+        published forms a mean, over the tasks present, of a function of the task's mean sparsity.
+
+        Args:
+            sparsity: ``[B]``, differentiable.
+            tasks: int64 ``[B]``, the sequences' tasks.
         """
         if self.form == "inequality":
             return (self.lambda1[tasks] * (self.target[tasks] - sparsity)).mean()
@@ -103,9 +114,9 @@ class Multipliers(nn.Module):
     def ascend(self, sparsity: Tensor, count: Tensor) -> None:
         """One step of gradient ascent.
 
-        sparsity: ``[T]``, the mean of each task over all sequences of the step (all ranks). count: ``[T]``,
-            how many there
-        were; tasks with none stay as they are.
+        Args:
+            sparsity: ``[T]``, the mean of each task over all sequences of the step, those of all ranks.
+            count: ``[T]``, how many sequences each task had; tasks with none stay as they are.
         """
         d = sparsity - self.target
         if self.form == "inequality":
@@ -118,8 +129,7 @@ class Multipliers(nn.Module):
 
 
 class Objective(nn.Module):
-    """Base of the three. Calling it gives a :class:`Step`; its state (multipliers, random draws) is a state
-    dict.
+    """Base of the three. Calling it gives a :class:`Step`; multipliers and random draws are its state dict.
 
     Args:
         recipe: the options.
@@ -142,7 +152,13 @@ class Objective(nn.Module):
         self.multipliers = Multipliers(tasks, recipe, torch.Generator().manual_seed(0))
 
     def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
-        """tasks: int64 ``[B]``. progress: the share of the training that is done, for the schedules."""
+        """One evaluation on a batch.
+
+        Args:
+            model: the backbone with its batch; asked for losses one or several times.
+            tasks: int64 ``[B]``, the sequences' tasks.
+            progress: the share of the training that is done, in [0, 1], for the schedules.
+        """
         raise NotImplementedError
 
     def get_extra_state(self) -> Tensor:
@@ -169,8 +185,7 @@ def _stack(per_layer: Mapping[int, Tensor]) -> Tensor:
 
 
 class Soft(Objective):
-    """Full and sparse attention mixed by Gumbel-softmax weights (Flux Attention, arXiv 2604.07394, section
-    3).
+    """Full and sparse attention mixed by Gumbel-softmax weights (Flux Attention, arXiv 2604.07394, section 3).
 
     ``r = softmax((logits + g) / tau)[1]``, ``out = r * full + (1 - r) * sparse``.
     """
@@ -312,6 +327,6 @@ class Counterfactual(Objective):
 def make_objective(
     recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
 ) -> Objective:
-    """The objective that the recipe names."""
+    """The objective that the recipe names; arguments as for :class:`Objective`."""
     kinds = {"counterfactual": Counterfactual, "soft": Soft, "straight_through": StraightThrough}
     return kinds[recipe.objective](recipe, tasks, num_layers, num_heads, seed)

@@ -28,9 +28,9 @@ class FluxTrainer(Trainer):
     """Trains the routers of a patched model; the backbone is frozen.
 
     A checkpoint holds the routers (as :meth:`FluxRouters.save_pretrained` writes them), the recipe and the
-    objective's state, and what every Trainer keeps for resuming. Metrics per task go to any logger and to
-    the progress bar: ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss`` (nats per
-    answer token).
+    objective's state (one file per process), and what every Trainer keeps for resuming. Metrics per task go to any
+    logger and to the progress bar: ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss``
+    (nats per answer token).
 
     Args:
         model: a patched causal language model.
@@ -42,8 +42,7 @@ class FluxTrainer(Trainer):
         kwargs: as for ``Trainer``.
 
     Raises:
-        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot
-        work.
+        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot work.
     """
 
     def __init__(
@@ -75,6 +74,12 @@ class FluxTrainer(Trainer):
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
+        if args.ddp_find_unused_parameters:
+            raise ValueError(
+                "ddp_find_unused_parameters must be False: it looks for the routers behind the logits, "
+                "but their gradients take other ways, and every step reaches every router"
+            )
+        args.ddp_find_unused_parameters = False
         model.requires_grad_(False)
         self.routers.requires_grad_(True)
         if "data_collator" not in kwargs:
@@ -165,10 +170,23 @@ class FluxTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder)
-        save_file({k: v.contiguous() for k, v in self.objective.state_dict().items()}, folder / OBJECTIVE_FILE)
+        self._save_objective(folder)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
         (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._save_objective(Path(output_dir))  # `_save` runs on the first process only
+
+    def _objective_file(self) -> str:
+        """Multipliers are the same on all processes, draws are each one's own."""
+        rank = self.args.process_index
+        return OBJECTIVE_FILE if rank == 0 else f"objective-{rank}.safetensors"
+
+    def _save_objective(self, folder: Path) -> None:
+        state = {k: v.contiguous() for k, v in self.objective.state_dict().items()}
+        save_file(state, folder / self._objective_file())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -183,7 +201,13 @@ class FluxTrainer(Trainer):
         if difference := self.routers.config.differences(saved.config):
             raise ValueError(f"the routers in {folder} have other settings: {difference}")
         self.routers.load_state_dict(saved.state_dict())
-        self.objective.load_state_dict(load_file(folder / OBJECTIVE_FILE))
+        draws = folder / self._objective_file()
+        if draws.is_file():
+            self.objective.load_state_dict(load_file(draws))
+        else:  # there were fewer processes: this one draws anew
+            first = load_file(folder / OBJECTIVE_FILE)
+            common = {k: v for k, v in first.items() if k.startswith("multipliers.")}
+            self.objective.load_state_dict({**self.objective.state_dict(), **common})
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:

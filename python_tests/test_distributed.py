@@ -1,0 +1,147 @@
+"""Training on two processes (gloo, CPU): the same gradients as on one, the same routers everywhere, and resuming.
+
+As a program this file is one of the processes.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_training import LAYERS, Grab, dataset, trainer
+
+import flux_ext
+from flux_ext.training import Recipe
+
+PROCESSES = 2
+OBJECTIVES = ("counterfactual", "soft", "straight_through")
+
+
+def one_step(folder, objective, packed=False, **options):
+    """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped."""
+    recipe, data, grads = Recipe(objective=objective, flips=LAYERS), dataset(4, ragged=False), []
+    t = trainer(
+        folder,
+        recipe=recipe,
+        data=data,
+        packed=packed,
+        max_steps=1,
+        max_grad_norm=0.0,
+        callbacks=[Grab(grads)],
+        **options,
+    )
+    t.objective.multipliers.lambda1.fill_(3.0)
+    t.objective.uniform = lambda shape, like: torch.full(tuple(shape), 0.5)
+    t.train()
+    return grads[0], t.objective.multipliers.lambda1
+
+
+def states(t):
+    """Routers' parameters, multipliers, and the objective's draws."""
+    routers = torch.cat([p.detach().flatten() for p in t.routers.parameters()])
+    return routers, t.objective.multipliers.lambda1.clone(), t.objective.generator.get_state()
+
+
+def some_steps(folder, objective, resume=None, **options):
+    t = trainer(
+        folder, recipe=Recipe(objective=objective, targets={"a": 0.3}), max_steps=4, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, **options,
+    )  # fmt: skip
+    t.train(resume_from_checkpoint=resume)
+    return states(t)
+
+
+def resumed(folder, objective, checkpoint):
+    """As :func:`some_steps` from a checkpoint on; None where transformers cannot (5.17: optimizers go to "cpu:1")."""
+    try:
+        return some_steps(folder, objective, str(checkpoint))
+    except RuntimeError as error:
+        if "restore data location" not in str(error):
+            raise
+        return None
+
+
+def process(folder: Path) -> None:
+    """What each of the processes does; what it saw goes to a file."""
+    seen = {}
+    for objective in OBJECTIVES:
+        for packed in (False, True):
+            seen["step", objective, packed] = one_step(
+                folder / "step", objective, packed, per_device_train_batch_size=1, gradient_accumulation_steps=2
+            )
+    for objective in ("counterfactual", "soft"):
+        own = folder / objective
+        seen["through", objective] = some_steps(own, objective, save_strategy="steps", save_steps=2)
+        seen["resumed", objective] = resumed(own, objective, own / "checkpoint-2")
+    seen["after one"] = resumed(folder / "after one", "counterfactual", folder / "one" / "checkpoint-2")
+    torch.save(seen, folder / f"seen-{os.environ['RANK']}.pt")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What the processes saw, one entry each."""
+    folder = tmp_path_factory.mktemp("distributed")
+    some_steps(folder / "one", "counterfactual", save_strategy="steps", save_steps=2)
+    package = Path(flux_ext.__file__).parent.parent
+    path = os.pathsep.join([str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={PROCESSES}",
+            __file__,
+            folder,
+        ],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"seen-{rank}.pt") for rank in range(PROCESSES)]
+
+
+def needs_resuming(seen):
+    if seen[0]["after one"] is None:
+        pytest.skip(f"transformers {transformers.__version__} loads no optimizer into several processes on the CPU")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_processes_and_two_micro_batches_give_the_gradient_of_one_batch(seen, tmp_path, objective, packed):
+    want, multipliers = one_step(tmp_path, objective, packed, per_device_train_batch_size=4)
+    for got, own_multipliers in (s["step", objective, packed] for s in seen):
+        assert want.abs().max() > 1e-3
+        assert torch.allclose(got, want, atol=1e-6, rtol=1e-4)
+        assert torch.allclose(own_multipliers, multipliers)
+
+
+@pytest.mark.parametrize("objective", ["counterfactual", "soft"])
+def test_all_processes_have_the_same_routers_and_their_own_draws(seen, objective):
+    one, two = (s["through", objective] for s in seen)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[2], two[2])
+
+
+@pytest.mark.parametrize("objective", ["counterfactual", "soft"])
+def test_resuming_goes_on_where_each_process_was(seen, objective):
+    needs_resuming(seen)
+    for s in seen:
+        for a, b in zip(s["through", objective], s["resumed", objective], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_more_processes_than_before_go_on_with_their_own_draws(seen):
+    needs_resuming(seen)
+    one, two = (s["after one"] for s in seen)
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[2], two[2])
+
+
+if __name__ == "__main__":
+    process(Path(sys.argv[1]))
