@@ -11,6 +11,7 @@ KINDS = {
     "end_to_end": "benchmarks.end_to_end",
     "launch": "benchmarks.launch",
     "picture": "benchmarks.picture",
+    "step": "benchmarks.step",
 }
 
 

@@ -108,7 +108,8 @@ def _restart(names: list[str], deadline: float) -> None:
 
 def summarize(rows: list[Row], models: list[Path], out: Path | None) -> None:
     """Prints the criteria, and writes them beside the table."""
-    lines = criteria.verdicts(criteria.Results(rows, [r for path in models for r in criteria.read_models(path)]))
+    seen = criteria.Results(rows, [row for path in models for row in criteria.read_models(path)])
+    lines = criteria.verdicts(seen, criteria.everything(GROUPS.values()))
     criteria.show(lines)
     if out:
         criteria.write(out / "criteria.csv", lines)
