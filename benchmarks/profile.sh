@@ -16,7 +16,7 @@ timeout "$limit" python3 -m benchmarks step ${tiny:+--model tiny --length 300} -
 
 ncu=$(command -v ncu || ls -d /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | tail -n 1)
 [ -n "$ncu" ] || { echo "no ncu"; exit 1; }
-timeout "$limit" "$ncu" --set full --import-source no --clock-control none --profile-from-start off -f \
+timeout "$limit" "$ncu" --set full --clock-control none --profile-from-start off -f \
   -o "$out/profile" python3 -m benchmarks launch --profile ${tiny:+--tiny} || status=1
 [ -s "$out/profile.ncu-rep" ] || { echo "ncu wrote no report"; exit 1; }
 timeout 60 "$ncu" --import "$out/profile.ncu-rep" --page details --csv >"$out/profile-details.csv" || status=1

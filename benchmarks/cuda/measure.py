@@ -133,7 +133,7 @@ def _sample_cpu(runners: Mapping[str, Runner], rounds: int) -> dict[str, list[fl
     return samples
 
 
-def race(contenders: Mapping[str, Sequence[Call]], device: str, seconds: float = 0.6) -> dict[str, Timing]:
+def race(contenders: Mapping[str, Sequence[Call]], device: str, seconds: float) -> dict[str, Timing]:
     """Times all contenders in turns for about ``seconds`` in all, at least 5 rounds (2 on the CPU).
 
     A contender that fails has its error for a time, and the others go on.

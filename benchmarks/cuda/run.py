@@ -46,7 +46,7 @@ def ceilings(setting: Setting) -> tuple[Ceilings, list[Row]]:
         ("bf16 matrix product", Problem({OURS: [lambda: a @ b]}, flops=2.0 * n**3)),
         ("device copy", Problem({OURS: [lambda: y.copy_(x)]}, num_bytes=2.0 * size)),
     ):
-        timing = race(problem.contenders, setting.device)[OURS]
+        timing = race(problem.contenders, setting.device, setting.seconds)[OURS]
         rate = (problem.flops or problem.num_bytes) / timing.us / 1e6
         setattr(found, "matrix" if problem.flops else "copy", rate)
         spec = Spec("ceiling", kind, 1, n if problem.flops else size, 0, 0, 0)
@@ -60,7 +60,7 @@ def run_case(group: Group, spec: Spec, setting: Setting, limits: Ceilings) -> li
     problem = Problem()
     try:
         problem = group.build(spec, setting)
-        timings = race(problem.contenders, setting.device)
+        timings = race(problem.contenders, setting.device, setting.seconds)
         for name, call in problem.host.items():
             timings[name] = Timing(host_us(call, setting.device), 0.0, "host time of one call")
     except DeviceLost:
