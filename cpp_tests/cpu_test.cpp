@@ -4,15 +4,17 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <numeric>
 #include <thread>
 
-#include "random_problem.h"
-#include "reference.h"
+#include "attend_case.h"
 
 namespace flux {
 namespace {
 
+using test::AttendCase;
+using test::Data;
+using test::Difference;
+using test::Layout;
 using test::Random;
 
 // Workers one after the other, or each on a thread of its own.
@@ -36,169 +38,16 @@ class Workers : public cpu::Executor {
   bool threads_;
 };
 
-size_t size_of(DType t) { return t == DType::kFloat32 ? 4 : 2; }
-
-// A tensor that is NaN until values are put in.
-struct Data {
-  DType dtype = DType::kFloat32;
-  std::vector<unsigned char> bytes;
-
-  void allocate(DType t, int64_t elements) {
-    dtype = t;
-    bytes.resize(size_t(elements) * size_of(t));
-    for (int64_t i = 0; i < elements; ++i) test::write(t, bytes.data(), i, NAN);
-  }
-  int64_t size() const { return int64_t(bytes.size() / size_of(dtype)); }
-  double operator[](int64_t i) const { return test::read(dtype, bytes.data(), i); }
-  void set(int64_t i, double value) { test::write(dtype, bytes.data(), i, value); }
-  void fill(double value) {
-    for (int64_t i = 0; i < size(); ++i) set(i, value);
-  }
-};
-
-struct AttendCase {
-  test::Problem problem;
-  AttendBackwardParams params;
-  Data q, k, v, out, grad_out, grad_q, grad_k, grad_v;
-  std::vector<float> lse;
-  std::vector<int32_t> page_table;
-};
-
-// [batch, rows, heads, dim] with odd gaps, or packed [rows, heads, dim]; returns its elements.
-int64_t layout(Random& random, bool packed, int64_t batch, int64_t rows, int64_t heads, int64_t dim, Strides& s) {
-  s.h = dim + random.integer(0, 1) * random.integer(1, 9);
-  s.s = s.h * heads + random.integer(0, 1) * random.integer(1, 9);
-  s.b = packed ? 0 : s.s * rows + random.integer(0, 1) * random.integer(1, 9);
-  return (packed ? 1 : batch) * (packed ? s.s * rows : s.b);
-}
-
-enum class Layout { kBatched, kPacked, kPaged, kPagedPerHead };
-
-void random_attend(Random& random, DType dtype, Layout kind, int32_t dim, AttendCase& c) {
-  test::ProblemOptions o;
-  o.max_batch = 3;
-  o.max_q_len = 140;
-  o.max_kv_len = 200;
-  o.packed = kind == Layout::kPacked;
-  o.per_head_lengths = kind == Layout::kPagedPerHead || (kind == Layout::kBatched && random.chance(30));
-  o.block_lists = random.chance(30);
-  test::random_problem(random, o, c.problem);
-  AttendParams& p = c.params.forward;
-  ProblemShape& s = c.problem.shape;
-  s.head_dim = dim;
-  p.shape = s;
-  p.dtype = dtype;
-  p.scale = (random.chance(20) ? -1.5f : 1.f) / std::sqrt(float(dim));
-  const bool paged = kind == Layout::kPaged || kind == Layout::kPagedPerHead, packed = kind == Layout::kPacked;
-
-  c.q.allocate(dtype, layout(random, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, p.q_stride));
-  c.out.allocate(dtype, layout(random, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, p.out_stride));
-  c.grad_out.allocate(dtype,
-                      layout(random, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, c.params.grad_out_stride));
-  c.grad_q.allocate(dtype,
-                    layout(random, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, c.params.grad_q_stride));
-  p.lse_stride = {packed ? 0 : int64_t(s.num_q_heads) * s.q_rows.capacity, 1, s.q_rows.capacity};
-  c.lse.assign(size_t(packed ? 1 : s.batch) * s.num_q_heads * s.q_rows.capacity, NAN);
-  if (paged) {
-    p.page_size = 16 << random.integer(0, 2);
-    const int32_t heads = kind == Layout::kPagedPerHead ? s.num_kv_heads : 1;
-    const int32_t per_sequence = ceil_div(s.kv_rows.capacity, p.page_size) + 1;
-    p.num_pages = s.batch * heads * per_sequence + 3;
-    std::vector<int32_t> order(p.num_pages);
-    std::iota(order.begin(), order.end(), 0);
-    for (int32_t i = p.num_pages - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
-    c.page_table.assign(size_t(s.batch) * heads * per_sequence, 1 << 30);  // garbage beyond the last key
-    for (int32_t b = 0; b < s.batch; ++b)
-      for (int32_t h = 0; h < heads; ++h)
-        for (int32_t i = 0; i < ceil_div(s.kv_rows(b, h).end, p.page_size); ++i) {
-          const size_t n = (size_t(b) * heads + h) * per_sequence + i;
-          c.page_table[n] = order[n];
-        }
-    p.page_table = c.page_table.data();
-    p.page_stride_b = int64_t(heads) * per_sequence;
-    p.pages_per_head = kind == Layout::kPagedPerHead;
-    p.page_stride_h = p.pages_per_head ? per_sequence : 0;
-  }
-  const int64_t kv_batch = paged ? p.num_pages : s.batch, kv_rows = paged ? p.page_size : s.kv_rows.capacity;
-  const int64_t kv_heads = kind == Layout::kPagedPerHead ? 1 : s.num_kv_heads;
-  c.k.allocate(dtype, layout(random, packed, kv_batch, kv_rows, kv_heads, dim, p.k_stride));
-  c.v.allocate(dtype, layout(random, packed, kv_batch, kv_rows, kv_heads, dim, p.v_stride));
-  c.grad_k.allocate(dtype, layout(random, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_k_stride));
-  c.grad_v.allocate(dtype, layout(random, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_v_stride));
-
-  // Values only where a sequence has rows; all else stays NaN.
-  for (int32_t b = 0; b < s.batch; ++b) {
-    for (int32_t g = 0; g < s.num_q_heads; ++g) {
-      const Span rows = s.q_rows(b, g / s.group());
-      for (int32_t r = rows.begin; r < rows.end; ++r)
-        for (int32_t d = 0; d < dim; ++d) {
-          c.q.set(test::at(p.q_stride, b, r, g) + d, random.normal());
-          c.grad_out.set(test::at(c.params.grad_out_stride, b, r, g) + d, random.normal());
-        }
-    }
-    for (int32_t h = 0; h < s.num_kv_heads; ++h)
-      for (int32_t j = 0; j < s.kv_rows(b, h).size(); ++j)
-        for (int32_t d = 0; d < dim; ++d) {
-          c.k.set(test::kv_at(p, p.k_stride, b, h, j) + d, random.normal());
-          c.v.set(test::kv_at(p, p.v_stride, b, h, j) + d, random.normal());
-        }
-  }
-  c.grad_q.fill(0);  // as the operators hand them over
-  c.grad_k.fill(0);
-  c.grad_v.fill(0);
-  p.q = c.q.bytes.data();
-  p.k = c.k.bytes.data();
-  p.v = c.v.bytes.data();
-  p.out = c.out.bytes.data();
-  p.lse = c.lse.data();
-  c.params.grad_out = paged ? nullptr : c.grad_out.bytes.data();
-  c.params.grad_q = c.grad_q.bytes.data();
-  c.params.grad_k = c.grad_k.bytes.data();
-  c.params.grad_v = c.grad_v.bytes.data();
-}
-
-// Rounding of one number in this dtype.
-double epsilon(DType t) { return t == DType::kFloat32 ? 0x1p-23 : t == DType::kFloat16 ? 0x1p-10 : 0x1p-7; }
-
-// Relative error over rows [0, n) of `dim` elements that row(i) finds.
-struct Difference {
-  double error = 0, norm = 0;
-  void add(double got, double want) {
-    ASSERT_EQ(std::isfinite(got), std::isfinite(want)) << got << " instead of " << want;
-    if (!std::isfinite(want)) return;
-    error += (got - want) * (got - want);
-    norm += want * want;
-  }
-  void expect_small(DType t, double factor, const char* name) const {
-    EXPECT_LE(std::sqrt(error), factor * epsilon(t) * std::sqrt(norm) + 1e-6) << name;
-  }
-};
-
-// `slack`: how much more the rounding of the scores counts than at ordinary ones.
 void check_attend(AttendCase& c, const Workers& workers, double slack = 1) {
   const AttendBackwardParams& b = c.params;
   const AttendParams& p = b.forward;
   const int32_t dim = p.shape.head_dim;
   cpu::attend(p, workers);
-  // Gradients are laid out with strides of their own: the reference's vectors must hold the larger of them.
-  const test::Expected e = test::attend(b, std::max({c.q.size(), c.out.size(), c.grad_q.size()}), c.lse.size(),
-                                        std::max({c.k.size(), c.v.size(), c.grad_k.size(), c.grad_v.size()}));
-  Difference out, lse, grad_q, grad_k, grad_v;
-  int64_t rows = 0;
-  test::for_each_query(p.shape, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>& keys) {
-    ++rows;
-    const int64_t i = test::at(p.lse_stride, seq, row, g), o = test::at(p.out_stride, seq, row, g);
-    ASSERT_EQ(c.lse[i] == -INFINITY, keys.empty());
-    lse.add(c.lse[i], e.lse[i]);
-    for (int32_t d = 0; d < dim; ++d) out.add(c.out[o + d], e.out[o + d]);
-  });
-  out.expect_small(p.dtype, (p.dtype == DType::kFloat32 ? 16 : 1) * slack, "out");
-  lse.expect_small(DType::kFloat32, 16 * slack, "lse");
-  int64_t written = 0;
-  for (int64_t i = 0; i < c.out.size(); ++i) written += !std::isnan(c.out[i]);
-  EXPECT_EQ(written, rows * dim) << "rows of no sequence must stay untouched";
+  const test::Expected e = test::expected(c);
+  test::expect_attended(c, e, slack);
   if (!b.grad_out) return;
 
+  Difference grad_q, grad_k, grad_v;
   cpu::attend_backward(b, workers);
   test::for_each_query(p.shape, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>&) {
     const int64_t i = test::at(b.grad_q_stride, seq, row, g);
@@ -224,9 +73,13 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
   const auto [dtype, kind] = GetParam();
   Random random(31 + 10 * int(dtype) + int(kind));
   const int32_t dims[] = {8, 24, 64, 72, 128, 256};
+  test::ProblemOptions options;
+  options.max_batch = 3;
+  options.max_q_len = 140;
+  options.max_kv_len = 200;
   for (int i = 0; i < 12; ++i) {
     AttendCase c;
-    random_attend(random, dtype, kind, dims[i % 6], c);
+    random_attend(random, dtype, kind, dims[i % 6], 1, options, c);
     const int workers = i % 3 == 0 ? 1 : random.integer(2, 40);
     SCOPED_TRACE("case " + std::to_string(i) + ", " + std::to_string(workers) + " workers, " + cpu::isa());
     check_attend(c, Workers(workers, i % 4 == 1));
@@ -333,51 +186,11 @@ TEST(Cpu, LargeScoresAndInfinities) {
 TEST(Cpu, Route) {
   Random random(61);
   for (int i = 0; i < 40; ++i) {
-    RouteParams p;
-    p.dtype = DType(random.integer(0, 2));
-    p.weight_dtype = DType(random.integer(0, 2));
-    p.batch = random.integer(1, 3);
-    p.num_heads = random.integer(1, 4);
-    p.head_dim = 8 * random.integer(1, 16);
-    p.pool_size = random.integer(1, 30);
-    p.per_head = random.chance(50);
-    const int32_t capacity = 80;
-    std::vector<int32_t> begin, end;
-    for (int32_t b = 0; b < p.batch; ++b) {
-      begin.push_back(random.integer(0, 10));
-      end.push_back(begin.back() + (random.chance(10) ? 0 : random.integer(1, 60)));
-    }
-    p.rows.begin = begin.data();
-    p.rows.end = end.data();
-    p.rows.capacity = capacity;
-    Data x;
-    x.allocate(p.dtype, layout(random, false, p.batch, capacity, p.num_heads, p.head_dim, p.x_stride));
-    for (int32_t b = 0; b < p.batch; ++b)
-      for (int32_t r = begin[b]; r < end[b]; ++r)
-        for (int32_t h = 0; h < p.num_heads; ++h)
-          for (int32_t d = 0; d < p.head_dim; ++d) x.set(test::at(p.x_stride, b, r, h) + d, random.normal());
-    p.x = x.bytes.data();
-    Data weights[kRouterLayers], biases[kRouterLayers];
-    int32_t in = p.head_dim;
-    for (int l = 0; l < kRouterLayers; ++l) {
-      const int32_t out = l == kRouterLayers - 1 ? 2 : random.integer(3, 70);
-      weights[l].allocate(p.weight_dtype, int64_t(in) * out);
-      biases[l].allocate(p.weight_dtype, out);
-      for (int64_t n = 0; n < weights[l].size(); ++n) weights[l].set(n, random.normal() * 2.f / std::sqrt(float(in)));
-      for (int64_t n = 0; n < out; ++n) biases[l].set(n, random.normal());
-      p.layers[l] = {weights[l].bytes.data(), biases[l].bytes.data(), in, out};
-      in = out;
-    }
-    const int32_t decisions = p.batch * (p.per_head ? p.num_heads : 1);
-    std::vector<float> pooled(size_t(decisions) * p.head_dim, NAN), logits(2 * size_t(decisions), NAN);
-    std::vector<int32_t> route(decisions, -1);
-    p.pooled = pooled.data();
-    p.logits = logits.data();
-    p.route = route.data();
-    cpu::route(p, Workers(3, false));
-    const std::vector<double> want = test::route_logits(p);
-    for (int32_t n = 0; n < 2 * decisions; ++n) EXPECT_NEAR(logits[n], want[n], 2e-5) << "case " << i;
-    for (int32_t n = 0; n < decisions; ++n) EXPECT_EQ(route[n], logits[2 * n] >= logits[2 * n + 1]);
+    test::RouteCase c;
+    test::random_route(random, 3, 4, 70, c);
+    SCOPED_TRACE("case " + std::to_string(i));
+    cpu::route(c.params, Workers(3, false));
+    test::expect_routed(c, 2e-5);
   }
 }
 

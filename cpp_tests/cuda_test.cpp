@@ -1,12 +1,16 @@
-// The plan stage on the device against a twin on the host made of the same functions of core/schedule.h: equal bits.
+// The CUDA stages: the plan against a twin on the host made of the same functions of core/schedule.h, with equal bits;
+// all others against double precision. Runs on a GPU, and, as simt_test, without one (see simt/cuda_runtime.h).
 #include "cuda/cuda.h"
 
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <deque>
 #include <numeric>
 #include <random>
 #include <vector>
+
+#include "attend_case.h"
 
 namespace flux::cuda {
 namespace {
@@ -131,11 +135,15 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
   }
 }
 
+bool has_gpu() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+
 class Plan : public testing::Test {
  protected:
   void SetUp() override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) GTEST_SKIP() << "no GPU";
+    if (!has_gpu()) GTEST_SKIP() << "no GPU";
   }
 };
 
@@ -156,6 +164,94 @@ TEST_F(Plan, Prefill) {
     expect_equal_plans(200, 8, 300, 3000, {32, 64}, 132, seed);
   }
 }
+
+// Copies on the device of what parameters point to.
+class Copies {
+ public:
+  template <typename T>
+  T* operator()(T* host, size_t count) {
+    if (!host) return nullptr;
+    const auto* bytes = reinterpret_cast<const char*>(host);
+    arrays_.emplace_back(std::vector<char>(bytes, bytes + count * sizeof(T)));
+    return reinterpret_cast<T*>(arrays_.back().get());
+  }
+  void* operator()(test::Data& d) { return (*this)(d.bytes.data(), d.bytes.size()); }
+  template <typename T>
+  T* operator()(const std::vector<T>& v) {
+    return const_cast<T*>((*this)(v.data(), v.size()));
+  }
+
+ private:
+  std::deque<DeviceArray<char>> arrays_;
+};
+
+// Runs plan, attend and combine on `c`, and brings out and lse back.
+void attend_on_device(test::AttendCase& c) {
+  Copies copy;
+  AttendParams p = c.params.forward;
+  ProblemShape& s = p.shape;
+  const test::Problem& host = c.problem;
+  p.q = copy(c.q), p.k = copy(c.k), p.v = copy(c.v), p.out = copy(c.out), p.lse = copy(c.lse);
+  if (p.page_table) p.page_table = copy(c.page_table);
+  s.q_rows.begin = copy(host.q_begin), s.q_rows.end = copy(host.q_end);
+  s.kv_rows.begin = copy(host.kv_begin), s.kv_rows.end = copy(host.kv_end);
+  s.route = copy(host.route);
+  for (int mode = 0; mode < 2; ++mode)
+    if (s.blocks[mode].blocks)
+      s.blocks[mode].blocks = copy(host.blocks[mode]), s.blocks[mode].counts = copy(host.counts[mode]);
+
+  AttendConfig config;
+  const Status status = attend_config(p, &config);
+  ASSERT_TRUE(status.ok()) << status.what;
+  const DeviceArray<char> memory(std::vector<char>(lay_out(s, config, nullptr).bytes, char(0xff)));
+  const Workspace w = lay_out(s, config, memory.get());
+  CUDA_OK(plan(s, config, w.plan, nullptr));
+  CUDA_OK(attend(p, config, w, nullptr));
+  CUDA_OK(combine(p, config, w, nullptr));
+  CUDA_OK(cudaDeviceSynchronize());
+  c.lse = to_host(p.lse, c.lse.size());
+  c.out.bytes = to_host(static_cast<unsigned char*>(p.out), c.out.bytes.size());
+}
+
+class Attend : public testing::TestWithParam<std::tuple<DType, test::Layout, bool>> {};
+
+TEST_P(Attend, AgreesWithDoublePrecision) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  const auto [dtype, kind, decode] = GetParam();
+  test::Random random(71 + 100 * int(dtype) + 10 * int(kind) + decode);
+  for (int32_t dim : {64, 128, 96, 256, 40, 8, 64, 128, 64, 128}) {
+    SCOPED_TRACE("head_dim " + std::to_string(dim));
+    test::ProblemOptions o;
+    o.max_batch = decode ? 6 : 2;
+    o.max_kv_heads = 2;
+    o.max_q_len = decode ? 3 : 150;
+    o.max_kv_len = decode ? 700 : 250;
+    test::AttendCase c;
+    test::random_attend(random, dtype, kind, dim, 8, o, c);
+    if (c.params.forward.shape.total_q_rows == 0) continue;
+    const auto poison = c.out.bytes;
+    attend_on_device(c);
+    test::expect_attended(c, test::expected(c));
+    if (HasFailure()) return;
+    const auto first = c.out.bytes;
+    c.out.bytes = poison;
+    attend_on_device(c);
+    EXPECT_EQ(c.out.bytes, first) << "the same call gives the same bits";
+  }
+}
+
+std::string name_of(const testing::TestParamInfo<std::tuple<DType, test::Layout, bool>>& info) {
+  const char* layouts[] = {"Batched", "Packed", "Paged", "PagedPerHead"};
+  const auto [dtype, kind, decode] = info.param;
+  return std::string(dtype == DType::kFloat16 ? "Float16" : "BFloat16") + layouts[int(kind)] +
+         (decode ? "Decode" : "Prefill");
+}
+INSTANTIATE_TEST_SUITE_P(Cuda, Attend,
+                         testing::Combine(testing::Values(DType::kFloat16, DType::kBFloat16),
+                                          testing::Values(test::Layout::kBatched, test::Layout::kPacked,
+                                                          test::Layout::kPaged, test::Layout::kPagedPerHead),
+                                          testing::Bool()),
+                         name_of);
 
 }  // namespace
 }  // namespace flux::cuda

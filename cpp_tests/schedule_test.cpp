@@ -133,6 +133,26 @@ TEST(Schedule, AWorkerCutsAtMostTwoTilesIntoDistinctSlots) {
   }
 }
 
+TEST(Schedule, PiecesOfATileAreFoundWithoutTheRanges) {
+  Random random(16);
+  for (int i = 0; i < 500; ++i) {
+    Planned s;
+    random_plan(random, s);
+    const auto n = int32_t(s.plan.tiles.size());
+    const int32_t workers = sharing_workers(s.plan.cost.back(), s.workers);
+    std::vector<std::vector<int32_t>> slots(n);
+    for (int32_t w = 0; w < workers && n > 0; ++w) {
+      const WorkRange r = work_range(s.plan.cost.data(), n, w, workers);
+      for (int32_t t = r.tile; t < tiles_end(r); ++t) slots[t].push_back(partial_slot(r, w, t));
+    }
+    for (int32_t t = 0; t < n; ++t) {
+      const TilePieces pieces = tile_pieces(s.plan.cost.data(), n, t, workers);
+      ASSERT_EQ(size_t(pieces.count), slots[t].size());
+      for (int32_t p = 0; p < pieces.count; ++p) ASSERT_EQ(pieces.slot(p), slots[t][p]);
+    }
+  }
+}
+
 TEST(Schedule, LoadIsEven) {
   Random random(14);
   for (int i = 0; i < 500; ++i) {

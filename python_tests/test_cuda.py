@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, ops, reference
 from flux_ext.patterns import Pattern
 from flux_ext.router import HeadRouter, LayerRouter
@@ -255,6 +256,21 @@ def test_large_scores() -> None:
     assert error_of(out, exact_out) < 1e-2 and error_of(lse, exact_lse) < 1e-3
 
 
+# Rows of a decode kernel, of a whole tile, and of a tile cut into pieces.
+@pytest.mark.parametrize(("q_len", "kv_len"), ((6, 3), (2, 4000), (200, 90), (200, 5000)))
+def test_rows_without_keys_are_zero_and_rows_of_infinities_nan(q_len: int, kv_len: int) -> None:
+    torch.manual_seed(0)
+    q = torch.rand(1, q_len, 2, 64, device=DEVICE, dtype=torch.bfloat16) + 0.5
+    k, v = torch.randn(2, 1, kv_len, 2, 64, device=DEVICE, dtype=torch.bfloat16)
+    k[0, :, 1] = -torch.inf  # all scores of head 1
+    v[0, 0, 0] = torch.nan  # seen by every query of head 0 that sees any key
+    out, lse = flux_ext.attention(q, k, v, return_lse=True)
+    empty = max(q_len - kv_len, 0)
+    assert (out[:, :empty] == 0).all() and (lse[..., :empty] == -torch.inf).all()
+    assert out[:, empty:].isnan().all()
+    assert lse[:, 0, empty:].isfinite().all() and (lse[:, 1] == -torch.inf).all()
+
+
 def test_other_stream() -> None:
     arguments = make(Case((1, 1), (3000, 2000), layout="cache"))
     expected = ops.attend(**arguments)
@@ -273,12 +289,14 @@ def test_graph_with_growing_lengths(layout: str) -> None:
     arguments["k"] = torch.nan_to_num(arguments["k"])
     arguments["v"] = torch.nan_to_num(arguments["v"])
     most = arguments["kv_end"].clone()
+    lens_now = most.clone()
     ops.attend(**arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        arguments["kv_end"].copy_(lens_now)  # a copy, not a kernel, is what the launch overlaps with
         out, lse = ops.attend(**arguments)
     for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
-        arguments["kv_end"].copy_(torch.minimum(int32(lens), most))
+        lens_now.copy_(torch.minimum(int32(lens), most))
         arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
         out.fill_(math.nan)
         graph.replay()

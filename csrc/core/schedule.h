@@ -45,6 +45,11 @@ struct TileView {
   FLUX_HD bool sees(int32_t row, int32_t kv_pos) const {
     return visible(pattern, q_pos + row, kv_pos, kv_rows.size(), list);
   }
+  // Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
+  // none.
+  FLUX_HD bool sees_any(int32_t row) const {
+    return list.blocks ? list.count > 0 && list.blocks[0] * list.width <= q_pos + row : q_pos + row >= 0;
+  }
 };
 
 FLUX_HD int32_t tiles_in_row(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
@@ -114,6 +119,11 @@ FLUX_HD WorkRange work_range(const int64_t* cost, int32_t num_tiles, int32_t wor
   return {begin.tile, begin.block, end.tile, end.block};
 }
 
+// The worker whose even share holds a unit.
+FLUX_HD int32_t worker_of(int64_t unit, int64_t total_cost, int32_t num_workers) {
+  return int32_t(((unit + 1) * num_workers - 1) / total_cost);
+}
+
 FLUX_HD bool empty(const WorkRange& r) { return r.tile == r.end_tile && r.block == r.end_block; }
 
 // One past the last tile the worker touches.
@@ -130,6 +140,24 @@ FLUX_HD TileSpan tile_span(const WorkRange& r, int32_t tile, int32_t num_blocks)
 // A worker leaves at most two partials: of its first tile and of its last.
 FLUX_HD int32_t partial_slot(const WorkRange& r, int32_t worker, int32_t tile) {
   return 2 * worker + (tile == r.tile ? 0 : 1);
+}
+
+// The pieces that even shares cut a tile into, in order; one: the tile is whole. No share may be empty.
+struct TilePieces {
+  int32_t count;
+  int32_t leader;       // the worker that holds the first
+  int32_t leader_slot;  // and where its partial is
+
+  // A later piece is the first its worker holds.
+  FLUX_HD int32_t slot(int32_t i) const { return i ? 2 * (leader + i) : leader_slot; }
+};
+FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t tile, int32_t num_workers) {
+  const int64_t total = cost[num_tiles], blocks_begin = cost[tile] + kTileOverhead, end = cost[tile + 1];
+  const bool has_blocks = end > blocks_begin;
+  TilePieces p{1, worker_of(has_blocks ? blocks_begin : cost[tile], total, num_workers), 0};
+  if (has_blocks) p.count = worker_of(end - 1, total, num_workers) - p.leader + 1;
+  p.leader_slot = 2 * p.leader + (share_begin(cost, num_tiles, p.leader, num_workers).tile == tile ? 0 : 1);
+  return p;
 }
 
 // How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and

@@ -23,9 +23,6 @@ struct SoftmaxState {
 
   FLUX_HD bool empty() const { return max == -INFINITY && sum == 0.f; }
 
-  // What multiplies the unnormalised output; 0 for a row that saw no key.
-  FLUX_HD float normalizer() const { return empty() ? 0.f : 1.f / sum; }
-
   // Natural logarithm of the sum of exponentials; -inf for a row that saw no key.
   FLUX_HD float lse() const { return empty() ? -INFINITY : (max + log2f(sum)) * kLn2; }
 

@@ -6,13 +6,6 @@
 namespace flux::cpu {
 namespace {
 
-// Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
-// none.
-bool sees_a_key(const TileView& v, int32_t q_pos) {
-  if (v.list.blocks) return v.list.count > 0 && v.list.blocks[0] * v.list.width <= q_pos;
-  return q_pos >= 0;
-}
-
 template <typename T>
 void write_rows(const AttendParams& p, const TileView& v, const TileState& state) {
   const int32_t group = p.shape.group(), dim = p.shape.head_dim;
@@ -21,7 +14,7 @@ void write_rows(const AttendParams& p, const TileView& v, const TileState& state
     T* to = out_row<T>(p, v.tile, row, head);
     const float* from = state.out + int64_t(r) * padded_dim(p.shape);
     // Where all scores are -inf the sum is 0 and the result NaN, as softmax has it.
-    const bool sees = sees_a_key(v, v.q_pos + r / group);  // else nothing of `from` counts: it may be 0 * NaN
+    const bool sees = v.sees_any(r / group);  // else nothing of `from` counts: it may be 0 * NaN
     const float factor = 1.f / state.rows[r].sum;
     for (int32_t d = 0; d < dim; ++d) from_float(sees ? from[d] * factor : 0.f, to[d]);
     lse_at(p, v.tile, row, head) = state.rows[r].lse();

@@ -1,4 +1,7 @@
 // Stage 3: the choice between the families of attend kernels.
+#include <climits>
+#include <mutex>
+
 #include "cuda/cuda.h"
 #include "cuda/launch.h"
 
@@ -9,15 +12,7 @@ constexpr int kMaxDevices = 64;
 
 __global__ void probe_kernel() { wait_for_previous(); }  // compiled as all others are
 
-// Asked once per device: the driver takes microseconds to answer.
-cudaError_t current_device(Device* d) {
-  static Device known[kMaxDevices];  // a zero capability: not asked yet; racing threads write the same
-  int index = 0;
-  if (cudaError_t e = cudaGetDevice(&index)) return e;
-  if (index < kMaxDevices && known[index].capability) {
-    *d = known[index];
-    return cudaSuccess;
-  }
+cudaError_t ask(int index, Device* d) {
   int major = 0, minor = 0;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
@@ -27,12 +22,21 @@ cudaError_t current_device(Device* d) {
   d->index = index;
   d->overlap = attributes.ptxVersion >= 90;
   d->capability = 10 * major + minor;
-  if (index < kMaxDevices) {
-    Device& k = known[index];
-    k.index = index, k.num_sms = d->num_sms, k.overlap = d->overlap;
-    k.capability = d->capability;
-  }
   return cudaSuccess;
+}
+
+// Asked once per device: the driver takes microseconds to answer.
+cudaError_t current_device(Device* d) {
+  static Device known[kMaxDevices];
+  static std::once_flag asked[kMaxDevices];
+  int index = 0;
+  if (cudaError_t e = cudaGetDevice(&index)) return e;
+  if (index >= kMaxDevices) return ask(index, d);
+  std::call_once(asked[index], [&] {
+    if (ask(index, d) == cudaSuccess) known[index] = *d;
+  });
+  *d = known[index];
+  return d->capability ? cudaSuccess : ask(index, d);  // an error is not remembered
 }
 
 }  // namespace
@@ -45,10 +49,17 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
   c->overlap = device.overlap;
 #ifdef FLUX_SM90
-  if (device.capability == 90 && sm90::configure(p, device, c)) return {};
+  const bool found = (device.capability == 90 && sm90::configure(p, device, c)) || sm80::configure(p, device, c);
+#else
+  const bool found = sm80::configure(p, device, c);
 #endif
-  if (sm80::configure(p, device, c)) return {};
-  return {"no kernel fits: at most 128 query heads may share a KV head", cudaGetLastError()};
+  if (!found)
+    return {p.shape.head_dim > 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
+                                   : "no kernel fits: at most 128 query heads may share a KV head",
+            cudaGetLastError()};
+  if (ceil_div(p.shape.max_q_len, c->tile.q_tokens) > kMaxRowTiles || max_tiles(p.shape, c->tile) > INT_MAX)
+    return {"q must have at most 2^20 tiles per sequence and 2^31 in all: split the batch", cudaSuccess};
+  return {};
 }
 
 cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {

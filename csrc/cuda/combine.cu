@@ -2,28 +2,53 @@
 #include "cuda/cuda.h"
 #include "cuda/element.h"
 #include "cuda/launch.h"
+#include "cuda/plan.h"
 #include "cuda/rows.h"
 
 namespace flux::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 4;     // of a block that merges one row
+constexpr int kRowWarps = 8;  // of a block that merges several
+constexpr int kRowBlocks = 8;
 
-__device__ float warp_max(float x) {
-  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
-  return x;
+// Four elements of a row, not normalised.
+struct Sum {
+  SoftmaxState state;
+  float4 out{0.f, 0.f, 0.f, 0.f};
+
+  __device__ void add(const SoftmaxState& s, const float4& x) {
+    const MergeFactors f = state.merge(s);
+    out = {out.x * f.ours + x.x * f.theirs, out.y * f.ours + x.y * f.theirs, out.z * f.ours + x.z * f.theirs,
+           out.w * f.ours + x.w * f.theirs};
+  }
+};
+
+// Elements [d, d + 4) of the pieces first, first + step, ... Nothing that is loaded depends on another load.
+__device__ Sum merge_pieces(const Partials& partials, const TilePieces& pieces, int32_t row, int32_t d, int32_t first,
+                            int32_t step) {
+  Sum sum;
+#pragma unroll 8
+  for (int32_t i = first; i < pieces.count; i += step)
+    sum.add(partials.state_of(pieces.slot(i), row),
+            *reinterpret_cast<const float4*>(partials.out_row(pieces.slot(i), row) + d));
+  return sum;
 }
 
-__device__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
-// One block per worker and `kWarps` rows. The worker that holds the first piece of a cut tile leads it; its pieces are
-// the worker's own and those of the workers after it that start inside the tile. One warp per row, four elements a
-// lane.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 4)
+__device__ void write(const AttendParams& p, const TileView& view, int32_t row, int32_t d, const Sum& sum) {
+  const TileRow at = tile_row(p, view, row);
+  const RowNorm norm(view, at, sum.state);
+  *reinterpret_cast<uint2*>(out_row<T>(p, view, at) + d) = {pack<T>(norm(sum.out.x), norm(sum.out.y)),
+                                                            pack<T>(norm(sum.out.z), norm(sum.out.w))};
+  if (d == 0) lse_at(p, view, at) = sum.state.lse();
+}
+
+// kRowBlocks blocks per worker, one warp per row, four elements a lane. The worker that holds the first piece of a cut
+// tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile. (Where
+// nothing was cut all blocks leave at once: they should be no more than fit on the device together.)
+template <typename T>
+__global__ void __launch_bounds__(32 * kRowWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
                    const Partials partials, const int32_t num_workers) {
   wait_for_previous();
@@ -34,60 +59,69 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
   const int32_t tile = leads_tile(range);
   if (tile < 0) return;
   const int lane = threadIdx.x % 32;
-  const int32_t row = blockIdx.y * kWarps + threadIdx.x / 32;
   const TileView view = view_tile(p.shape, tile_shape, plan.tiles[tile]);
-  if (row >= valid_rows(p, view)) return;
-
-  int32_t pieces = 1;
+  TilePieces pieces{1, leader, partial_slot(range, leader, tile)};
   for (int32_t w = leader + 1 + lane;; w += 32) {
     const bool joins = w < num_workers && plan.ranges[w].tile == tile && plan.ranges[w].block > 0;
     const int32_t joined = __popc(__ballot_sync(~0u, joins));
-    pieces += joined;
+    pieces.count += joined;
     if (joined < 32) break;
   }
-  // A later piece is the first its worker holds; only the leader's may be its last.
-  const auto slot_of = [&](int32_t i) { return i ? 2 * (leader + i) : partial_slot(range, leader, tile); };
+  for (int32_t row = blockIdx.y * kRowWarps + threadIdx.x / 32; row < valid_rows(p, view); row += gridDim.y * kRowWarps)
+    for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128)
+      write<T>(p, view, row, d, merge_pieces(partials, pieces, row, d, 0, 1));
+}
 
-  float max = -INFINITY;
-  for (int32_t i = lane; i < pieces; i += 32) max = fmaxf(max, partials.state_of(slot_of(i), row).max);
-  max = warp_max(max);
-  const float reference = max == -INFINITY ? 0.f : max;  // no key seen: sums of zero, not NaN
-
-  const int32_t dim = p.shape.head_dim;
-  const TileRow at = tile_row(p, view, row);
-  T* out = out_row<T>(p, view, at);
-  float sum = 0.f;
-  for (int32_t i = lane; i < pieces; i += 32) {
-    const SoftmaxState s = partials.state_of(slot_of(i), row);
-    sum += s.sum * exp2f(s.max - reference);
+// The same after an inline plan: one block per tile and row. The pieces are shared by the warps, so that all loads are
+// under way at once, and who made them is worked out while the attend kernel still runs.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, 4)
+    combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
+                          const int32_t num_workers) {
+  __shared__ InlineLine line;
+  __shared__ int32_t row_begin[kInlineTiles + 1];
+  __shared__ __align__(16) unsigned char memory[sizeof(Sum) * kWarps * 32];  // members of Sum have initial values
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, line, row_begin);
+  const int32_t tile = blockIdx.x, row = blockIdx.y;
+  TilePieces pieces{1, 0, 0};
+  TileView view;
+  if (tile < num_tiles) {
+    view = view_tile(p.shape, tile_shape, InlineTiles{p.shape, row_begin}(tile));
+    pieces = tile_pieces(line.cost, num_tiles, tile, sharing_workers(line.cost[num_tiles], num_workers));
   }
-  const SoftmaxState merged{max, warp_sum(sum)};
-  const float norm = merged.normalizer();
-  for (int32_t first_dim = 0; first_dim < dim; first_dim += 128) {
-    const int32_t d = min_of(first_dim + 4 * lane, dim - 4);  // lanes beyond the end repeat the last elements
-    float4 acc{0.f, 0.f, 0.f, 0.f};
-    for (int32_t first = 0; first < pieces; first += 32) {
-      const float weight =
-          first + lane < pieces ? exp2f(partials.state_of(slot_of(first + lane), row).max - reference) : 0.f;
-      const int32_t count = min_of(pieces - first, 32);
-#pragma unroll 4
-      for (int32_t i = 0; i < count; ++i) {
-        const float w = __shfl_sync(~0u, weight, i);
-        const float4 x = *reinterpret_cast<const float4*>(partials.out_row(slot_of(first + i), row) + d);
-        acc.x += w * x.x, acc.y += w * x.y, acc.z += w * x.z, acc.w += w * x.w;
-      }
+  wait_for_previous();  // even with nothing to do: whatever waits for this kernel counts on the one before it too
+  if (pieces.count == 1 || row >= valid_rows(p, view)) return;
+  auto* sums = reinterpret_cast<Sum*>(memory);  // [kWarps, 32]
+  for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
+    const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
+    sums[threadIdx.x] = merge_pieces(partials, pieces, row, d, warp, kWarps);
+    __syncthreads();
+    if (warp == 0) {
+      Sum sum = sums[lane];
+      for (int w = 1; w < kWarps; ++w) sum.add(sums[w * 32 + lane].state, sums[w * 32 + lane].out);
+      write<T>(p, view, row, d, sum);
     }
-    *reinterpret_cast<uint2*>(out + d) = {pack<T>(acc.x * norm, acc.y * norm), pack<T>(acc.z * norm, acc.w * norm)};
+    __syncthreads();
   }
-  if (lane == 0) lse_at(p, view, at) = merged.lse();
+}
+
+template <typename T>
+cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+  if (c.inline_plan) {
+    const dim3 grid(max_of(int32_t(max_tiles(p.shape, c.tile)), 1), max_of(int32_t(most_rows(p.shape)), 1));
+    return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
+                        c.num_workers);
+  }
+  const dim3 grid(c.num_workers, min_of(ceil_div(c.tile_rows, kRowWarps), kRowBlocks));
+  return cuda::launch(combine_kernel<T>, grid, 32 * kRowWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials,
+                      c.num_workers);
 }
 
 }  // namespace
 
 cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
-  const dim3 grid(c.num_workers, (c.tile_rows + kWarps - 1) / kWarps);
-  const auto kernel = p.dtype == DType::kFloat16 ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
-  return launch(kernel, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials, c.num_workers);
+  return p.dtype == DType::kFloat16 ? launch<__half>(p, c, w, stream) : launch<__nv_bfloat16>(p, c, w, stream);
 }
 
 }  // namespace flux::cuda

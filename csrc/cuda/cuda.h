@@ -59,12 +59,20 @@ struct AttendConfig {
   bool overlap = false;      // kernels may be launched as launch.h describes
 };
 
+// A row, i.e. (sequence, KV head) pair, has no more tiles than this: with 22 bits of rows, sums stay exact.
+constexpr int32_t kMaxRowTiles = 1 << 20;
+
 // A problem so small that every block may plan it for itself, and certain to be split evenly.
 constexpr int32_t kInlineTiles = 256;
 inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
   return max_tiles(s, c.tile) <= min_of(kInlineTiles, kWholeTileWaves * c.num_workers - 1) &&
          s.batch * s.num_kv_heads <= kInlineTiles;
 }
+
+// A tile of no more rows than this is bound by memory; kernels for it are called decode.
+constexpr int32_t kDecodeRows = 16;
+// Rows of a tile that held all queries of a sequence.
+inline int64_t most_rows(const ProblemShape& s) { return int64_t(s.max_q_len) * s.group(); }
 
 struct Device {
   int32_t index;

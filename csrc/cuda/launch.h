@@ -7,7 +7,6 @@
 
 namespace flux::cuda {
 
-#ifdef __CUDACC__
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -19,7 +18,6 @@ __device__ inline void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-#endif
 
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,

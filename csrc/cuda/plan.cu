@@ -8,13 +8,13 @@
 namespace flux::cuda {
 namespace {
 
-constexpr int kSmall = 1024;  // problems of at most so many rows and tiles stay in shared memory
-constexpr int kSmallThreads = 256, kLargeThreads = 1024;
+constexpr int kSmallRows = 1024, kSmallTiles = 2048;  // up to so many stay in shared memory
+constexpr int kFewThreads = 256, kManyThreads = 1024;
 
 struct Shared {
-  int64_t row_keys[kSmall];
-  int64_t cost[kSmall + 1];
-  int32_t tile_begin[2][kSmall + 1];
+  int64_t row_keys[kSmallRows];
+  int64_t cost[kSmallTiles + 1];
+  int32_t tile_begin[2][kSmallRows + 1];
   int32_t warp_sums[32];
   int32_t max_tile_cost;
   int32_t rows_differ;
@@ -40,16 +40,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ ProblemShape s, const TileShape tile, const int32_t tiles_max,
                 const int32_t num_workers, PlanView plan) {
   __shared__ Shared shared;
+  wait_for_previous();
   let_next_start();
   const int32_t rows = s.batch * s.num_kv_heads, tid = threadIdx.x;
-  const bool small_rows = rows <= kSmall;
+  const bool small_rows = rows <= kSmallRows;
   int64_t* row_keys = small_rows ? shared.row_keys : plan.row_keys;
   int32_t* begin = small_rows ? shared.tile_begin[0] : plan.tile_begin;
   int32_t* sorted_begin = small_rows ? shared.tile_begin[1] : plan.tile_begin + rows + 1;
 
   // Tiles of every row.
   for (int32_t r = tid; r < rows; r += kThreads)
-    begin[r] = tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads);
+    begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kMaxRowTiles);
   if (tid == 0) shared.max_tile_cost = shared.rows_differ = 0;
   __syncthreads();
   exclusive_sum<kThreads>(begin, rows, shared.warp_sums);
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
   }
   const int32_t num_tiles = begin[rows];
-  int64_t* cost = num_tiles <= kSmall ? shared.cost : plan.cost;
+  int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
   int32_t longest = 0;
@@ -114,11 +115,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
   const auto tiles = int32_t(max_tiles(s, c.tile));
-  if (tiles <= kSmall && num_rows(s) <= kSmall)
-    plan_kernel<kSmallThreads><<<1, kSmallThreads, 0, stream>>>(s, c.tile, tiles, c.num_workers, plan);
-  else
-    plan_kernel<kLargeThreads><<<1, kLargeThreads, 0, stream>>>(s, c.tile, tiles, c.num_workers, plan);
-  return cudaGetLastError();
+  const bool few = tiles <= kFewThreads && num_rows(s) <= kFewThreads;
+  return launch(few ? plan_kernel<kFewThreads> : plan_kernel<kManyThreads>, 1, few ? kFewThreads : kManyThreads, 0,
+                stream, c.overlap, s, c.tile, tiles, c.num_workers, plan);
 }
 
 }  // namespace flux::cuda

@@ -1,17 +1,19 @@
 // What a block needs to plan: scans, the way from a tile's number to the tile; and the plan of a small problem, which
-// every block of an attend kernel makes for itself (a launch less, which a decode step feels).
+// the blocks of the attend and combine kernels make for themselves (a launch less, which a decode step feels).
 #pragma once
 
 #include "cuda/worker.h"
 
 namespace flux::cuda {
 
-// values[i] becomes the sum of those before it, values[n] the sum of all; any kThreads in a row must sum to 31 bits.
+// values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads in a row
+// must sum to 31 bits.
 template <int kThreads, typename Int>
 __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   constexpr int kWarps = kThreads / 32;
+  constexpr int64_t kLargest = sizeof(Int) == 4 ? INT32_MAX : INT64_MAX;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Int carry = 0;
+  int64_t carry = 0;
   for (int32_t first = 0; first < n; first += kThreads) {
     const int32_t i = first + int32_t(threadIdx.x);
     const int32_t own = i < n ? int32_t(values[i]) : 0;
@@ -25,11 +27,11 @@ __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
     int32_t before = 0, all = lane < kWarps ? warp_sums[lane] : 0;  // every warp sums the warps for itself
     before = __reduce_add_sync(~0u, lane < warp ? all : 0);
     all = __reduce_add_sync(~0u, all);
-    if (i < n) values[i] = carry + before + sum - own;
+    if (i < n) values[i] = Int(min(carry + before + sum - own, kLargest));
     carry += all;
     __syncthreads();
   }
-  if (threadIdx.x == 0) values[n] = carry;
+  if (threadIdx.x == 0) values[n] = Int(min(carry, kLargest));
   __syncthreads();
 }
 
@@ -48,45 +50,52 @@ __device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t cou
   return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
 }
 
-struct InlinePlan {  // shared memory, until the plan is made
+// The line of work of a problem that plans_inline.
+struct InlineLine {
   int64_t cost[kInlineTiles + 1];
-  int32_t begin[kInlineTiles + 1];
   int32_t warp_sums[32];
   Position bounds[2];
 };
 
-// The plan of a problem that plans_inline. A block writes what is its own (its range, its tiles; the first block the
-// header), for itself and for the combine stage.
+// The tiles of the line by number, from where the tiles of every row begin.
+struct InlineTiles {
+  const ProblemShape& shape;
+  const int32_t* begin;  // [rows + 1], shared memory
+
+  __device__ Tile operator()(int32_t t) const {
+    const int32_t row = find_row(begin, shape.batch * shape.num_kv_heads, t);
+    return make_tile(shape, row, begin[row + 1] - begin[row], t - begin[row]);
+  }
+};
+
+// Fills line.cost and row_begin [kInlineTiles + 1]; returns the number of tiles.
 template <int kThreads>
-__device__ BlockPlan plan_inline(const ProblemShape& s, const TileShape& tile, int32_t num_workers,
-                                 const PlanView& plan, InlinePlan& shared) {
+__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineLine& line, int32_t* row_begin) {
   const int32_t rows = s.batch * s.num_kv_heads, tid = threadIdx.x;
   for (int32_t r = tid; r < rows; r += kThreads)
-    shared.begin[r] = tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads);
+    row_begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kInlineTiles);
   __syncthreads();
-  exclusive_sum<kThreads>(shared.begin, rows, shared.warp_sums);
-  const int32_t num_tiles = min_of(shared.begin[rows], int32_t(max_tiles(s, tile)));
-  const auto tile_at = [&](int32_t t) {
-    const int32_t row = find_row(shared.begin, rows, t);
-    return make_tile(s, row, shared.begin[row + 1] - shared.begin[row], t - shared.begin[row]);
-  };
-  for (int32_t t = tid; t < num_tiles; t += kThreads) shared.cost[t] = tile_cost(view_tile(s, tile, tile_at(t)));
+  exclusive_sum<kThreads>(row_begin, rows, line.warp_sums);
+  const int32_t num_tiles = min_of(row_begin[rows], kInlineTiles);  // spans that overlap would make more
+  const InlineTiles tile_at{s, row_begin};
+  for (int32_t t = tid; t < num_tiles; t += kThreads) line.cost[t] = tile_cost(view_tile(s, tile, tile_at(t)));
   __syncthreads();
-  exclusive_sum<kThreads>(shared.cost, num_tiles, shared.warp_sums);
+  exclusive_sum<kThreads>(line.cost, num_tiles, line.warp_sums);
+  return num_tiles;
+}
 
-  const int32_t sharing = sharing_workers(shared.cost[num_tiles], num_workers), worker = blockIdx.x;
+// What a block of the attend kernel has to do.
+template <int kThreads>
+__device__ BlockPlan plan_inline(const ProblemShape& s, const TileShape& tile, InlineLine& line, int32_t* row_begin) {
+  const int32_t num_tiles = line_up<kThreads>(s, tile, line, row_begin), num_workers = gridDim.x, worker = blockIdx.x;
+  const int32_t sharing = sharing_workers(line.cost[num_tiles], num_workers), tid = threadIdx.x;
   if (tid % 32 == 0 && tid < 64)
-    shared.bounds[tid / 32] =
-        worker < sharing ? share_begin(shared.cost, num_tiles, worker + tid / 32, sharing) : Position{num_tiles, 0};
+    line.bounds[tid / 32] =
+        worker < sharing ? share_begin(line.cost, num_tiles, worker + tid / 32, sharing) : Position{num_tiles, 0};
   __syncthreads();
   BlockPlan own;
   own.header = {num_tiles, sharing, 0, num_workers};
-  own.range = {shared.bounds[0].tile, shared.bounds[0].block, shared.bounds[1].tile, shared.bounds[1].block};
-  for (int32_t t = own.range.tile + tid; t < tiles_end(own.range); t += kThreads) plan.tiles[t] = tile_at(t);
-  if (tid == 0) {
-    plan.ranges[worker] = own.range;
-    if (worker == 0) *plan.header = own.header;
-  }
+  own.range = {line.bounds[0].tile, line.bounds[0].block, line.bounds[1].tile, line.bounds[1].block};
   __syncthreads();
   return own;
 }

@@ -7,9 +7,13 @@ namespace flux::cuda {
 
 // exp2 by the special function unit alone (2 ulp; small results flush to 0).
 __device__ inline float fast_exp2(float x) {
+#ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return exp2f(x);
+#endif
 }
 
 // Scores become scale_log2 * score. A scale that is not positive is moved into the scores themselves, because the

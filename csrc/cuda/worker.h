@@ -3,7 +3,7 @@
 //   for (int32_t item = blockIdx.x; item < plan.header->num_items; item = <take_item by one thread, broadcast>) {
 //     const WorkRange range = item_range(plan, item);
 //     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-//       const Piece piece = piece_of(plan, shape, tile, range, item, t);
+//       const Piece piece = piece_of(shape, tile, plan.tiles[t], range, item, t);
 //       ... key blocks piece.view.blocks[i] for i in [piece.span.begin, piece.span.end) ...
 //     }
 //   }
@@ -33,18 +33,18 @@ __device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& 
   return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
 }
 
-__device__ inline Piece piece_of(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
+__device__ inline Piece piece_of(const ProblemShape& shape, const TileShape& tile_shape, const Tile& tile,
                                  const WorkRange& range, int32_t item, int32_t t) {
   Piece p;
-  p.view = view_tile(shape, tile, plan.tiles[t]);
+  p.view = view_tile(shape, tile_shape, tile);
   p.span = tile_span(range, t, p.view.blocks.size());
   p.slot = partial_slot(range, item, t);
   return p;
 }
 
-// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. The piece
-// stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
-// between pieces.
+// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. tile_at(t) is
+// tile t of the plan. The piece stands in shared memory, where it costs no registers. The body may use all other shared
+// memory: barriers stand between pieces.
 struct BlockPlan {
   PlanHeader header;
   WorkRange range;  // of the item at hand
@@ -55,14 +55,14 @@ struct WorkerState {
   int32_t item;
 };
 
-template <typename Body>
-__device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile,
-                               WorkerState& shared, Body body) {
+template <typename TileAt, typename Body>
+__device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile_shape,
+                               WorkerState& shared, TileAt tile_at, Body body) {
   const WorkRange& range = shared.plan.range;
   int32_t item = blockIdx.x;
   while (item < shared.plan.header.num_items) {
     for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
-      if (threadIdx.x == 0) shared.piece = piece_of(plan, shape, tile, range, item, t);
+      if (threadIdx.x == 0) shared.piece = piece_of(shape, tile_shape, tile_at(t), range, item, t);
       __syncthreads();
       body(shared.piece);
       __syncthreads();

@@ -93,8 +93,7 @@ struct Decode {
     __syncwarp();
 
     // Warps' results to shared memory (each in its own ring), then merged in the order of the warps.
-    extern __shared__ __align__(16) unsigned char memory[];
-    const auto out_of = [&](int w) { return reinterpret_cast<float*>(memory + w * kWarpBytes); };
+    const auto out_of = [&](int w) { return reinterpret_cast<float*>(shared_memory() + w * kWarpBytes); };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = lane / 4 + 8 * r;
@@ -122,9 +121,9 @@ struct Decode {
       }
       if (piece.final()) {
         const TileRow at = tile_row(p, v, row);
-        const float norm = state.normalizer();
-        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(sum.x * norm, sum.y * norm),
-                                                               pack<T>(sum.z * norm, sum.w * norm)};
+        const RowNorm norm(v, at, state);
+        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(norm(sum.x), norm(sum.y)),
+                                                               pack<T>(norm(sum.z), norm(sum.w))};
         if (d == 0) lse_at(p, v, at) = state.lse();
       } else {
         *reinterpret_cast<float4*>(partials.out_row(piece.slot, row) + d) = sum;

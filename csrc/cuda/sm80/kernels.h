@@ -5,7 +5,7 @@
 
 namespace flux::cuda::sm80 {
 
-constexpr int kDecodeRows = 16, kSmallRows = 64;
+constexpr int kSmallRows = 64;
 constexpr int prefill_rows(int dim) { return dim > 128 ? 64 : 128; }
 
 // For head dimensions up to kDim, by zero fill.

@@ -15,25 +15,29 @@ template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     attend_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const PlanView plan,
                   const Partials partials, const bool inline_plan) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  constexpr bool kPlans = Body::kRows == kDecodeRows;
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
+  __shared__ int32_t row_begin[kPlans ? kInlineTiles + 1 : 1];         // of an inline plan
   auto& state = *reinterpret_cast<WorkerState*>(worker);
-  let_next_start();
-  if (Body::kRows == kDecodeRows && inline_plan) {
-    static_assert(sizeof(InlinePlan) <= Body::kSmemBytes, "the plan is made where the keys go later");
-    const BlockPlan own =
-        plan_inline<Body::kThreads>(p.shape, tile, gridDim.x, plan, *reinterpret_cast<InlinePlan*>(memory));
-    if (threadIdx.x == 0) state.plan = own;
-  } else {
-    wait_for_previous();
-    if (threadIdx.x == 0) {
-      const PlanHeader header = *plan.header;
-      state.plan = {header, first_range(plan, header)};
+  wait_for_previous();
+  let_next_start();  // not before: the combine kernel reads lengths and routes before it waits for this one
+  const bool plans = kPlans && inline_plan;
+  if constexpr (kPlans) {
+    static_assert(sizeof(InlineLine) <= Body::kSmemBytes, "the line is made where the keys go later");
+    if (plans) {
+      const BlockPlan own =
+          plan_inline<Body::kThreads>(p.shape, tile, *reinterpret_cast<InlineLine*>(shared_memory()), row_begin);
+      if (threadIdx.x == 0) state.plan = own;
     }
   }
+  if (!plans && threadIdx.x == 0) {
+    const PlanHeader header = *plan.header;
+    state.plan = {header, first_range(plan, header)};
+  }
   __syncthreads();
-  for_each_piece(plan, p.shape, tile, state,
-                 [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(memory)); });
+  for_each_piece(
+      plan, p.shape, tile, state, [&](int32_t t) { return plans ? InlineTiles{p.shape, row_begin}(t) : plan.tiles[t]; },
+      [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(shared_memory())); });
 }
 
 // Calls use(Body{}) for the kernel that a configuration names.
@@ -52,7 +56,7 @@ auto with_body(DType dtype, int32_t tile_rows, Use use) {
 template <int kDim>
 bool Kernels<kDim>::configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   const int32_t group = p.shape.group();
-  const int64_t rows = int64_t(p.shape.max_q_len) * group;
+  const int64_t rows = most_rows(p.shape);
   c->arch = Arch::kSm80;
   c->tile_rows = rows <= kDecodeRows ? kDecodeRows : rows <= kSmallRows ? kSmallRows : prefill_rows(kDim);
   while (c->tile_rows < group) {
@@ -83,8 +87,8 @@ cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, 
                                   cudaStream_t stream) {
   return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
     using Body = decltype(body);
-    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream,
-                  c.overlap && !c.inline_plan, p, c.tile, w.plan, w.partials, c.inline_plan);
+    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
+                  c.tile, w.plan, w.partials, c.inline_plan);
   });
 }
 

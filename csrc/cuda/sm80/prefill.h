@@ -40,24 +40,20 @@ struct Prefill {
 #pragma unroll
     for (int r = 0; r < 2 * kRowTiles; ++r) {
       const int row = first + r / 2 * 16 + r % 2 * 8 + lane / 4;
-      const float norm = state[r].normalizer();
+      const TileRow at = tile_row(p, v, row);
+      const RowNorm norm(v, at, state[r]);
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        const uint32_t pair = pack<T>(out[r / 2][n][r % 2 * 2] * norm, out[r / 2][n][r % 2 * 2 + 1] * norm);
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(q.at(row, n) + lane % 4 * 4), "r"(pair) : "memory");
+        const uint32_t pair = pack<T>(norm(out[r / 2][n][r % 2 * 2]), norm(out[r / 2][n][r % 2 * 2 + 1]));
+        store_shared(q.at(row, n) + lane % 4 * 4, pair);
       }
-      if (row < valid && lane % 4 == 0) lse_at(p, v, tile_row(p, v, row)) = state[r].lse();
+      if (row < valid && lane % 4 == 0) lse_at(p, v, at) = state[r].lse();
     }
     __syncwarp();
     for (int index = lane; index < 16 * kRowTiles * Tile::kChunks; index += 32) {
       const int row = first + index / Tile::kChunks, chunk = index % Tile::kChunks;
       if (row >= valid || chunk * 8 >= p.shape.head_dim) continue;
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(q.at(row, chunk))
-                   : "memory");
-      *reinterpret_cast<uint4*>(out_row<T>(p, v, tile_row(p, v, row)) + chunk * 8) = x;
+      *reinterpret_cast<uint4*>(out_row<T>(p, v, tile_row(p, v, row)) + chunk * 8) = load_shared(q.at(row, chunk));
     }
   }
 

@@ -1,4 +1,4 @@
-// The instructions of Ampere's tensor-core pipeline: cp.async, ldmatrix, mma.sync.
+// The instructions of Ampere's tensor-core pipeline: cp.async, ldmatrix, mma.sync. (cpp_tests/simt has them in C++.)
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,24 @@
 namespace flux::cuda::sm80 {
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// The dynamic shared memory of the block.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+__device__ inline void store_shared(uint32_t shared, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(shared), "r"(x) : "memory");
+}
+__device__ inline uint4 load_shared(uint32_t shared) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
 
 // 16 bytes from global to shared memory, past L1; zeros where `valid` is false (nothing is read then).
 __device__ inline void cp_async16(uint32_t shared, const void* global, bool valid) {

@@ -53,14 +53,14 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
     const TileRow where = tile_row(a, piece.view, row);
     if (valid && lane == 0) lse_at(a, piece.view, where) = state.lse();
     Element* out = out_row<Element>(a, piece.view, where) + 8 * lane;
-    const float norm = state.normalizer();
+    const RowNorm norm(piece.view, where, state);
     CUTE_UNROLL
     for (int j = 0; j < T::kHeadDim / 8; j += 4) {
       uint32_t word[4];
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (j + i) + 2 * r;
-        word[i] = pack<Element>(o(at) * norm, o(at + 1) * norm);
+        word[i] = pack<Element>(norm(o(at)), norm(o(at + 1)));
       }
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       if (valid && 8 * (j + lane) < dim) *reinterpret_cast<uint4*>(out + 8 * j) = chunk;

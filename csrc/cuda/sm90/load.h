@@ -31,7 +31,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   WorkRange range = first_range(p.plan, header);
   for (int32_t item = blockIdx.x; item < header.num_items; range = item_range(p.plan, item)) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      const Piece piece = piece_of(p.plan, p.attend.shape, p.tile, range, item, t);
+      const Piece piece = piece_of(p.attend.shape, p.tile, p.plan.tiles[t], range, item, t);
       if (piece.span.begin < piece.span.end)
         publish(piece);
       else

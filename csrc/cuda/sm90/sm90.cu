@@ -6,9 +6,6 @@
 namespace flux::cuda::sm90 {
 namespace {
 
-// With no more rows than this, a step is bound by memory and left to the sm80 decode kernels, which take smaller tiles.
-constexpr int64_t kDecodeRows = 16;
-
 template <DType kDType, int kHeadDim, int kKvBlock>
 constexpr Instance instance() {
   return {kDType, kHeadDim, kKvBlock, launch_instance<kDType, kHeadDim, kKvBlock>};
@@ -122,7 +119,8 @@ bool writable(const void* out, const Strides& s) {
 bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   const ProblemShape& s = p.shape;
   const Instance* i = choose_instance(p);
-  if (!i || s.group() > i->tile_rows() || int64_t(s.max_q_len) * s.group() <= kDecodeRows) return false;
+  // Decode is left to the sm80 kernels, which take smaller tiles.
+  if (!i || s.group() > i->tile_rows() || most_rows(s) <= kDecodeRows) return false;
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
   if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
