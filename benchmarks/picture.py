@@ -70,6 +70,7 @@ def draw_bars(
     axes.set_xlabel(label)
     if log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlim(0.5 if log else 0, (1.3 if log else 1.1) * longest)
     axes.margins(y=0.01)
     axes.spines[["top", "right"]].set_visible(False)
