@@ -50,13 +50,13 @@ step() { # name, lines shown, most seconds, command...
 run_tests() {
   step gpu 1 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   if [ -x "$CUDA_TEST" ]; then step cuda_test 2 60 "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
-  step pytest 6 240 python3 -m pytest -q --tb=short -p no:cacheprovider python_tests/test_cuda*.py \
+  step pytest 6 240 python3 -m pytest --tb=short -p no:cacheprovider python_tests/test_cuda*.py \
     python_tests/test_attention.py -k "cuda or gpu"
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
   step memcheck 3 120 compute-sanitizer --tool memcheck --kernel-name kernel_substring=flux --error-exitcode 1 \
-    python3 -m pytest -q -x -p no:cacheprovider python_tests/test_cuda.py \
+    python3 -m pytest -x -p no:cacheprovider python_tests/test_cuda.py \
     -k "test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)"
 }
 run_key() {
@@ -76,11 +76,14 @@ run_compare() {
     --groups "${GROUPS_COMPARED:-decode,decode-streaming,decode-mixed,router,dense,streaming,mixed-heads}"
 }
 
-case ${1:-full} in
-quick) parts="tests memcheck key" ;;
-full) parts="tests memcheck bench sanitize profile models" ;;
-*) parts=$* ;;
-esac
+parts=
+for name in "${@:-full}"; do
+  case $name in
+  quick) parts="$parts tests memcheck key" ;;
+  full) parts="$parts tests memcheck bench sanitize profile models" ;;
+  *) parts="$parts $name" ;;
+  esac
+done
 for part in $parts; do
   case $part in
   tests | memcheck | key | bench | models | sanitize | profile | compare) "run_$part" ;;
