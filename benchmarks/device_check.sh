@@ -15,7 +15,8 @@
 #
 # Run from the root of a checkout (or of a copy of flux_ext/, python_tests/, benchmarks/) that holds built libraries.
 # OUT (default: results) gets the tables and logs.tgz, after every part: what is stopped loses only what is not done.
-# MINUTES (default 60): nothing runs beyond it. CUDA_TEST: the GoogleTest binary (default: build/dev/cuda_test).
+# MINUTES (a whole number, default 60): nothing runs beyond it. CUDA_TEST: the GoogleTest binary (default:
+# build/dev/cuda_test). FLUX_COMMIT: what the tables name as the commit where there is no git.
 # TINY=1: small cases, to try the script itself; they run on a CPU too.
 set -u
 out=${1:-results}

@@ -2,7 +2,8 @@
 
     python -m benchmarks step --output results     # Llama-3.1-8B's layer after 128K tokens, full and sparse
 
-The times are torch.profiler's, of replays of a CUDA graph (on a CPU: of torch's operators, called eagerly).
+The times are torch.profiler's, of replays of a CUDA graph and of eager calls, where the host sets the pace (on a CPU: of
+torch's operators).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 import flux_ext
-from benchmarks.end_to_end import SHAPES, build, graphed
+from benchmarks.end_to_end import SHAPES, STEPS, build, graphed
 from flux_ext import FluxStaticCache
 
 LONGEST = 15  # are printed; the table has all
@@ -60,19 +61,25 @@ def medians(steps: list[list[Line]]) -> list[Line]:
 
 
 @torch.no_grad()
-def layer_step(name: str, length: int, route: int, steps: int, device: str) -> list[Line]:
-    """One layer of a model's shape, after a prompt of ``length`` tokens."""
+def layer_step(name: str, length: int, route: int, steps: int, device: str) -> dict[str, list[Line]]:
+    """One layer of a model's shape, after a prompt of ``length`` tokens; ``"graph"`` and ``"eager"``."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shape = {**SHAPES[name][1], "num_hidden_layers": 1, "vocab_size": 1024}
     model = build(name, device, dtype, length, shape)
     ids = torch.randint(0, 1024, (1, length), device=device)
     config = flux_ext.FluxConfig(sink=128, window=2048)
+    kind = "kernel" if device == "cuda" else "cpu_op"
     with flux_ext.patched(model, config), flux_ext.routes(model, torch.tensor([route], dtype=torch.int32)):
-        cache = FluxStaticCache(model.config, flux_ext.get_routers(model).config, length + 64)
+        cache = FluxStaticCache(model.config, flux_ext.get_routers(model).config, length + STEPS)
         model(ids, past_key_values=cache, logits_to_keep=1)
         position = torch.full((1, 1), length, device=device)
-        run = graphed(lambda: model(ids[:, :1], past_key_values=cache, position_ids=position), device)
-        return medians(timeline(run, steps, "kernel" if device == "cuda" else "cpu_op"))
+
+        def step() -> None:
+            model(ids[:, :1], past_key_values=cache, position_ids=position)
+
+        step()
+        eager = medians(timeline(step, steps, kind))
+        return {"graph": medians(timeline(graphed(step, device), steps, kind)), "eager": eager}
 
 
 def main(argv: list[str]) -> None:
@@ -85,15 +92,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 1 <= 2 * args.steps + 4 <= STEPS:
+        parser.error(f"--steps must be 1 to {STEPS // 2 - 2}, got {args.steps}")
     args.output.mkdir(parents=True, exist_ok=True)
     with (args.output / f"step-{args.model}-{device}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["route", "kernel", "us", "gap_before_us"])
+        writer.writerow(["route", "how", "kernel", "us", "gap_before_us"])
         for route in (0, 1):
-            lines = layer_step(args.model, args.length, route, args.steps, device)
+            found = layer_step(args.model, args.length, route, args.steps, device)
             kind = ("full", "sparse")[route]
-            writer.writerows([kind, name, f"{us:.2f}", f"{gap:.2f}"] for name, us, gap in lines)
-            print(f"{kind}: {len(lines)} kernels, {sum(us for _, us, _ in lines):.1f} us busy, "
-                  f"{sum(gap for _, _, gap in lines[1:]):.1f} us between them")  # fmt: skip
-            for name, us, gap in sorted(lines, key=lambda line: -line[1] - max(line[2], 0))[:LONGEST]:
+            for how, lines in found.items():
+                writer.writerows([kind, how, name, f"{us:.2f}", f"{gap:.2f}"] for name, us, gap in lines)
+                print(f"{kind}, {how}: {len(lines)} kernels, {sum(us for _, us, _ in lines):.1f} us busy, "
+                      f"{sum(gap for _, _, gap in lines[1:]):.1f} us between them")  # fmt: skip
+            for name, us, gap in sorted(found["graph"], key=lambda line: -line[1] - max(line[2], 0))[:LONGEST]:
                 print(f"  {us:8.2f} us after {gap:6.2f}  {name[:80]}")
