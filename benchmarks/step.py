@@ -2,8 +2,8 @@
 
     python -m benchmarks step --output results     # Llama-3.1-8B's layer after 128K tokens, full and sparse
 
-The times are torch.profiler's, of replays of a CUDA graph and of eager calls, where the host sets the pace (on a CPU: of
-torch's operators).
+The times are those of torch.profiler, of replays of a CUDA graph and of eager calls, where the host sets the pace (on a
+CPU: of torch operators).
 """
 
 from __future__ import annotations
