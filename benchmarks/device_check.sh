@@ -52,13 +52,14 @@ run_tests() {
   step gpu 1 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   if [ -x "$CUDA_TEST" ]; then step cuda_test 2 60 "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
   step pytest 6 240 python3 -m pytest --tb=short -p no:cacheprovider python_tests/test_cuda*.py \
-    python_tests/test_attention.py -k "cuda or gpu"
+    python_tests/test_attention.py python_tests/test_append.py -k "cuda or gpu"
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
   step memcheck 3 120 compute-sanitizer --tool memcheck --kernel-name kernel_substring=flux --error-exitcode 1 \
-    python3 -m pytest -x -p no:cacheprovider python_tests/test_cuda.py \
-    -k "test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)"
+    python3 -m pytest -x -p no:cacheprovider python_tests/test_cuda.py python_tests/test_append.py \
+    -k "test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)
+        or (twin and cuda and 3steps) or wrong_values"
 }
 run_key() {
   step key 30 240 python3 -m benchmarks cuda ${TINY:+--tiny} --out "$out" --minutes "$(left_minutes 3)" \

@@ -8,9 +8,11 @@
 #include <deque>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "attend_case.h"
+#include "cpu/cpu.h"
 
 namespace flux::cuda {
 namespace {
@@ -165,6 +167,14 @@ TEST_F(Plan, Prefill) {
   }
 }
 
+class OneWorker : public cpu::Executor {
+ public:
+  int num_workers() const override { return 1; }
+  void run(int64_t n, const std::function<void(int64_t)>& body) const override {
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
+};
+
 // Copies on the device of what parameters point to.
 class Copies {
  public:
@@ -252,6 +262,75 @@ INSTANTIATE_TEST_SUITE_P(Cuda, Attend,
                                                           test::Layout::kPaged, test::Layout::kPagedPerHead),
                                           testing::Bool()),
                          name_of);
+
+// One step after another on the device and on the CPU: equal bits.
+TEST(Append, AgreesWithTheCpu) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  test::Random random(81);
+  for (int i = 0; i < 12; ++i) {
+    SCOPED_TRACE("case " + std::to_string(i));
+    AppendParams p;
+    p.batch = random.integer(1, 3), p.num_kv_heads = random.integer(1, 3), p.head_dim = 8 * random.integer(1, 20);
+    p.page_size = 1 << random.integer(0, 4);
+    p.max_cache_len = random.integer(20, 90);
+    p.max_pages = ceil_div(p.max_cache_len, p.page_size);
+    p.sink_pages = min_of(random.integer(0, 2), p.max_pages);
+    p.pattern.align = 1 << random.integer(0, 3);
+    p.pattern.window = p.pattern.align * random.integer(1, 3);
+    p.unit = max_of(p.page_size, p.pattern.align);
+    p.k_dtype = DType(random.integer(0, 2)), p.v_dtype = DType(random.integer(0, 2));
+    p.pool_dtype = random.chance(50) ? p.k_dtype : DType(random.integer(0, 2));
+    std::vector<int32_t> base, ring, seen;
+    const int32_t window_pages = ceil_div(p.pattern.window + p.pattern.align + p.unit + 1, p.page_size) + 1;
+    for (int32_t row = 0; row < p.num_rows(); ++row) {
+      const int32_t full = p.max_pages - p.sink_pages;
+      base.push_back(p.num_pages);
+      ring.push_back(max_of(random.chance(50) ? full : min_of(window_pages, full), 1));
+      seen.push_back(random.integer(0, 10));
+      p.num_pages += p.sink_pages + ring.back();
+    }
+    std::vector<int32_t> table(size_t(p.num_rows()) * p.max_pages), kv_len(p.num_rows());
+    std::vector<int64_t> slots{7};
+    const int32_t unit = random.chance(50) ? 8 : 1;
+    test::Data k, v, k_pool, v_pool;
+    k.allocate(p.k_dtype, test::layout(random, unit, false, p.batch, 1, p.num_kv_heads, p.head_dim, p.k_stride));
+    v.allocate(p.v_dtype, test::layout(random, unit, false, p.batch, 1, p.num_kv_heads, p.head_dim, p.v_stride));
+    for (test::Data* pool : {&k_pool, &v_pool})
+      pool->allocate(p.pool_dtype, int64_t(p.num_pages) * p.page_size * p.head_dim);
+
+    const auto pointed_at = [&](auto&& place) {
+      AppendParams to = p;
+      to.k_pool = place(k_pool), to.v_pool = place(v_pool);
+      to.base = place(base), to.ring = place(ring), to.page_table = place(table), to.kv_len = place(kv_len);
+      to.seen = place(seen), to.slots = place(slots);
+      return to;
+    };
+    Copies copy;
+    AppendParams there = pointed_at(copy);
+    AppendParams here = pointed_at([](auto& x) {
+      if constexpr (std::is_same_v<decltype(x), test::Data&>)
+        return x.bytes.data();
+      else
+        return x.data();
+    });
+    for (int step = 0; step < p.max_cache_len; ++step) {
+      for (test::Data* x : {&k, &v})
+        for (int64_t n = 0; n < x->size(); ++n) x->set(n, random.normal());
+      Copies token;
+      there.k = token(k), there.v = token(v);
+      here.k = k.bytes.data(), here.v = v.bytes.data();
+      CUDA_OK(append(there, nullptr));
+      cpu::append(here, OneWorker());
+      CUDA_OK(cudaDeviceSynchronize());
+      ASSERT_EQ(to_host(static_cast<unsigned char*>(there.k_pool), k_pool.bytes.size()), k_pool.bytes);
+      ASSERT_EQ(to_host(static_cast<unsigned char*>(there.v_pool), v_pool.bytes.size()), v_pool.bytes);
+      ASSERT_EQ(to_host(there.page_table, table.size()), table) << "step " << step;
+      ASSERT_EQ(to_host(there.kv_len, kv_len.size()), kv_len);
+      ASSERT_EQ(to_host(there.seen, seen.size()), seen);
+      ASSERT_EQ(to_host(there.slots, 1), slots);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace flux::cuda

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,47 @@ def attend(
         else:
             out[b, q0:q1, g], lse[b, g, q0:q1] = o, l
     return out, lse
+
+
+def _place(page: int, sink_pages: int, ring: int) -> int:
+    """Where page ``page`` of a sequence lies in its row: the sink's pages stay, the others go round."""
+    return page if page < sink_pages else sink_pages + (page - sink_pages) % ring
+
+
+def append(
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    base: Tensor,
+    ring: Tensor,
+    page_table: Tensor,
+    kv_len: Tensor,
+    seen: Tensor,
+    slots: Tensor,
+    pattern: Streaming,
+    max_cache_len: int,
+) -> None:
+    """As :func:`flux_ext.ops.append`, row by row and page by page."""
+    page_size, max_pages = k_pool.shape[1], page_table.shape[2]
+    sink_pages = -(-pattern.sink // page_size)
+    unit = math.lcm(pattern.align, page_size)
+    for b, h in product(range(k.shape[0]), range(k.shape[1])):
+        first, pages = int(base[b, h]), int(ring[b, h])
+        position = min(int(seen[b, h]), max_cache_len - 1)
+        gap = 0
+        if sink_pages + pages < max_pages:
+            window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
+            gap = max(window_begin - sink_pages * page_size, 0) // unit * unit
+        page = first + _place(position // page_size, sink_pages, pages)
+        k_pool[page, position % page_size, 0] = k[b, h, 0]
+        v_pool[page, position % page_size, 0] = v[b, h, 0]
+        kv_len[b, h] = position + 1 - gap
+        for i in range(-(-int(kv_len[b, h]) // page_size)):
+            page = i if i < sink_pages else i + gap // page_size
+            page_table[b, h, i] = first + _place(page, sink_pages, pages)
+    seen += 1
+    slots += 1
 
 
 def attention(

@@ -8,7 +8,8 @@ page ``base + place(t // page_size)``, where ``place`` keeps the sink's pages an
 
 A full row's ring is as long as the cache. A sparse row's is as long as the window: what its oldest page is
 overwritten with comes when no query can see it any more. The page table lists the stored tokens in order, with
-the gap of :mod:`flux_ext.cache` after the sink, so the attention call is the same as there.
+the gap of :mod:`flux_ext.cache` after the sink, so the attention call is the same as there. The prompt is stored
+with torch's operators, a step with one of ours: :func:`flux_ext.ops.append`.
 """
 
 from __future__ import annotations
@@ -58,21 +59,19 @@ class FluxStaticLayer(FluxLayer):
         short = min(self.head_pages + self.sparse_ring, self.full_pages)
         pages = np.where(sparse, short, self.full_pages)
 
-        def on_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, dtype)[..., None]
+        def on_device(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x.astype(np.int32)).to(self.device)
 
-        self.base = on_device((np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape))  # [B, Hkv, 1]
+        # All [B, Hkv]: a row's first page, the pages of its ring, the valid tokens it has seen and those it stores.
+        self.base = on_device((np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape))
         self.ring = on_device(np.maximum(pages - self.head_pages, 1))
-        self.drops = on_device(sparse & (short < self.full_pages))  # 1 where tokens are dropped
-        self.columns = torch.arange(self.full_pages, device=self.device)
+        self.seen, self.kv_len = torch.zeros_like(self.base), torch.zeros_like(self.base)
+        self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
+        self.table = torch.zeros((*pages.shape, self.full_pages), dtype=torch.int32, device=self.device)
         shape = (int(pages.sum()), self.page_size, 1)
         self.k_pool = value_states.new_empty((*shape, head_dim))
         self.v_pool = value_states.new_empty((*shape, value_states.shape[-1]))
-        self.seen = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.device)  # valid tokens
-        self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
-        self.table = torch.zeros((*pages.shape, self.full_pages), dtype=torch.int32, device=self.device)
-        self.kv_len = torch.zeros(pages.shape, dtype=torch.int32, device=self.device)
-        for t in (self.k_pool, self.v_pool, self.seen, self.slots, self.table, self.kv_len):
+        for t in (self.k_pool, self.v_pool, self.base, self.ring, self.table, self.kv_len, self.seen, self.slots):
             torch._dynamo.mark_static_address(t)
         self.is_initialized = True
 
@@ -81,27 +80,11 @@ class FluxStaticLayer(FluxLayer):
         """Sequences."""
         return self.num_sequences
 
-    def _place(self, page: Tensor) -> Tensor:
-        """Pages of the pool for pages of the sequences, int64 ``[B, Hkv, n]`` both."""
-        return self.base + torch.where(
-            page < self.head_pages, page, self.head_pages + (page - self.head_pages) % self.ring
-        )
-
-    def _gap(self, seen: Tensor) -> Tensor:
-        """int64 ``[B, Hkv, 1]``: tokens dropped before a query at position ``seen [B]``."""
-        window_begin = self.pattern.align * (seen // self.pattern.align + 1) - self.pattern.window
+    def _gap(self) -> Tensor:
+        """int64 ``[B, Hkv]``: tokens dropped before the query to come."""
+        window_begin = self.pattern.align * (self.seen.long() // self.pattern.align + 1) - self.pattern.window
         gap = (window_begin - self.head).clamp(min=0) // self.unit * self.unit
-        return gap[:, None, None] * self.drops
-
-    def _write(self, k: Tensor, v: Tensor, position: Tensor, kept: Tensor | None = None) -> None:
-        """Stores ``k[:, :, i]`` as token ``position[..., i]`` (``[B, Hkv, n]``), where ``kept``."""
-        slot = self._place(position // self.page_size) * self.page_size + position % self.page_size
-        for pool, x in ((self.k_pool, k), (self.v_pool, v)):
-            flat, x = pool.view(-1, pool.shape[-1]), x.detach().to(pool.dtype)
-            if kept is None:
-                flat.index_copy_(0, slot.reshape(-1), x.reshape(-1, x.shape[-1]))
-            else:
-                flat.index_copy_(0, slot[kept], x[kept])
+        return gap * (self.head_pages + self.ring < self.full_pages)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores the prompt's keys and values ``[B, Hkv, S, D]``, or one step's, and hands them back unchanged."""
@@ -114,15 +97,20 @@ class FluxStaticLayer(FluxLayer):
         if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
             raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
         self.continues = True
-        seen = self.seen.clamp(max=self.max_cache_len - 1)  # unchecked, a token too many stays in its own row
-        gap = self._gap(seen)
-        position = seen[:, None, None].expand(-1, key_states.shape[1], 1)
-        self._write(key_states, value_states, position)
-        page = self.columns + torch.where(self.columns < self.head_pages, 0, gap // self.page_size)
-        self.table.copy_(self._place(page))
-        self.kv_len.copy_((position + 1 - gap)[..., 0])
-        self.seen.add_(1)
-        self.slots.add_(1)
+        ops.append(
+            key_states,
+            value_states,
+            self.k_pool,
+            self.v_pool,
+            self.base,
+            self.ring,
+            self.table,
+            self.kv_len,
+            self.seen,
+            self.slots,
+            self.pattern,
+            self.max_cache_len,
+        )
         return key_states, value_states
 
     @torch.compiler.disable
@@ -134,12 +122,17 @@ class FluxStaticLayer(FluxLayer):
             self.lazy_initialization(k, v)
         self._keep_route()
         begin, end = (torch.from_numpy(x).to(self.device) for x in batch.host_bounds(k.shape[0], k.shape[2]))
-        self.seen.copy_(end - begin)
+        self.seen.copy_((end - begin)[:, None].expand_as(self.seen))
         self.slots.fill_(k.shape[2])
         position = (torch.arange(k.shape[2], device=self.device) - begin[:, None])[:, None]  # [B, 1, S]
         inside = (position >= 0) & (position < (end - begin)[:, None, None])
-        kept = inside & ((position < self.head) | (position >= self.head + self._gap(self.seen)))
-        self._write(k, v, position.expand(k.shape[:3]), kept)
+        kept = inside & ((position < self.head) | (position >= self.head + self._gap()[..., None]))
+        page = position // self.page_size
+        around = self.head_pages + (page - self.head_pages) % self.ring[..., None]
+        page = self.base[..., None] + torch.where(page < self.head_pages, page, around)
+        slot = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
+        for pool, x in ((self.k_pool, k), (self.v_pool, v)):
+            pool.view(-1, pool.shape[-1]).index_copy_(0, slot, x.detach()[kept].to(pool.dtype))
 
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
@@ -171,8 +164,7 @@ class FluxStaticLayer(FluxLayer):
             raise ValueError("FluxStaticCache cannot reorder sequences: use FluxCache for beam search")
 
     def stored_tokens(self) -> np.ndarray:
-        gap = self._gap(self.seen)[..., 0]
-        return (self.seen[:, None] - gap).cpu().numpy()
+        return (self.seen - self._gap()).cpu().numpy()
 
     def nbytes(self) -> int:
         return self.k_pool.nbytes + self.v_pool.nbytes if self.is_initialized else 0

@@ -26,11 +26,11 @@ def test_needs_only_what_torch_2_10_has(path: Path) -> None:
 
 
 def test_cpu_operators_are_registered() -> None:
-    for op in ("attend", "attend_backward", "route"):
+    for op in ("attend", "attend_backward", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CPU")
 
 
 @pytest.mark.skipif(not library.has_cuda_library, reason="built without nvcc")
 def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
-    for op in ("attend", "route"):
+    for op in ("attend", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CUDA")

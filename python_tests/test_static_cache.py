@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from models import ragged, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import CompileConfig
 
 import flux_ext
@@ -69,6 +70,29 @@ def test_generate_compiles_one_step() -> None:
         got = model.generate(ids, cache_implementation="static", compile_config=config, **kwargs)
     assert torch.equal(got, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_stored_by_one_operator() -> None:
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    cache = FluxStaticCache(model.config, get_routers(model).config, 60)
+    model(torch.randint(2, 128, (2, 40)), past_key_values=cache)
+    k = torch.randn(2, 2, 1, 16)
+    with Calls() as calls:
+        cache.layers[0].update(k, k)
+    work = [n for n in calls.names if n not in ("aten::detach", "aten::_local_scalar_dense")]  # views; the CPU's check
+    assert work == ["flux_ext::append"], calls.names
 
 
 def test_what_it_cannot_do() -> None:

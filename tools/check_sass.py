@@ -40,6 +40,7 @@ RULES = (
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
     Rule(r"combine_kernel", most_registers=128),
+    Rule(r"append_kernel", most_registers=64),
     Rule(r""),
 )
 

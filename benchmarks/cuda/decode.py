@@ -124,6 +124,35 @@ def build_router(spec: Spec, setting: Setting) -> Problem:
     return problem
 
 
+def build_append(spec: Spec, setting: Setting) -> Problem:
+    """Storing a step's token in a paged cache with fixed addresses; torch's bare copies to known places as the peer."""
+    pages = -(-spec.length // PAGE_SIZE) + 1
+    rows = spec.batch * spec.kv_heads
+    sparse = setting.sparse
+    sink = -(-sparse.sink // PAGE_SIZE)
+    ring = (
+        min(-(-(sparse.window + PAGE_SIZE) // PAGE_SIZE) + 1, pages - sink)
+        if spec.kind == "streaming"
+        else pages - sink
+    )
+    k, v = (setting.random(spec.batch, spec.kv_heads, 1, spec.dim) for _ in range(2))
+    pools = [setting.random(rows * (sink + ring), PAGE_SIZE, 1, spec.dim) for _ in range(2)]
+    shape = (spec.batch, spec.kv_heads)
+    base = torch.arange(rows, device=setting.device, dtype=torch.int32).view(shape) * (sink + ring)
+    rings, seen = (torch.full(shape, n, dtype=torch.int32, device=setting.device) for n in (ring, spec.length - 1))
+    table = torch.zeros((*shape, pages), dtype=torch.int32, device=setting.device)
+    kv_len, slots = torch.zeros_like(base), torch.zeros((), dtype=torch.int64, device=setting.device)
+    problem = Problem()
+    problem.contenders[OURS] = [
+        lambda: ops.append(k, v, *pools, base, rings, table, kv_len, seen, slots, sparse, spec.length)
+    ]
+    if setting.peers:
+        place = base.view(-1).long() * PAGE_SIZE
+        flat = [(pool.view(-1, spec.dim), x.view(rows, spec.dim)) for pool, x in zip(pools, (k, v), strict=True)]
+        problem.contenders["two index_copy_"] = [lambda: [pool.index_copy_(0, place, x) for pool, x in flat]]
+    return problem
+
+
 K, M = 1024, 1 << 20
 
 
@@ -150,6 +179,7 @@ def groups() -> list[Group]:
     router += [Spec("router", "layer", b, 4 * K) for b in (8, 64)]
     router += [Spec("router", "head", 1, n) for n in (512, 128 * K)]
     router += [Spec("router", "head", b, 4 * K) for b in (8, 64)]
+    append = [Spec("append", kind, b, 128 * K) for kind in ("full", "streaming") for b in (1, 16)]
     layers = [Spec("decode-layers", share, 1, 256 * K) for share in ("0", "0.5", "0.75", "0.9")]
     return [
         Group("decode", full, build_decode),
@@ -159,4 +189,5 @@ def groups() -> list[Group]:
         Group("decode-paged", paged, build_decode),
         Group("decode-wide", wide, build_decode),
         Group("decode-layers", layers, build_layers),
+        Group("append", append, build_append),
     ]

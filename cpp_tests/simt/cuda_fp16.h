@@ -13,3 +13,5 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
+inline __half __float2half_rn(float x) { return x; }
+inline float __half2float(__half x) { return x; }

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/append.h"
 #include "core/params.h"
 #include "core/schedule.h"
 
@@ -30,6 +31,7 @@ Plan plan(const ProblemShape& shape, const TileShape& tile, int num_workers);
 void route(const RouteParams& p, const Executor& executor);
 void attend(const AttendParams& p, const Executor& executor);
 void attend_backward(const AttendBackwardParams& p, const Executor& executor);
+void append(const AppendParams& p, const Executor& executor);
 
 // What the vectorised kernels were compiled for ("portable", "avx2", "avx512").
 const char* isa();

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/append.h"
 #include "core/params.h"
 #include "core/schedule.h"
 #include "core/softmax_state.h"
@@ -137,6 +138,7 @@ cudaError_t route(const RouteParams& p, cudaStream_t stream);
 cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);
 cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
 cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+cudaError_t append(const AppendParams& p, cudaStream_t stream);
 
 // The families of attend kernels. `configure` returns false where the family has no kernel for the problem.
 namespace sm80 {

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "torch/append.h"
 #include "torch/convert.h"
 #include "torch/values.h"
 
@@ -78,6 +79,15 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   return {pooled, logits, decision};
 }
 
+void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
+            const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
+            std::vector<int64_t> pattern, int64_t max_cache_len) {
+  const AppendParams p =
+      to_append_params(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len);
+  check_values(p);
+  cpu::append(p, TorchThreads());
+}
+
 }  // namespace
 }  // namespace flux::torch_ops
 
@@ -85,4 +95,5 @@ STABLE_TORCH_LIBRARY_IMPL(flux_ext, CPU, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
   m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::attend_backward));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+  m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "torch/append.h"
 #include "torch/convert.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -98,10 +99,20 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   return {pooled, logits, decision};
 }
 
+void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
+            const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
+            std::vector<int64_t> pattern, int64_t max_cache_len) {
+  const DeviceGuard guard(k.get_device_index());
+  const AppendParams p =
+      to_append_params(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len);
+  check_cuda(cuda::append(p, current_stream(k)), "append");
+}
+
 }  // namespace
 }  // namespace flux::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+  m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

@@ -1,0 +1,46 @@
+// One token more in every row of a cache with fixed addresses.
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/cpu.h"
+#include "cpu/element.h"
+
+namespace flux::cpu {
+namespace {
+
+template <typename From, typename To>
+void store_token(const From* from, To* to, int32_t dim) {
+  if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, sizeof(To) * dim);
+  else
+    for (int32_t d = 0; d < dim; ++d) from_float(to_float(from[d]), to[d]);
+}
+
+// One token of head_dim elements, in the pool's dtype.
+void store_token(const AppendParams& p, const void* x, DType dtype, int64_t index, void* pool, int64_t slot) {
+  dispatch(dtype, [&](auto* from) {
+    dispatch(p.pool_dtype, [&](auto* to) {
+      using From = std::remove_pointer_t<decltype(from)>;
+      using To = std::remove_pointer_t<decltype(to)>;
+      store_token(static_cast<const From*>(x) + index, static_cast<To*>(pool) + slot * p.head_dim, p.head_dim);
+    });
+  });
+}
+
+}  // namespace
+
+void append(const AppendParams& p, const Executor& executor) {
+  executor.run(p.num_rows(), [&](int64_t row) {
+    const AppendRow r(p, int32_t(row));
+    const int64_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
+    store_token(p, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, r.slot());
+    store_token(p, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, r.slot());
+    int32_t* table = p.page_table + row * p.max_pages;
+    for (int32_t i = 0; i < r.num_columns(); ++i) table[i] = r.column(i);
+    p.kv_len[row] = r.kv_len();
+    ++p.seen[row];
+  });
+  ++*p.slots;
+}
+
+}  // namespace flux::cpu
