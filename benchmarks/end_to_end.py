@@ -1,28 +1,36 @@
 """Whole models of real shapes with random weights: prefill, decode, memory, by share of sparse layers.
 
-    python -m benchmarks end_to_end --model llama-3.1-8b --lengths 8192 131072 --output results/
+    python -m benchmarks end_to_end --minutes 9                              # the most important runs first
+    python -m benchmarks end_to_end --runs qwen3-8b:262144x1 llama-3.1-8b:32768x4
+    python -m benchmarks end_to_end --runs tiny:256x1 tiny:128x4             # seconds, on a CPU too
 
-Routes are forced (the weights are random), so the figures say what a route costs, not which one is right. The peer
-is the same model with stock PyTorch attention (SDPA: cuDNN or flash, whatever PyTorch prefers).
+A run is MODEL:LENGTHxBATCH; a batch of more than one is ragged. Routes are forced (the weights are random), so the
+figures say what a route costs, not which one is right. The peer is the same model with stock PyTorch attention (SDPA:
+cuDNN where it can, else flash). Every variant is on disk before the next starts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import gc
 import math
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import flux_ext
-from flux_ext.static_cache import FluxStaticCache
+from benchmarks.cuda.measure import first_line
+from benchmarks.cuda.table import about
+from flux_ext import FluxStaticCache
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b": (
@@ -49,12 +57,30 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(name: str, device: str, dtype: torch.dtype, max_length: int) -> Any:
+RUNS = (
+    "llama-3.1-8b:131072x1", "llama-3.1-8b:262144x1", "qwen3-8b:131072x1", "llama-3.1-8b:32768x4",
+    "llama-3.1-8b:32768x1", "llama-3.1-8b:8192x1", "qwen3-8b:262144x1", "qwen3-8b:32768x4", "qwen3-8b:8192x1",
+)  # fmt: skip
+PEER = "sdpa"
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+FIELDS = (
+    "model", "length", "batch", "variant", "prefill_s", "prefill_x", "decode_ms", "decode_x", "decode_graph_ms",
+    "decode_graph_x", "peak_GB", "kv_GB", "note",
+)  # fmt: skip
+STEPS = 128
+"""Room for decode steps in a static cache."""
+WARM_UP = 2048
+"""Tokens of the prompt that comes before anything is timed."""
+
+
+def build(name: str, device: str, dtype: torch.dtype, max_length: int, shape: dict[str, Any] | None = None) -> Any:
     """A randomly initialised model of a real shape, made directly on the device."""
     import transformers
 
-    config_class, shape = SHAPES[name]
-    config = getattr(transformers, config_class)(**shape, max_position_embeddings=max_length + 1024)
+    config_class, real_shape = SHAPES[name]
+    config = getattr(transformers, config_class)(**(shape or real_shape), max_position_embeddings=max_length + 1024)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
@@ -69,35 +95,28 @@ def sparse_layers(num_layers: int, share: float) -> torch.Tensor:
     return route
 
 
-def _seconds(f: Any, repeats: int, device: str) -> float:
+def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of a call."""
     times = []
     for _ in range(repeats):
         if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            f()
+            call()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3)
         else:
-            import time
-
             begin = time.perf_counter()
-            f()
+            call()
             times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
-def cache_bytes(cache: Any) -> int:
-    """What a cache's tensors occupy."""
-    if hasattr(cache, "nbytes"):
-        return int(cache.nbytes())
-    layers = [layer for layer in cache.layers if getattr(layer, "is_initialized", True)]
-    return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
-
-
-def _graphed(step: Callable[[], object], repeats: int) -> float:
-    """Seconds of one replay of a step captured in a CUDA graph; the launches of a step then cost no host time."""
+def graphed(step: Callable[[], object], device: str) -> Callable[[], object]:
+    """A replay of a step captured in a CUDA graph: its launches then cost no host time. On a CPU the step itself."""
+    if device != "cuda":
+        return step
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -106,51 +125,65 @@ def _graphed(step: Callable[[], object], repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return _seconds(graph.replay, repeats, "cuda")
+    return graph.replay
 
 
-@torch.no_grad()
-def measure(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, decode_steps: int, repeats: int) -> dict:
+def tensors(cache: Any) -> list[torch.Tensor]:
+    """Keys and values of a stock cache."""
+    layers = [layer for layer in cache.layers if getattr(layer, "is_initialized", True)]
+    return [t for layer in layers for t in (layer.keys, layer.values)]
+
+
+def measure(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor | None, decode_steps: int, repeats: int
+) -> dict[str, float]:
     """Prefill and decode seconds, peak memory and cache bytes of one batch.
 
-    Decode steps are timed as they are called (``decode_ms``, host included) and, for one sequence on a GPU, replayed
-    from a CUDA graph (``decode_graph_ms``): ours over a static cache, the stock model's over the dynamic cache it has.
+    Ours decodes over a static cache, stock attention over the dynamic cache it has. Steps are timed as they are
+    called (``decode_ms``, host included) and replayed from a CUDA graph (``decode_graph_ms``; not for stock attention
+    on a ragged batch, whose mask waits for the device).
     """
-    device = ids.device.type
+    (batch, length), device = ids.shape, ids.device.type
+    ours = flux_ext.is_patched(model)
+    state: dict[str, Any] = {}
+
+    def prefill(tokens: int = length) -> None:
+        state.clear()  # one cache at a time
+        cache = None
+        if ours:
+            cache = FluxStaticCache(model.config, flux_ext.get_routers(model).config, tokens + STEPS)
+        part = None if mask is None else mask[:, -tokens:]
+        out = model(ids[:, -tokens:], attention_mask=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        state["cache"], state["token"] = out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+    prefill(min(length, WARM_UP))
     if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    prefill_seconds = seconds_of(prefill, repeats, device)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    cache, token = state["cache"], state["token"]
+    stored = cache.nbytes() if ours else sum(t.nbytes for t in tensors(cache))
 
-    def prefill(cache: Any = None) -> Any:
-        return model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    out = prefill()
-    token = out.logits[:, -1:].argmax(-1)
-    state = {"cache": out.past_key_values, "mask": mask}
-    del out
-    stored = cache_bytes(state["cache"])
+    position = torch.full((batch, 1), length, device=device) if mask is None else mask.sum(1, keepdim=True)
+    steps = {"mask": mask}
 
     def decode() -> None:
-        if state["mask"] is not None:
-            state["mask"] = torch.nn.functional.pad(state["mask"], (0, 1), value=1)
-        model(token, attention_mask=state["mask"], past_key_values=state["cache"], use_cache=True)
+        if mask is not None and not ours:
+            steps["mask"] = torch.nn.functional.pad(steps["mask"], (0, 1), value=1)
+        model(token, attention_mask=steps["mask"], past_key_values=cache, use_cache=True, position_ids=position)
 
-    for _ in range(3):
+    held: list[torch.Tensor] = []
+
+    def held_decode() -> None:
+        held[:] = [] if ours else tensors(cache)  # a stock step replaces them, its replay reads them again
         decode()
-    decode_seconds = _seconds(decode, decode_steps, device)
+
+    decode()
+    decode_seconds = seconds_of(decode, decode_steps, device)
     graph_seconds = math.nan
-    if device == "cuda" and mask is None:
-        if flux_ext.is_patched(model):
-            config = flux_ext.get_routers(model).config
-            state["cache"] = FluxStaticCache(model.config, config, ids.shape[1] + 64)
-            prefill(state["cache"])
-        position = torch.full((1, 1), ids.shape[1], device=device)
-        graph_seconds = _graphed(
-            lambda: model(token, past_key_values=state["cache"], position_ids=position), decode_steps
-        )
-    state.clear()
-    gc.collect()
-    prefill_seconds = _seconds(prefill, repeats, device)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    if ours or mask is None:
+        graph_seconds = seconds_of(graphed(held_decode, device), decode_steps, device)
     return {
         "prefill_s": prefill_seconds,
         "decode_ms": decode_seconds * 1e3,
@@ -172,72 +205,104 @@ def batch_of(length: int, batch: int, vocab: int, device: str) -> tuple[torch.Te
     return ids, mask
 
 
+@contextlib.contextmanager
+def variant(model: Any, name: str) -> Iterator[None]:
+    """The model with stock attention, or ours with that share of its layers sparse."""
+    if name == PEER:
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            yield
+        return
+    route = sparse_layers(model.config.num_hidden_layers, float(name.split()[1]))
+    with flux_ext.patched(model, flux_ext.FluxConfig(sink=128, window=2048)), flux_ext.routes(model, route):
+        yield
+
+
+class Writer:
+    """Rows on disk as they come."""
+
+    def __init__(self, path: Path, device: str, argv: list[str]) -> None:
+        import transformers
+
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m benchmarks end_to_end", *argv])
+        info = {**about(device), "transformers": transformers.__version__, "command": command}
+        with path.open("w", newline="") as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in info.items())
+            csv.writer(file).writerow(FIELDS)
+
+    def add(self, row: dict[str, Any]) -> None:
+        values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        with self._path.open("a", newline="") as file:
+            csv.DictWriter(file, FIELDS).writerow(values)
+        tqdm.write(" ".join(f"{k}={values[k]}" if k in FIELDS[4:] else str(values[k]) for k in FIELDS if k in values))
+
+
+def run(model: Any, name: str, length: int, batch: int, args: argparse.Namespace, writer: Writer) -> None:
+    """All variants of one run: the peer, then ours from sparse to full."""
+    device = model.device.type
+    ids, mask = batch_of(length, batch, model.config.vocab_size, device)
+    dense: dict[str, float] = {}
+    last = 0.0
+    for label in (PEER, *(f"flux {share:g}" for share in sorted(args.shares, reverse=True))):
+        row: dict[str, Any] = {"model": name, "length": length, "batch": batch, "variant": label}
+        begin = time.monotonic()
+        if begin + last > args.deadline:
+            writer.add({**row, "note": "not run: the time was up"})
+            continue
+        try:
+            with variant(model, label):
+                found = measure(model, ids, mask, args.decode_steps, args.repeats)
+            dense = dense if label != PEER else found
+            speedups = {
+                f"{k}_x": dense[f"{k}_{u}"] / found[f"{k}_{u}"]
+                for k, u in (("prefill", "s"), ("decode", "ms"), ("decode_graph", "ms"))
+                if dense and not math.isnan(dense[f"{k}_{u}"])
+            }
+            writer.add({**row, **found, **speedups})
+        except Exception as error:  # out of memory above all
+            writer.add({**row, "note": first_line(error)})
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        last = time.monotonic() - begin
+
+
+def parse_run(text: str) -> tuple[str, int, int]:
+    """MODEL:LENGTHxBATCH."""
+    name, _, shape = text.partition(":")
+    length, _, batch = shape.partition("x")
+    if name not in SHAPES or not length.isdigit() or not batch.isdigit():
+        raise argparse.ArgumentTypeError(f"expected MODEL:LENGTHxBATCH with MODEL of {', '.join(SHAPES)}, got {text!r}")
+    return name, int(length), int(batch)
+
+
+@torch.no_grad()
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("benchmarks end_to_end", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    """The command line."""
+    parser = argparse.ArgumentParser("benchmarks end_to_end", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--runs", type=parse_run, nargs="+", default=[parse_run(r) for r in RUNS])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5, 0.75, 0.9])
+    parser.add_argument("--minutes", type=float, default=60.0, help="start nothing that would end after this")
     parser.add_argument("--decode-steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="prefills that are timed, after a short one")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args(argv)
+    if not 1 <= 2 * args.decode_steps + 4 <= STEPS:
+        parser.error(f"--decode-steps must be 1 to {STEPS // 2 - 2}, got {args.decode_steps}")
+    args.deadline = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build(args.model, device, dtype, max(args.lengths))
-    rows: list[dict] = []
-    runs = [(length, batch) for length in args.lengths for batch in args.batches]
-    progress = tqdm(total=len(runs) * (1 + len(args.shares)), file=sys.stderr)
-    for length, batch in runs:
-        ids, mask = batch_of(length, batch, model.config.vocab_size, device)
-        base = {"model": args.model, "length": length, "batch": batch}
-        variants: list[tuple[str, torch.Tensor | None]] = [("sdpa", None)]
-        variants += [(f"flux {share:g}", sparse_layers(model.config.num_hidden_layers, share)) for share in args.shares]
-        dense: dict = {}
-        for name, route in variants:
-            progress.set_description(f"{length} x {batch} {name}")
-            try:
-                if route is None:
-                    found = dense = measure(model, ids, mask, args.decode_steps, args.repeats)
-                else:
-                    config = flux_ext.FluxConfig(sink=128, window=2048)
-                    with flux_ext.patched(model, config), flux_ext.routes(model, route):
-                        found = measure(model, ids, mask, args.decode_steps, args.repeats)
-                speedup = {
-                    f"{k}_x": dense[f"{k}_{u}"] / found[f"{k}_{u}"]
-                    for k, u in (("prefill", "s"), ("decode", "ms"), ("decode_graph", "ms"))
-                    if dense
-                }
-                rows.append({**base, "variant": name, **found, **speedup})
-            except torch.OutOfMemoryError:
-                rows.append({**base, "variant": f"{name} (out of memory)"})
-                torch.cuda.empty_cache()
-            progress.update()
-    progress.close()
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"end_to_end-{args.model}-{device}.csv"
-    fields = [
-        "model",
-        "length",
-        "batch",
-        "variant",
-        "prefill_s",
-        "prefill_x",
-        "decode_ms",
-        "decode_x",
-        "decode_graph_ms",
-        "decode_graph_x",
-        "peak_GB",
-        "kv_GB",
-    ]
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, fields)
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    for row in rows:
-        print("  ".join(f"{k} {row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in fields if k in row))
-    print(f"written to {path}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    writer = Writer(args.output / f"end_to_end-{device}.csv", device, argv)
+    model, built = None, ("", 0)
+    for name, length, batch in tqdm(args.runs, desc="end to end", unit="run", file=sys.stderr, disable=None):
+        if time.monotonic() > args.deadline:
+            writer.add({"model": name, "length": length, "batch": batch, "note": "not run: the time was up"})
+            continue
+        longest = max(n for other, n, _ in args.runs if other == name)
+        if built != (name, longest):
+            model = None  # one model at a time
+            gc.collect()
+            model, built = build(name, device, dtype, longest), (name, longest)
+        run(model, name, length, batch, args, writer)

@@ -1,16 +1,19 @@
 """Loads the operator libraries that stand beside this file.
 
 ``libflux_ext_cpu.so`` has the schemas and the CPU kernels, ``libflux_ext_cuda.so`` the CUDA kernels (built where
-nvcc was found). Both use the LibTorch stable ABI: one build serves every torch from 2.10 on.
+nvcc was found). Both use the LibTorch stable ABI: one build serves every torch from 2.10 on. The environment variable
+FLUX_EXT_LIBRARIES names another folder to take both from (to compare two builds).
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent
+LIBRARY_VARIABLE = "FLUX_EXT_LIBRARIES"
+FOLDER = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).parent)
 
 
 def load(name: str) -> bool:

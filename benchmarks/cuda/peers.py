@@ -1,0 +1,109 @@
+"""What others offer for the same problems, each under its name; what cannot run says why."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .measure import Call, first_line
+
+Inputs = Sequence[tuple[Tensor, Tensor, Tensor]]  # q [B, S, Hq, D], k, v [B, Skv, Hkv, D]
+Peers = tuple[dict[str, Sequence[Call]], dict[str, str]]  # calls by name; why the others are missing
+
+ON_CUDA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+ON_CPU = {"SDPA flash": SDPBackend.FLASH_ATTENTION}
+
+
+def _sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
+        )
+
+
+def _flash4(module: Any) -> Callable[..., Any]:
+    return lambda q, k, v, causal, window: module.flash_attn_func(
+        q, k, v, causal=causal, window_size=(window, 0 if window is not None else None)
+    )
+
+
+def _flash3(module: Any) -> Callable[..., Any]:
+    return lambda q, k, v, causal, window: module.flash_attn_func(
+        q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window, 0)
+    )
+
+
+def _flashinfer(module: Any) -> Callable[..., Any]:
+    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Any:
+        if q.shape[0] != 1:
+            raise ValueError("this call takes one sequence")
+        window_left = -1 if window is None else window
+        if q.shape[1] == 1:
+            return module.single_decode_with_kv_cache(q[0, 0], k[0], v[0], window_left=window_left)
+        return module.single_prefill_with_kv_cache(q[0], k[0], v[0], causal=causal, window_left=window_left)
+
+    return run
+
+
+# Packages that may or may not be there: module, and what makes a call of it.
+OPTIONAL: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
+    "FlashAttention-3": ("flash_attn_interface", _flash3),
+    "FlashAttention-4": ("flash_attn.cute", _flash4),
+    "FlashInfer": ("flashinfer", _flashinfer),
+}
+
+
+def optional(inputs: Inputs, causal: bool, window: int | None = None) -> Peers:
+    """The packages of ``OPTIONAL`` that import; ``window``: keys before the query's own (there are no sinks)."""
+    calls: dict[str, Sequence[Call]] = {}
+    missing: dict[str, str] = {}
+    for name, (module, make) in OPTIONAL.items():
+        if inputs[0][0].device.type != "cuda":
+            missing[name] = "needs CUDA"
+            continue
+        try:
+            run = make(importlib.import_module(module))
+        except Exception as error:
+            missing[name] = first_line(error)
+            continue
+        calls[name] = [lambda s=s, run=run: run(*s, causal, window) for s in inputs]
+    return calls, missing
+
+
+def dense(inputs: Inputs, causal: bool) -> Peers:
+    """SDPA's backends and the optional packages, over everything."""
+    on_cuda = inputs[0][0].device.type == "cuda"
+    calls, missing = optional(inputs, causal)
+    for name, backend in (ON_CUDA if on_cuda else ON_CPU).items():
+        calls[name] = [lambda s=s, b=backend: _sdpa(b, *s, causal) for s in inputs]
+    if not on_cuda:
+        missing["SDPA cuDNN"] = "needs CUDA"
+    return calls, missing
+
+
+def _mask_builder(mask: Callable[..., Tensor], q: Tensor) -> Callable[[], BlockMask]:
+    n, device = q.shape[1], q.device.type
+    create = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
+    return lambda: create(mask, 1, q.shape[2], n, n, device=device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Callable[..., Tensor]) -> dict[str, Sequence[Call]]:
+    """FlexAttention with ``mask(b, h, i, j)``: its block mask built before, and once more as a contender of its own.
+
+    On the CPU neither is compiled.
+    """
+    build = _mask_builder(mask, q)
+    block_mask = build()
+    run = torch.compile(flex_attention) if q.is_cuda else flex_attention
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    return {
+        "FlexAttention": [lambda: run(*heads_first, block_mask=block_mask, enable_gqa=True)],
+        "FlexAttention's block mask": [build],
+    }

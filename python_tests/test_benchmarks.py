@@ -1,0 +1,321 @@
+"""The benchmarks run: every group in tiny cases on the CPU, the CUDA timing with stand-ins, criteria, scripts."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
+sys.path.append(str(ROOT))  # last: the package itself stays the one that is tested
+
+from benchmarks import end_to_end, launch, picture, step  # noqa: E402
+from benchmarks.cuda import compare, criteria, measure, run, table  # noqa: E402
+from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
+from benchmarks.cuda.problems import OURS, Setting, Spec, visible_pairs  # noqa: E402
+from flux_ext import Full, Streaming, Triangle  # noqa: E402
+from flux_ext.patterns import dense_mask  # noqa: E402
+
+K = 1024
+TINY = Setting("cpu", tiny=True)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the command lines run
+LIMITS = table.Ceilings(1.0, 1.0)
+
+
+# --- Every case
+
+
+@pytest.mark.parametrize("name", run.ORDER)
+def test_every_group_runs(name: str) -> None:
+    """Every contender that can run on a CPU has a time; the others say why not."""
+    group = run.GROUPS[name]
+    for spec in dict.fromkeys(TINY.shrink(s) for s in group.specs):
+        rows = run.run_case(group, spec, TINY, LIMITS)
+        assert OURS in [r.contender for r in rows]
+        for row in rows:
+            assert row.us is not None or row.note == "needs CUDA", (row.case, row.contender, row.note)
+        assert table.line(rows, "").startswith(rows[0].case)
+
+
+def test_order_has_every_group_once() -> None:
+    assert sorted(run.ORDER) == sorted(run.GROUPS)
+    specs = [spec for group in run.GROUPS.values() for spec in group.specs]
+    assert len({spec.label for spec in specs}) == len(specs)
+    for name, group in run.GROUPS.items():
+        assert {spec.group for spec in group.specs} == {name}
+
+
+@pytest.mark.parametrize("pattern", [Full(), Streaming(16, 32), Streaming(0, 64, align=64)], ids=str)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 300), (130, 130), (50, 200)])
+def test_visible_pairs_counts_the_mask(pattern: Full | Streaming | Triangle, q_len: int, kv_len: int) -> None:
+    assert visible_pairs(pattern, q_len, kv_len) == int(dense_mask(pattern, q_len, kv_len).sum())
+
+
+@pytest.mark.parametrize("length", [128, 300, 1000])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_block_lists_have_their_density_and_work(length: int, density: float) -> None:
+    spec = Spec("block-sparse", "", 1, length, 16, 8, 4)
+    keep = random_blocks(spec, TINY, density)
+    n = keep.shape[-1]
+    assert keep[..., 0].all() and keep.diagonal(dim1=-2, dim2=-1).all() and not keep.triu(1).any()
+    share = keep.sum() / (4 * n * (n + 1) / 2)
+    assert share <= max(density + 0.1, 2 / n + 0.5)
+    pattern, flops = block_problem(spec, keep)
+    mask = dense_mask(pattern, length, length)
+    assert flops == 4.0 * 16 * 2 * int(mask.sum())
+    if density == 1.0:
+        assert torch.equal(mask, dense_mask(Full(), length, length).expand_as(mask))
+
+
+# --- Timing
+
+
+class FakeEvent:
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = FakeEvent.clock
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.time - self.time
+
+
+class FakeGraph:
+    """Captures by running; a replay takes 2 ms of the fake clock."""
+
+    def replay(self) -> None:
+        FakeEvent.clock += 2.0
+
+
+class FakeCapture:
+    def __init__(self, graph: FakeGraph) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stand_in in (
+        ("Event", FakeEvent), ("CUDAGraph", FakeGraph), ("graph", FakeCapture),
+        ("synchronize", lambda: None), ("empty_cache", lambda: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def test_times_are_those_of_one_call(fake_cuda: None) -> None:
+    calls = []
+    timings = measure.race({"a": [lambda: calls.append(0)] * 3, "b": [lambda: calls.append(1)]}, "cuda", 0.1)
+    graph_calls = measure.GRAPH_NODES // 3 * 3
+    assert timings["a"].us == pytest.approx(2000 / graph_calls)
+    assert timings["b"].us == pytest.approx(2000 / measure.GRAPH_NODES)
+    assert timings["a"].spread == 0 and timings["a"].note == ""
+
+
+def test_a_contender_that_fails_does_not_end_the_others(fake_cuda: None) -> None:
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    timings = measure.race({"a": [out_of_memory], "b": [lambda: None]}, "cuda", 0.1)
+    assert timings["b"].ok and not timings["a"].ok
+    assert timings["a"].note == "OutOfMemoryError: CUDA out of memory. Tried"
+
+
+def test_what_cannot_be_captured_is_timed_as_it_is(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCapture(FakeCapture):
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", NoCapture)
+
+    def call() -> None:
+        FakeEvent.clock += 0.5
+
+    timing = measure.race({"a": [call]}, "cuda", 0.1)["a"]
+    assert timing.us == pytest.approx(500) and "without a graph" in timing.note
+
+
+def test_a_lost_device_goes_on_in_a_new_process(
+    fake_cuda: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    started: list[list[str]] = []
+
+    class Started(Exception):
+        pass
+
+    def execv(path: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise Started
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(run, "ceilings", lambda setting: (LIMITS, []))
+    monkeypatch.setattr(run, "run_case", lambda *_: measure.race({"a": [lost]}, "cuda", 0.1))
+    results = table.Table(tmp_path / "cuda.csv", "cpu")
+    with pytest.raises(Started):
+        run.run_groups(["decode", "router"], TINY, results, math.inf)
+    assert started[0][started[0].index("--groups") + 1] == "router" and "--append" in started[0]
+    assert "illegal memory access" in table.read(tmp_path / "cuda.csv")[-1].note
+
+
+def test_the_budget_ends_a_run() -> None:
+    results = table.Table(None, "cpu")
+    assert run.run_groups(["decode", "router"], TINY, results, 0.0) == ["decode", "router"]
+    assert {row.group for row in results.rows} == {"ceiling"}
+
+
+# --- Tables
+
+
+def rows_for(us: float = 10.0) -> list[table.Row]:
+    """A table in which everything takes as long."""
+    rows = [replace(row, us=us) for row in criteria.everything(run.GROUPS.values()).rows]
+    return rows
+
+
+def verdict(rows: list[table.Row], name: str, bound: str, models: list[dict[str, str]] | None = None) -> tuple:
+    lines = criteria.verdicts(criteria.Results(rows, models or []), criteria.everything(run.GROUPS.values()))
+    return next(line[2:] for line in lines if line[0].startswith(name) and line[1] == bound)
+
+
+def test_criteria() -> None:
+    rows = rows_for()
+    assert verdict(rows, "full decode 128K", "must >= 0.8") == ("1", "full 1 x 131072", "yes", "2/2")
+    assert verdict(rows, "streaming decode", "must <= 10")[2:] == ("yes", "3/3")
+    assert verdict(rows, "streaming decode", "aim <= 6")[2:] == ("NO", "0/3")
+    assert verdict(rows, "mixed heads, time over that", "must <= 1.1")[0] == "1"
+    assert verdict(rows, "mixed-head decode, us beyond 1.05", "aim <= 3")[0] == "-0.5"
+    assert verdict(rows, "block-sparse, choosing", "aim <= 0.1")[0] == "inf"
+    assert verdict(rows, "prefill of a model at 256K, 0.9", "must >= 3")[2:] == ("not measured", "0/1")
+    one = [r for r in rows if r.group != "decode" or r.batch == 1]
+    assert verdict(one, "full decode 128K", "must >= 0.8")[2:] == ("so far", "1/2")
+    slow = [replace(r, us=30.0) if (r.group, r.length) == ("mixed-heads", 128 * K) else r for r in rows]
+    assert verdict(slow, "mixed heads, time over that", "must <= 1.1") == ("3", "half 1 x 131072", "NO", "2/4")
+    models = [{"model": "m", "length": str(256 * K), "variant": "flux 0.9", "prefill_x": "3.1"}]
+    assert verdict(rows, "prefill of a model at 256K, 0.9", "must >= 3", models)[2:] == ("yes", "1/1")
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = table.Table(tmp_path / "cuda.csv", "cpu")
+    written.add(rows_for(12.5)[:3])
+    written.add([table.Row(**vars(Spec("dense", "dense", 1, 8)), contender="x, y", note="why, not")])
+    assert table.read(tmp_path / "cuda.csv") == written.rows
+    more = table.Table(tmp_path / "cuda.csv", "cpu", append=True)
+    more.add(written.rows[:1])
+    assert len(table.read(tmp_path / "cuda.csv")) == 5
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["--tiny", "--groups", "decode-mixed", "--out", str(tmp_path)])
+    assert "-- decode-mixed:" in capsys.readouterr().out
+    assert (tmp_path / "criteria.csv").exists()
+    run.main(["--summary", str(tmp_path / "cuda.csv")])
+    assert "mixed-head decode" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["--groups", "nothing"])
+
+
+def test_two_libraries_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flux_ext._library import FOLDER
+
+    monkeypatch.chdir(ROOT)
+    times = compare.run(FOLDER, ["--tiny", "--groups", "decode-mixed"])  # a process that takes its libraries from there
+    assert len(times) >= 4 and all(us > 0 for us in times.values())
+    found = iter([{("case", OURS): 8.0}, {("case", OURS): 4.0}, {("case", OURS): 9.0}, {("case", OURS): 6.0}])
+    monkeypatch.setattr(compare, "run", lambda *_: next(found))
+    compare.main([Path("a"), Path("b")], 2, [], tmp_path)
+    assert (tmp_path / "compare.csv").read_text().splitlines()[1] == "case,flux_ext,8.00,4.00,0.500"
+
+
+# --- The others
+
+
+def test_whole_models(tmp_path: Path) -> None:
+    end_to_end.main(
+        ["--runs", "tiny:64x1", "tiny:60x4", "--decode-steps", "2", "--shares", "0", "0.9", "--output", str(tmp_path)]
+    )
+    rows = criteria.read_models(tmp_path / f"end_to_end-{DEVICE}.csv")
+    assert [r["variant"] for r in rows] == ["sdpa", "flux 0.9", "flux 0"] * 2
+    assert all(float(r["prefill_s"]) > 0 and float(r["decode_ms"]) > 0 and not r["note"] for r in rows)
+    assert picture.pictures(tmp_path / f"end_to_end-{DEVICE}.csv")
+
+
+def test_whole_models_within_a_budget(tmp_path: Path) -> None:
+    end_to_end.main(["--runs", "tiny:64x1", "--minutes", "0", "--output", str(tmp_path)])
+    assert criteria.read_models(tmp_path / f"end_to_end-{DEVICE}.csv")[0]["note"].startswith("not run")
+
+
+def test_every_launch_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    launch.main([*launch.SMALL, "--profile", "--tiny"])
+    out = capsys.readouterr().out
+    assert out.count("ran: ") == len(launch.SMALL) and out.count("profiled: ") == len(launch.REAL)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels have other names than operators")
+def test_a_step_is_taken_apart(tmp_path: Path) -> None:
+    step.main(["--model", "tiny", "--length", "40", "--steps", "3", "--output", str(tmp_path)])
+    with (tmp_path / "step-tiny-cpu.csv").open() as file:
+        names = [row["kernel"] for row in csv.DictReader(file) if row["route"] == "sparse" and row["how"] == "graph"]
+    assert names.count("flux_ext::attend") == 1
+
+
+def test_pictures_of_the_committed_tables(tmp_path: Path) -> None:
+    tables = sorted((ROOT / "benchmarks/results").glob("*.csv"))
+    picture.main([*map(str, tables), "--output", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.png"))) >= len(tables)
+
+
+SCRIPTS = sorted((ROOT / "benchmarks").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK)
+    used = set(re.findall(r"--groups ([a-z0-9,-]+)", script.read_text()))
+    assert {name for names in used for name in names.split(",")} <= set(run.ORDER)
+
+
+def test_sanitize_script(tmp_path: Path) -> None:
+    """With a stand-in for the tool: it is asked for launches that exist, and what it finds is reported."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$*" >>"$ASKED"\ncase "$*" in *route*) echo "ERROR SUMMARY: 1 error"; exit 9 ;; esac\n'
+    )
+    tool.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ASKED": str(tmp_path / "asked"),
+        "CUDA_TEST": "/bin/true",
+    }
+    command = ["sh", str(ROOT / "benchmarks/sanitize.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "FOUND" in done.stdout and "router-layer" in done.stdout and "clean memcheck:" in done.stdout
+    asked = (tmp_path / "asked").read_text()
+    launches = set(re.findall(r"benchmarks launch (\S+)", asked))
+    assert launches == set(launch.SMALL)
