@@ -208,7 +208,7 @@ def eager_route(module: Router, x: Tensor) -> Tensor:
 def route(bench: Bench) -> None:
     """The fused router beside the same layers in eager PyTorch."""
     for router, heads in ((LayerRouter, HEADS), (HeadRouter, KV_HEADS)):
-        for batch, n in ((1, 512), (1, 131072), (8, 4096)):
+        for batch, n in ((1, 512), (1, 131072), (8, 4096), (128, 512)):
             module = router(128).to("cuda", torch.bfloat16)
             x = torch.randn(batch, n, heads, 128, device="cuda", dtype=torch.bfloat16)
             weights = [w.detach() for w in module.weights()]

@@ -125,8 +125,9 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
   take(at.pooled, int64_t(4) * blocks * batch * at.pooled_pitch);
   take(at.features, std::max(int64_t(4) * blocks * batch * at.feature_pitch, int64_t(4) * 8 * kRouteThreads));
   take(at.last, int64_t(4) * blocks * at.slots * at.last_pitch);
-  take(at.in, int64_t(4) * batch * at.in_pitch);
-  take(at.hidden, int64_t(4) * batch * at.hidden_pitch);
+  const int64_t decisions = batch > 1 ? kRouteBatch : 1;
+  take(at.in, 4 * decisions * at.in_pitch);
+  take(at.hidden, 4 * decisions * at.hidden_pitch);
   for (int l = 0; l < kRouterLayers; ++l) {
     const Linear& layer = p.layers[l];
     LayerLayout& to = at.layers[l];
@@ -156,11 +157,12 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
 // The layout for as many decisions at a time as it takes for all to be done in the fewest rounds of `room` clusters.
 // Weights that stay in shared memory come before larger groups. False: nothing fits.
 bool find_layout(const RouteParams& p, int32_t decisions, int log_blocks, int room, int most_bytes, RouteLayout* at) {
+  const bool vectors = lay_out(p, log_blocks, 1, false).weight_vectors;
   for (bool staged : {true, false}) {
-    for (int most = kRouteBatch; most > 0; most = at->batch - 1) {
+    if (staged && !vectors) continue;
+    for (int most = vectors ? kRouteBatch : 1; most > 0; most = at->batch - 1) {
       const int32_t rounds = ceil_div(decisions, room * most);
       *at = lay_out(p, log_blocks, ceil_div(decisions, room * rounds), staged);
-      if (staged && !at->weight_vectors) break;
       if (at->bytes <= most_bytes) return true;
     }
   }

@@ -42,9 +42,9 @@ struct RouteLayout {
   int32_t pooled;    // float [blocks, batch, pooled_pitch]
   int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
   int32_t last;      // float [blocks, slots, last_pitch]
-  // Activations, halves of eight apart; see half_apart.
-  int32_t in;      // float [batch, in_pitch], the same in every block
-  int32_t hidden;  // float [batch, hidden_pitch], the block's own
+  // Activations of 1 or kRouteBatch decisions, halves of eight apart; see half_apart.
+  int32_t in;      // float [decisions, in_pitch], the same in every block
+  int32_t hidden;  // float [decisions, hidden_pitch], the block's own
 
   Spread pool;                       // 8 columns of the states x rows
   int32_t pool_lanes, pool_inverse;  // rows of `pool` for each decision

@@ -87,7 +87,7 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
       const uint32_t shared = sm80::shared_address(memory + to.weight);
       if (t.row < to.copy.rows)
         for (int32_t c = t.column * kPiece; c < columns; c += to.copy.columns * kPiece)
-#pragma unroll 4
+#pragma unroll 2
           for (int32_t r = t.row; r < rows; r += to.copy.rows)
             sm80::cp_async16(shared + (r * to.pitch + c) * int(sizeof(W)), from + int64_t(r) * layer.in + c, true);
     }
@@ -95,6 +95,7 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
     const W* bias = static_cast<const W*>(layer.bias) + (outer ? 0 : slice.begin);
     auto* own = reinterpret_cast<W*>(memory + to.bias);
     if (at.bias_vectors) {
+#pragma unroll 1
       for (int32_t i = threadIdx.x * kPiece; i < count; i += kRouteThreads * kPiece)
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(sm80::shared_address(own + i)),
                      "l"(bias + i), "r"(min_of(count - i, kPiece) * int(sizeof(W)))
@@ -200,7 +201,8 @@ __device__ Held add_lanes(float (&sum)[kBatch], int part, int lanes) {
   return held;
 }
 
-// finish(o, j, weight[o] . x[j]) for all outputs o, rounded up to 8 (0 beyond the end), and decisions j < batch.
+// finish(o, j, weight[o] . x[j]) for all outputs o, rounded up to 8 (0 beyond the end), and decisions j < batch; x has
+// room for kBatch.
 // A thread has kRows outputs at a time: each weight is read once for all decisions, each x once for all its outputs.
 template <bool kVectors, int kRows, int kBatch, typename W, typename Finish>
 __device__ void multiply(const W* weight, int32_t pitch, int32_t outputs, int32_t inputs, int32_t log_lanes,
@@ -221,7 +223,7 @@ __device__ void multiply(const W* weight, int32_t pitch, int32_t outputs, int32_
         }
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-          const float* in = x + (j < batch ? j : 0) * x_pitch + 4 * c;
+          const float* in = x + j * x_pitch + 4 * c;
           const float4 lo = *reinterpret_cast<const float4*>(in);
           const float4 hi = *reinterpret_cast<const float4*>(in + x_pitch / 2);
 #pragma unroll
@@ -244,8 +246,7 @@ __device__ void multiply(const W* weight, int32_t pitch, int32_t outputs, int32_
         for (int32_t i = part; i < inputs; i += lanes) {
           const float w = weight[int64_t(begin) * pitch + i];
 #pragma unroll
-          for (int j = 0; j < kBatch; ++j)
-            sum[0][j] = fmaf(w, x[(j < batch ? j : 0) * x_pitch + half_apart(i, x_pitch)], sum[0][j]);
+          for (int j = 0; j < kBatch; ++j) sum[0][j] = fmaf(w, x[j * x_pitch + half_apart(i, x_pitch)], sum[0][j]);
         }
     }
 #pragma unroll
@@ -260,20 +261,23 @@ __device__ void multiply(const W* weight, int32_t pitch, int32_t outputs, int32_
   }
 }
 
-// One layer from activations `x`: its weights in shared memory; or where they lie, with more loads in flight; or
-// element by element.
+// One layer from activations `x`. The weights are in shared memory or where they lie; of the latter one decision has
+// more loads in flight. Element by element (shapes no model has) there is one decision at a time.
 template <int kBatch, typename W, typename Finish>
 __device__ void layer_of(const RouteLayout& at, int l, const unsigned char* memory, const W* weight, int32_t outputs,
                          int32_t inputs, const float* x, int32_t x_pitch, Finish finish) {
   const LayerLayout& to = at.layers[l];
-  if (at.staged)
-    multiply<true, kBatch == 1 ? 1 : 2, kBatch>(reinterpret_cast<const W*>(memory + to.weight), to.pitch, outputs,
-                                                inputs, to.log_lanes, x, x_pitch, at.batch, finish);
-  else if (at.weight_vectors)
-    multiply<true, kBatch == 1 ? 4 : 2, kBatch>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, at.batch,
-                                                finish);
-  else
-    multiply<false, 1, kBatch>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, at.batch, finish);
+  const auto* own = reinterpret_cast<const W*>(memory + to.weight);
+  if constexpr (kBatch > 1) {
+    multiply<true, 2, kBatch>(at.staged ? own : weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, at.batch,
+                              finish);
+  } else if (at.staged) {
+    multiply<true, 1, 1>(own, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  } else if (at.weight_vectors) {
+    multiply<true, 4, 1>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  } else {
+    multiply<false, 1, 1>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  }
 }
 
 // value(column) = sum of all blocks' shares, for every decision: use(decision, column, value).
