@@ -184,24 +184,19 @@ struct RouteCase {
   std::vector<float> pooled, logits;
 };
 
-inline void random_route(Random& random, int32_t max_batch, int32_t max_heads, int32_t max_width, RouteCase& c) {
+// Tensors for the sizes in c.params.
+inline void fill_route(Random& random, int32_t max_len, int32_t unit, const int32_t (&widths)[kRouterLayers],
+                       RouteCase& c) {
   RouteParams& p = c.params;
-  p.dtype = DType(random.integer(0, 2));
-  p.weight_dtype = DType(random.integer(0, 2));
-  p.batch = random.integer(1, max_batch);
-  p.num_heads = random.integer(1, max_heads);
-  p.head_dim = 8 * random.integer(1, 16);
-  p.pool_size = random.integer(1, 30);
-  p.per_head = random.chance(50);
-  const int32_t capacity = 80;
+  const int32_t capacity = max_len + 20;
   for (int32_t b = 0; b < p.batch; ++b) {
     c.begin.push_back(random.integer(0, 10));
-    c.end.push_back(c.begin.back() + (random.chance(10) ? 0 : random.integer(1, 60)));
+    c.end.push_back(c.begin.back() + (random.chance(10) ? 0 : random.integer(1, max_len)));
   }
   p.rows.begin = c.begin.data();
   p.rows.end = c.end.data();
   p.rows.capacity = capacity;
-  c.x.allocate(p.dtype, layout(random, 1, false, p.batch, capacity, p.num_heads, p.head_dim, p.x_stride));
+  c.x.allocate(p.dtype, layout(random, unit, false, p.batch, capacity, p.num_heads, p.head_dim, p.x_stride));
   for (int32_t b = 0; b < p.batch; ++b)
     for (int32_t r = c.begin[b]; r < c.end[b]; ++r)
       for (int32_t h = 0; h < p.num_heads; ++h)
@@ -209,7 +204,7 @@ inline void random_route(Random& random, int32_t max_batch, int32_t max_heads, i
   p.x = c.x.bytes.data();
   int32_t in = p.head_dim;
   for (int l = 0; l < kRouterLayers; ++l) {
-    const int32_t out = l == kRouterLayers - 1 ? 2 : random.integer(3, max_width);
+    const int32_t out = widths[l];
     c.weights[l].allocate(p.weight_dtype, int64_t(in) * out);
     c.biases[l].allocate(p.weight_dtype, out);
     for (int64_t n = 0; n < c.weights[l].size(); ++n) c.weights[l].set(n, random.normal() * 2.f / std::sqrt(float(in)));
@@ -224,6 +219,22 @@ inline void random_route(Random& random, int32_t max_batch, int32_t max_heads, i
   p.pooled = c.pooled.data();
   p.logits = c.logits.data();
   p.route = c.route.data();
+}
+
+// Small and odd.
+inline void random_route(Random& random, int32_t max_batch, int32_t max_heads, int32_t max_width, RouteCase& c) {
+  RouteParams& p = c.params;
+  p.dtype = DType(random.integer(0, 2));
+  p.weight_dtype = DType(random.integer(0, 2));
+  p.batch = random.integer(1, max_batch);
+  p.num_heads = random.integer(1, max_heads);
+  p.head_dim = 8 * random.integer(1, 16);
+  p.pool_size = random.integer(1, 30);
+  p.per_head = random.chance(50);
+  const int32_t unit = random.chance(50) ? 8 : 1;
+  int32_t widths[kRouterLayers] = {0, 0, 0, 0, 2};
+  for (int l = 0; l < kRouterLayers - 1; ++l) widths[l] = ceil_div(random.integer(3, max_width), unit) * unit;
+  fill_route(random, 60, unit, widths, c);
 }
 
 inline void expect_routed(const RouteCase& c, double tolerance) {

@@ -264,6 +264,69 @@ INSTANTIATE_TEST_SUITE_P(Cuda, Attend,
                                           testing::Bool()),
                          name_of);
 
+// Devices to test on: without a GPU, those that the machine can pretend to be.
+template <typename Test>
+void on_every_device(Test test) {
+#ifdef FLUX_SIMT
+  for (const simt::DeviceModel& model : {simt::kHopper, simt::kAmpere}) {
+    SCOPED_TRACE("capability " + std::to_string(model.capability));
+    simt::device = model;
+    test();
+  }
+#else
+  test();
+#endif
+}
+
+void route_on_device(test::RouteCase& c) {
+  Copies copy;
+  RouteParams p = c.params;
+  p.x = copy(c.x);
+  p.rows.begin = copy(c.begin), p.rows.end = copy(c.end);
+  for (int l = 0; l < kRouterLayers; ++l) p.layers[l].weight = copy(c.weights[l]), p.layers[l].bias = copy(c.biases[l]);
+  p.pooled = copy(c.pooled), p.logits = copy(c.logits), p.route = copy(c.route);
+  CUDA_OK(route(p, nullptr));
+  CUDA_OK(cudaDeviceSynchronize());
+  c.pooled = to_host(p.pooled, c.pooled.size());
+  c.logits = to_host(p.logits, c.logits.size());
+  c.route = to_host(p.route, c.route.size());
+}
+
+TEST(Route, SmallAndOdd) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  on_every_device([] {
+    test::Random random(91);
+    for (int i = 0; i < 24; ++i) {
+      SCOPED_TRACE("case " + std::to_string(i));
+      test::RouteCase c;
+      test::random_route(random, i % 4 == 3 ? 30 : 3, 6, 100, c);
+      route_on_device(c);
+      test::expect_routed(c, 1e-4);
+    }
+  });
+}
+
+// A LayerRouter of head dimension 128 as models have it; a HeadRouter for more decisions than clusters.
+TEST(Route, RealSizes) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  on_every_device([] {
+    test::Random random(92);
+    for (const bool per_head : {false, true}) {
+      SCOPED_TRACE(per_head ? "HeadRouter" : "LayerRouter");
+      test::RouteCase c;
+      RouteParams& p = c.params;
+      p.dtype = p.weight_dtype = DType::kBFloat16;
+      p.batch = per_head ? 20 : 2, p.num_heads = per_head ? 8 : 32, p.head_dim = 128;
+      p.pool_size = per_head ? 10 : 100;
+      p.per_head = per_head;
+      const int32_t layer_widths[] = {1024, 256, 512, 128, 2}, head_widths[] = {512, 128, 256, 128, 2};
+      test::fill_route(random, per_head ? 30 : 300, 8, per_head ? head_widths : layer_widths, c);
+      route_on_device(c);
+      test::expect_routed(c, 1e-4);
+    }
+  });
+}
+
 // One step after another on the device and on the CPU: equal bits.
 TEST(Append, AgreesWithTheCpu) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";

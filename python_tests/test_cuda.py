@@ -12,7 +12,6 @@ import torch
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, ops, reference
 from flux_ext.patterns import Pattern
-from flux_ext.router import HeadRouter, LayerRouter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
@@ -309,45 +308,3 @@ def test_float32_is_refused() -> None:
     x = torch.randn(1, 8, 2, 64, device=DEVICE)
     with pytest.raises(ValueError, match="float16 or bfloat16 on CUDA, got float32"):
         ops.attend(x, x, x, None, Full(), Full(), 1.0)
-
-
-# ---- routers ----
-
-
-@pytest.mark.parametrize("weights", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-@pytest.mark.parametrize("router", (LayerRouter, HeadRouter))
-@pytest.mark.parametrize("layout", ("plain", "left", "right", "packed", "strided"))
-def test_route(router: type, dtype: torch.dtype, weights: torch.dtype, layout: str) -> None:
-    torch.manual_seed(0)
-    heads, lens = 8, (500, 130, 1, 60, 0, 199)
-    for dim in (128, 64, 12):
-        module = router(dim).to(DEVICE, weights)
-        begin = end = None
-        if layout == "packed":
-            x = torch.randn(sum(lens), heads, dim, device=DEVICE).to(dtype)
-            ends = torch.tensor(lens).cumsum(0)
-            begin, end = int32((ends - torch.tensor(lens)).tolist()), int32(ends.tolist())
-        else:
-            x = torch.randn(len(lens), max(lens), heads, dim, device=DEVICE).to(dtype)
-            if layout == "left":
-                begin = int32([max(lens) - n for n in lens])
-            elif layout == "right":
-                end = int32(lens)
-            elif layout == "strided":
-                x = torch.randn(len(lens), heads, max(lens), dim + 1, device=DEVICE).to(dtype)[..., 1:].transpose(1, 2)
-        logits, route = ops.route(x, module.weights(), 100, module.per_head, begin, end)
-        exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, module.per_head, begin, end)
-        assert error_of(logits, exact) < 1e-5, (dim, layout)
-        assert torch.equal(route, reference.decide(logits))
-        again, _ = ops.route(x, module.weights(), 100, module.per_head, begin, end)
-        assert torch.equal(logits, again)
-
-
-def test_route_many_sequences() -> None:
-    torch.manual_seed(0)
-    module = LayerRouter(128).to(DEVICE, torch.bfloat16)
-    x = torch.randn(67, 210, 4, 128, device=DEVICE, dtype=torch.bfloat16)
-    logits, _ = ops.route(x, module.weights(), 100, False)
-    exact, _ = reference.route(x.double(), [w.double() for w in module.weights()], 100, False)
-    assert error_of(logits, exact) < 1e-5

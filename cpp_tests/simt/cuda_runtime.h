@@ -86,10 +86,12 @@ Result over_lanes(T mine, Result start, Fold fold) {
   return start;
 }
 
-// What the machine pretends to be.
+// What the machine pretends to be: a small Ampere, or a Hopper. Host code may remember what it asked, so each has an
+// index.
 struct DeviceModel {
-  int capability = 80, num_sms = 5, blocks_per_sm = 2, ptx_version = 80;
+  int index, capability, ptx_version, num_sms, blocks_per_sm, shared_bytes;
 };
+constexpr DeviceModel kAmpere{0, 80, 80, 5, 2, 99 * 1024}, kHopper{1, 90, 90, 132, 2, 227 * 1024};
 extern DeviceModel device;
 
 void run_grid(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const std::function<void()>& kernel);
@@ -131,6 +133,7 @@ T __reduce_max_sync(unsigned, T x) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <typename T>
 T atomicAdd(T* at, T x) {
   const T old = *at;
@@ -183,7 +186,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = simt::device.index, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
@@ -193,7 +196,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount:
       return *value = simt::device.num_sms, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      return *value = (simt::device.capability == 90 ? 227 : 99) * 1024, cudaSuccess;
+      return *value = simt::device.shared_bytes, cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

@@ -1,7 +1,6 @@
 #undef _FORTIFY_SOURCE  // its longjmp does not know of fibers
 #include <ucontext.h>
 
-#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <deque>
@@ -17,7 +16,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 
-DeviceModel device;
+DeviceModel device = kAmpere;
 
 namespace {
 
@@ -33,12 +32,13 @@ struct Barrier {
 
 struct Copy {
   unsigned char* to;
-  const void* from;  // null: zeros
+  const void* from;
+  int bytes;  // of 16; the others become zero
 };
 
 struct Warp {
   Barrier barrier;
-  unsigned rank = 0;  // who goes first, where not chance decides
+  unsigned rank = 0;
   alignas(16) unsigned char values[2][kWarpSize][kExchangeBytes];
   unsigned exchange[2][kWarpSize] = {};  // to which they belong, from 1 on
 };
@@ -124,10 +124,8 @@ __attribute__((noinline)) void resume(Thread* t) {
 }
 
 void complete(const Copy& c) {
-  if (c.from)
-    std::memcpy(c.to, c.from, 16);
-  else
-    std::memset(c.to, 0, 16);
+  if (c.bytes) std::memcpy(c.to, c.from, c.bytes);
+  std::memset(c.to + c.bytes, 0, 16 - c.bytes);
 }
 
 void prepare(Thread& t, unsigned char* stack) {
@@ -168,14 +166,15 @@ void run_cluster(size_t shared_bytes) {
       m.ready.push_back(&t);
     }
   }
-  const unsigned chance = m.random() % 2 ? 1 : 16;  // how seldom chance decides
+  // Chance alone decides who goes on, or the higher rank of some, so that warps fall behind.
+  const int candidates = m.random() % 2 ? 1 : 12;
   while (!m.ready.empty()) {
-    const auto next_ready =
-        m.random() % chance
-            ? std::max_element(m.ready.begin(), m.ready.end(),
-                               [](const Thread* a, const Thread* b) { return a->warp->rank < b->warp->rank; })
-            : m.ready.begin() + m.random() % m.ready.size();
-    std::swap(*next_ready, m.ready.back());
+    size_t best = m.random() % m.ready.size();
+    for (int i = 1; i < candidates; ++i) {
+      const size_t other = m.random() % m.ready.size();
+      if (m.ready[other]->warp->rank > m.ready[best]->warp->rank) best = other;
+    }
+    std::swap(m.ready[best], m.ready.back());
     Thread* next = m.ready.back();
     m.ready.pop_back();
     resume(next);
@@ -242,8 +241,8 @@ void run_grid(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const std
 namespace flux::cuda::sm80 {
 
 // A copy may arrive at once, or not before it is waited for.
-void cp_async16(uint32_t shared, const void* global, bool valid) {
-  const simt::Copy copy{shared_pointer(shared), valid ? global : nullptr};
+void cp_async16(uint32_t shared, const void* global, int bytes) {
+  const simt::Copy copy{shared_pointer(shared), global, bytes};
   if (simt::machine.random() % 2)
     simt::complete(copy);
   else

@@ -322,4 +322,20 @@ inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& w
   return p;
 }
 
+// pooled, logits and decisions of `route`, allocated and put into its parameters.
+inline std::tuple<Tensor, Tensor, Tensor> make_route_outputs(RouteParams& p, const Tensor& x) {
+  std::vector<int64_t> leading{p.batch};
+  if (p.per_head) leading.push_back(p.num_heads);
+  std::vector<int64_t> pooled_sizes = leading, logit_sizes = leading;
+  pooled_sizes.push_back(p.head_dim);
+  logit_sizes.push_back(2);
+  Tensor pooled = torch::stable::new_empty(x, pooled_sizes, ScalarType::Float);
+  Tensor logits = torch::stable::new_empty(x, logit_sizes, ScalarType::Float);
+  Tensor decision = torch::stable::new_empty(x, leading, ScalarType::Int);
+  p.pooled = pooled.mutable_data_ptr<float>();
+  p.logits = logits.mutable_data_ptr<float>();
+  p.route = decision.mutable_data_ptr<int32_t>();
+  return {pooled, logits, decision};
+}
+
 }  // namespace flux::torch_ops

@@ -84,19 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
   FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ",
              p.head_dim);
-  std::vector<int64_t> leading{p.batch};
-  if (per_head) leading.push_back(p.num_heads);
-  std::vector<int64_t> pooled_sizes = leading, logit_sizes = leading;
-  pooled_sizes.push_back(p.head_dim);
-  logit_sizes.push_back(2);
-  Tensor pooled = torch::stable::new_empty(x, pooled_sizes, ScalarType::Float);
-  Tensor logits = torch::stable::new_empty(x, logit_sizes, ScalarType::Float);
-  Tensor decision = torch::stable::new_empty(x, leading, ScalarType::Int);
-  p.pooled = pooled.mutable_data_ptr<float>();
-  p.logits = logits.mutable_data_ptr<float>();
-  p.route = decision.mutable_data_ptr<int32_t>();
+  auto outputs = make_route_outputs(p, x);
   check_cuda(cuda::route(p, current_stream(x)), "route");
-  return {pooled, logits, decision};
+  return outputs;
 }
 
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,

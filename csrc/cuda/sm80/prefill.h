@@ -28,7 +28,7 @@ struct Prefill {
       const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
       const bool inside = row < valid && chunk * 8 < p.shape.head_dim;
       const T* source = inside ? q_row<T>(p, v, tile_row(p, v, row)) + chunk * 8 : static_cast<const T*>(p.q);
-      cp_async16(q.at(row, chunk), source, inside);
+      cp_async16(q.at(row, chunk), source, inside ? 16 : 0);
     }
   }
 

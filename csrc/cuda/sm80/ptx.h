@@ -28,10 +28,9 @@ __device__ inline uint4 load_shared(uint32_t shared) {
   return x;
 }
 
-// 16 bytes from global to shared memory, past L1; zeros where `valid` is false (nothing is read then).
-__device__ inline void cp_async16(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+// 16 bytes to shared memory, past L1: the first `bytes` from global memory (where more is not read), then zeros.
+__device__ inline void cp_async16(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` groups of this thread are under way.

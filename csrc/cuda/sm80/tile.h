@@ -76,14 +76,15 @@ struct RowLoader {
       const T* from = column;
       if (left > 0) from += kv_rows(p, s, v).offset(kv_begin) + row * s.s;
 #pragma unroll
-      for (int i = 0; i < kRows / kStep; ++i) cp_async16(address(tile, i), from + i * step, row + i * kStep < left);
+      for (int i = 0; i < kRows / kStep; ++i)
+        cp_async16(address(tile, i), from + i * step, row + i * kStep < left ? 16 : 0);
     } else {
       const KvRows rows = kv_rows(p, s, v);
 #pragma unroll 1
       for (int i = 0; i < kRows / kStep; ++i) {
         const bool exists = row + i * kStep < left;
         cp_async16(tile.base + Tile::offset(row + i * kStep, threadIdx.x % kColumns),
-                   exists ? column + rows.offset(kv_begin + row + i * kStep) : column, exists);
+                   exists ? column + rows.offset(kv_begin + row + i * kStep) : column, exists ? 16 : 0);
       }
     }
   }

@@ -12,7 +12,7 @@ inline uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const unsigned char*>(p) - shared_memory());
 }
 
-void cp_async16(uint32_t shared, const void* global, bool valid);
+void cp_async16(uint32_t shared, const void* global, int bytes);
 void cp_async_commit();
 void cp_async_wait_for(int pending);
 template <int kPending>

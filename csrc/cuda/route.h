@@ -1,0 +1,59 @@
+// How the router's work is laid over the blocks of a cluster and their shared memory; made on the host.
+#pragma once
+
+#include <cstdint>
+
+#include "core/params.h"
+
+namespace flux::cuda {
+
+constexpr int kRouteThreads = 512;
+constexpr int kRouteBatch = 8;  // most decisions a cluster takes at a time
+constexpr int kRoutePairs = 2;  // of layers, see route_kernel.h; the last layer stands alone
+static_assert(kRouterLayers == 2 * kRoutePairs + 1);
+
+// All threads of a block over a matrix: a thread has column t % columns of rows t / columns, that + rows, ...
+struct Spread {
+  int32_t columns, rows;
+  int32_t inverse;  // of `columns`, see quotient
+};
+
+// n / d for n, d <= 512, by a multiplication.
+constexpr int32_t inverse_of(int32_t d) { return (1 << 20) / d + 1; }
+FLUX_HD int32_t quotient(int32_t n, int32_t inverse) { return n * inverse >> 20; }
+
+struct LayerLayout {
+  int32_t weight, bias;  // bytes from the start of shared memory
+  int32_t pitch;         // elements from one output's weights to the next's
+  int32_t log_lanes;     // 2^log_lanes threads share an output
+  Spread copy;           // 16-byte pieces of the weights
+};
+
+struct RouteLayout {
+  int32_t log_blocks;  // blocks of a cluster
+  int32_t batch;       // decisions of a group, which a cluster takes at a time
+  int32_t slots;       // decisions of a group that one block finishes: decision j is block j % blocks' slot j / blocks
+  int32_t share[kRoutePairs];  // inner width of a pair that one block computes
+
+  // Widths rounded up to 8: of what the blocks exchange (pooled states, features, input of the last layer), and of the
+  // two buffers below.
+  int32_t pooled_pitch, feature_pitch, last_pitch, in_pitch, hidden_pitch;
+  // Bytes from the start of shared memory. Everyone's shares of sums:
+  int32_t pooled;    // float [blocks, batch, pooled_pitch]
+  int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
+  int32_t last;      // float [blocks, slots, last_pitch]
+  // Activations of 1 or kRouteBatch decisions, halves of eight apart; see half_apart.
+  int32_t in;      // float [decisions, in_pitch], the same in every block
+  int32_t hidden;  // float [decisions, hidden_pitch], the block's own
+
+  Spread pool;                       // 8 columns of the states x rows
+  int32_t pool_lanes, pool_inverse;  // rows of `pool` for each decision
+  int32_t step_rows, step_heads;     // from one of a thread's vectors to its next
+  Spread pooled_sums, feature_sums;  // columns x decisions
+  LayerLayout layers[kRouterLayers];
+  bool staged;                                   // weights in shared memory; else read where they are
+  bool x_vectors, weight_vectors, bias_vectors;  // 16-byte loads are possible
+  int32_t bytes;
+};
+
+}  // namespace flux::cuda

@@ -1,0 +1,406 @@
+// Stage 1 on the device: pool both ends of prompts, two MLPs, decision.
+//
+// The weights (1.2 MB for a LayerRouter of head dimension 128) would take one multiprocessor over 10 us to read, so the
+// blocks of a cluster share them. Layers come in pairs: a block computes a slice of the inner layer and at once what
+// that adds to every output of the outer one, so that blocks exchange once per pair (as in Megatron-LM, arXiv
+// 1909.08053, section 3). A cluster takes a group of decisions at a time and keeps its weights for the next group.
+// Every sum has a fixed order.
+//
+// The barriers of the cluster, per group: pooled shares | B0 | feature shares | B1 | shares of the last input | B2.
+// A block's pooled shares are read before its B2 and written by others after B2; its feature shares are read before B2
+// and written after B0; its last shares are read before the next B0 and written after the next B1. Nothing is written
+// to a block that has not started (the barrier before the first send) or has ended (all writes come before B2).
+#pragma once
+
+#include <cstring>
+
+#include "cuda/cluster.h"
+#include "cuda/element.h"
+#include "cuda/launch.h"
+#include "cuda/route.h"
+#include "cuda/sm80/ptx.h"
+
+namespace flux::cuda {
+
+// Eight elements in 16-byte pieces.
+template <typename T>
+struct Vector8 {
+  static constexpr int kPieces = sizeof(T) / 2;
+  uint4 pieces[kPieces];
+
+  __device__ void load(const T* x) {
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
+  // One by one, where 16-byte loads are not possible.
+  __device__ void load(const T* x, int32_t count) {
+    T each[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) each[i] = i < count ? x[i] : T(0.f);
+    memcpy(pieces, each, sizeof(pieces));
+  }
+  __device__ float operator[](int i) const {
+    T x;
+    memcpy(&x, reinterpret_cast<const char*>(pieces) + i * sizeof(T), sizeof(T));
+    return float(x);
+  }
+};
+
+struct Place {
+  int32_t row, column;  // row < spread.rows, or the thread has no part
+};
+__device__ inline Place place_in(const Spread& s) {
+  const int32_t row = quotient(threadIdx.x, s.inverse);
+  return {row, int32_t(threadIdx.x) - row * s.columns};
+}
+
+// Activations lie so that neighbouring threads, which read neighbouring eights, read neighbouring fours.
+__device__ inline int32_t half_apart(int32_t i, int32_t pitch) {
+  return (i & 4 ? pitch / 2 : 0) + (i / 8 * 4 | (i & 3));
+}
+
+__device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
+
+// Inner outputs of a pair, [begin, begin + count), that this block computes.
+struct Slice {
+  int32_t begin, count;
+};
+__device__ inline Slice slice_of(const RouteParams& p, const RouteLayout& at, int pair, int rank) {
+  const int32_t begin = rank * at.share[pair];
+  return {begin, max_of(min_of(p.layers[2 * pair].out - begin, at.share[pair]), 0)};
+}
+
+// Starts to copy what the block needs of weights and biases; whoever reads them waits for cp.async and for a barrier.
+template <typename W>
+__device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank) {
+  constexpr int kPiece = 16 / sizeof(W);
+#pragma unroll
+  for (int l = 0; l < kRouterLayers; ++l) {
+    const Linear& layer = p.layers[l];
+    const LayerLayout& to = at.layers[l];
+    const Slice slice = l / 2 < kRoutePairs ? slice_of(p, at, l / 2, rank) : Slice{0, layer.out};
+    const bool outer = l % 2;
+    if (at.staged) {
+      const Place t = place_in(to.copy);
+      const int32_t rows = outer ? layer.out : slice.count, columns = outer ? slice.count : layer.in;
+      const W* from = static_cast<const W*>(layer.weight) + (outer ? slice.begin : int64_t(slice.begin) * layer.in);
+      const uint32_t shared = sm80::shared_address(memory + to.weight);
+      if (t.row < to.copy.rows)
+        for (int32_t c = t.column * kPiece; c < columns; c += to.copy.columns * kPiece)
+#pragma unroll 2
+          for (int32_t r = t.row; r < rows; r += to.copy.rows)
+            sm80::cp_async16(shared + (r * to.pitch + c) * int(sizeof(W)), from + int64_t(r) * layer.in + c, 16);
+    }
+    const int32_t count = outer ? layer.out : slice.count;
+    const W* bias = static_cast<const W*>(layer.bias) + (outer ? 0 : slice.begin);
+    auto* own = reinterpret_cast<W*>(memory + to.bias);
+    if (at.bias_vectors) {
+#pragma unroll 1
+      for (int32_t i = threadIdx.x * kPiece; i < count; i += kRouteThreads * kPiece)
+        sm80::cp_async16(sm80::shared_address(own + i), bias + i, min_of(count - i, kPiece) * int(sizeof(W)));
+    } else {
+#pragma unroll 1
+      for (int32_t i = threadIdx.x; i < count; i += kRouteThreads) own[i] = bias[i];
+    }
+  }
+  sm80::cp_async_commit();
+}
+
+// This block's share of the means of decisions [first, first + here), into its place among the pooled shares.
+// `stage` starts the copy of the weights behind the first loads.
+template <typename X, typename Stage>
+__device__ void pool(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
+                     int rank, Stage stage) {
+  const int32_t heads = p.per_head ? 1 : p.num_heads;
+  const Place t = place_in(at.pool);
+  const int32_t j = quotient(t.row, at.pool_inverse);
+  Span rows{0, 0};
+  const X* x = static_cast<const X*>(p.x) + t.column * 8;
+  if (t.row < at.pool.rows && j < here) {
+    const int32_t decision = first + j, b = p.per_head ? decision / p.num_heads : decision;
+    rows = p.rows(b, 0);
+    x += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
+  }
+  const int32_t count = min_of(p.pool_size, rows.size()), vectors = 2 * count * heads;
+  const int32_t step = at.pool_lanes << at.log_blocks;
+  int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes, r = i / heads, head = i - r * heads;
+  float sum[8] = {};
+  bool staged = false;
+  do {
+    constexpr int kInFlight = 16 / sizeof(X);
+    Vector8<X> y[kInFlight];
+#pragma unroll
+    for (int n = 0; n < kInFlight; ++n) {
+      y[n] = {};
+      if (n > 0 && !at.x_vectors) continue;  // element by element: one vector at a time
+      const int64_t row = r < count ? rows.begin + r : rows.end - 2 * count + r;
+      const X* from = x + row * p.x_stride.s + head * p.x_stride.h;
+      if (i < vectors) {
+        if (n > 0 || at.x_vectors)
+          y[n].load(from);
+        else
+          y[n].load(from, p.head_dim - t.column * 8);
+      }
+      i += step, r += at.step_rows, head += at.step_heads;
+      if (head >= heads) head -= heads, ++r;
+    }
+    if (!staged) stage();
+    staged = true;
+#pragma unroll
+    for (int n = 0; n < kInFlight; ++n)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] += y[n][e];
+  } while (i < vectors);
+  const float scale = count ? __fdividef(1.f, 2.f * float(count) * float(heads)) : 0.f;
+  auto* sums = reinterpret_cast<float*>(memory + at.features);  // [pool.rows, pooled_pitch]
+  auto* to = reinterpret_cast<float4*>(sums) + 2 * threadIdx.x;
+  to[0] = {sum[0] * scale, sum[1] * scale, sum[2] * scale, sum[3] * scale};
+  to[1] = {sum[4] * scale, sum[5] * scale, sum[6] * scale, sum[7] * scale};
+  __syncthreads();
+  auto* own = reinterpret_cast<float*>(memory + at.pooled) + rank * at.batch * at.pooled_pitch;
+  const Place at_sum = place_in(at.pooled_sums);
+  if (at_sum.row < at.pooled_sums.rows)
+    for (int32_t k = at_sum.row; k < at.batch; k += at.pooled_sums.rows) {
+      const float* from = sums + k * at.pool_lanes * at.pooled_pitch + at_sum.column;
+      float total = 0.f;
+#pragma unroll 8
+      for (int32_t n = 0; n < at.pool_lanes; ++n) total += from[n * at.pooled_pitch];
+      own[k * at.pooled_pitch + at_sum.column] = total;
+    }
+}
+
+// What a lane holds after `add_lanes`: sums of decisions first, ..., first + count - 1. One lane writes each.
+struct Held {
+  int32_t first, count;
+  bool writes;
+};
+
+// Adds the sums of `lanes` neighbouring threads. As long as there are several decisions, two lanes give each other half
+// of theirs, so that no sum is added twice.
+template <int kBatch>
+__device__ Held add_lanes(float (&sum)[kBatch], int part, int lanes) {
+  Held held{0, kBatch, true};
+  int step = lanes / 2;
+#pragma unroll
+  for (int half = kBatch / 2; half > 0; half /= 2) {
+    if (step == 0) continue;
+    const bool upper = part & step;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const float mine = upper ? sum[j + half] : sum[j], other = upper ? sum[j] : sum[j + half];
+      sum[j] = mine + __shfl_xor_sync(~0u, other, step);
+    }
+    held.first += upper ? half : 0;
+    held.count = half;
+    step /= 2;
+  }
+  held.writes = step == 0 || (part & (2 * step - 1)) == 0;
+  for (; step > 0; step /= 2) sum[0] += __shfl_xor_sync(~0u, sum[0], step);
+  return held;
+}
+
+// finish(o, j, weight[o] . x[j]) for all outputs o, rounded up to 8 (0 beyond the end), and decisions j < batch; x has
+// room for kBatch.
+// A thread has kRows outputs at a time: each weight is read once for all decisions, each x once for all its outputs.
+template <bool kVectors, int kRows, int kBatch, typename W, typename Finish>
+__device__ void multiply(const W* weight, int32_t pitch, int32_t outputs, int32_t inputs, int32_t log_lanes,
+                         const float* x, int32_t x_pitch, int32_t batch, Finish finish) {
+  const int lanes = 1 << log_lanes, part = threadIdx.x & (lanes - 1), step = kRouteThreads >> log_lanes;
+  const int32_t padded = ceil_div(outputs, 8) * 8;
+  for (int32_t first = 0; first < padded; first += kRows * step) {
+    const int32_t begin = first + (int(threadIdx.x) >> log_lanes);
+    float sum[kRows][kBatch] = {};
+    if constexpr (kVectors) {
+      for (int32_t c = part; c < inputs / 8; c += lanes) {
+        Vector8<W> w[kRows];
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+          const int32_t o = begin + n * step;
+          w[n] = {};
+          if (o < outputs) w[n].load(weight + int64_t(o) * pitch + 8 * c);
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const float* in = x + j * x_pitch + 4 * c;
+          const float4 lo = *reinterpret_cast<const float4*>(in);
+          const float4 hi = *reinterpret_cast<const float4*>(in + x_pitch / 2);
+#pragma unroll
+          for (int n = 0; n < kRows; ++n) {
+            float s = fmaf(w[n][0], lo.x, sum[n][j]);
+            s = fmaf(w[n][1], lo.y, s);
+            s = fmaf(w[n][2], lo.z, s);
+            s = fmaf(w[n][3], lo.w, s);
+            s = fmaf(w[n][4], hi.x, s);
+            s = fmaf(w[n][5], hi.y, s);
+            s = fmaf(w[n][6], hi.z, s);
+            sum[n][j] = fmaf(w[n][7], hi.w, s);
+          }
+        }
+      }
+    } else {
+      static_assert(kRows == 1);
+      if (begin < outputs)
+#pragma unroll 1
+        for (int32_t i = part; i < inputs; i += lanes) {
+          const float w = weight[int64_t(begin) * pitch + i];
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) sum[0][j] = fmaf(w, x[j * x_pitch + half_apart(i, x_pitch)], sum[0][j]);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const int32_t o = begin + n * step;
+      const Held held = add_lanes(sum[n], part, lanes);
+      if (o >= padded || !held.writes) continue;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (j < held.count && held.first + j < batch) finish(o, held.first + j, sum[n][j]);
+    }
+  }
+}
+
+// One layer from activations `x`. The weights are in shared memory or where they lie; of the latter one decision has
+// more loads in flight. Element by element (shapes no model has) there is one decision at a time.
+template <int kBatch, typename W, typename Finish>
+__device__ void layer_of(const RouteLayout& at, int l, const unsigned char* memory, const W* weight, int32_t outputs,
+                         int32_t inputs, const float* x, int32_t x_pitch, Finish finish) {
+  const LayerLayout& to = at.layers[l];
+  const auto* own = reinterpret_cast<const W*>(memory + to.weight);
+  if constexpr (kBatch > 1) {
+    multiply<true, 2, kBatch>(at.staged ? own : weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, at.batch,
+                              finish);
+  } else if (at.staged) {
+    multiply<true, 1, 1>(own, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  } else if (at.weight_vectors) {
+    multiply<true, 4, 1>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  } else {
+    multiply<false, 1, 1>(weight, to.pitch, outputs, inputs, to.log_lanes, x, x_pitch, 1, finish);
+  }
+}
+
+// value(column) = sum of all blocks' shares, for every decision: use(decision, column, value).
+template <typename Use>
+__device__ void add_shares(const RouteLayout& at, const float* shares, int32_t pitch, const Spread& spread, Use use) {
+  const Place t = place_in(spread);
+  if (t.row >= spread.rows) return;
+  for (int32_t c = t.column; c < pitch; c += spread.columns)
+    for (int32_t j = t.row; j < at.batch; j += spread.rows) {
+      float sum = 0.f;
+#pragma unroll 8
+      for (int r = 0; r < 1 << at.log_blocks; ++r) sum += shares[(r * at.batch + j) * pitch + c];
+      use(j, c, sum);
+    }
+}
+
+// The last layer and the decision: a warp for each decision of this block.
+template <typename W>
+__device__ void decide(const RouteParams& p, const RouteLayout& at, const unsigned char* memory, int32_t first,
+                       int32_t here, int rank) {
+  constexpr int kLast = kRouterLayers - 1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Linear& layer = p.layers[kLast];
+  const auto* shares = reinterpret_cast<const float*>(memory + at.last);
+  const auto* in_bias = reinterpret_cast<const W*>(memory + at.layers[kLast - 1].bias);
+  const auto* bias = reinterpret_cast<const W*>(memory + at.layers[kLast].bias);
+  const W* weight =
+      at.staged ? reinterpret_cast<const W*>(memory + at.layers[kLast].weight) : static_cast<const W*>(layer.weight);
+  for (int slot = warp; slot < at.slots; slot += kRouteThreads / 32) {
+    const int32_t j = (slot << at.log_blocks) + rank;
+    if (j >= here) return;
+    float logits[2] = {};
+    for (int32_t i = lane; i < layer.in; i += 32) {
+      float y = 0.f;
+#pragma unroll 8
+      for (int r = 0; r < 1 << at.log_blocks; ++r) y += shares[(r * at.slots + slot) * at.last_pitch + i];
+      y = silu(y + float(in_bias[i]));
+#pragma unroll
+      for (int o = 0; o < 2; ++o) logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * y;
+    }
+    for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+      for (int o = 0; o < 2; ++o) logits[o] += __shfl_xor_sync(~0u, logits[o], step);
+    if (lane > 0) continue;
+    const float sparse = logits[0] + float(bias[0]), full = logits[1] + float(bias[1]);
+    p.logits[2 * (int64_t(first) + j)] = sparse;
+    p.logits[2 * (int64_t(first) + j) + 1] = full;
+    p.route[first + j] = sparse >= full ? 1 : 0;  // a NaN chooses full
+  }
+}
+
+template <typename X, typename W, int kBatch>
+__global__ void __launch_bounds__(kRouteThreads, 1)
+    route_kernel(const __grid_constant__ RouteParams p, const __grid_constant__ RouteLayout at) {
+  unsigned char* memory = sm80::shared_memory();
+  const int rank = cluster_rank(), blocks = 1 << at.log_blocks;
+  const int32_t decisions = p.batch * (p.per_head ? p.num_heads : 1);
+  auto* pooled = reinterpret_cast<float*>(memory + at.pooled);
+  auto* features = reinterpret_cast<float*>(memory + at.features);
+  auto* last = reinterpret_cast<float*>(memory + at.last);
+  auto* in = reinterpret_cast<float*>(memory + at.in);
+  auto* hidden = reinterpret_cast<float*>(memory + at.hidden);
+  cluster_arrive_relaxed();  // waited for before the first send
+  wait_for_previous();
+  let_next_start();
+
+  bool begun = false;
+  const int32_t groups_apart = (int32_t(gridDim.x) >> at.log_blocks) * at.batch;
+  for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions; first += groups_apart) {
+    const int32_t here = min_of(at.batch, decisions - first);
+    pool<X>(p, at, memory, first, here, rank, [&] {
+      if (!begun) stage_weights<W>(p, at, memory, rank);
+    });
+    if (!begun) cluster_wait();  // every block of the cluster has started
+    begun = true;
+    __syncthreads();
+    const int32_t group_pooled = at.batch * at.pooled_pitch, group_features = at.batch * at.feature_pitch;
+    send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks);
+    sm80::cp_async_wait<0>();
+    cluster_barrier();  // B0
+    add_shares(at, pooled, at.pooled_pitch, at.pooled_sums,
+               [&](int32_t j, int32_t d, float mean) { in[j * at.in_pitch + half_apart(d, at.in_pitch)] = mean; });
+    __syncthreads();
+
+#pragma unroll 1
+    for (int pair = 0; pair < kRoutePairs; ++pair) {
+      const int l = 2 * pair;
+      const Linear &inner = p.layers[l], &outer = p.layers[l + 1];
+      const Slice slice = slice_of(p, at, pair, rank);
+      const auto* inner_bias = reinterpret_cast<const W*>(memory + at.layers[l].bias);
+      layer_of<kBatch>(at, l, memory, static_cast<const W*>(inner.weight) + int64_t(slice.begin) * inner.in,
+                       slice.count, inner.in, in, at.in_pitch, [&](int32_t o, int32_t j, float y) {
+                         hidden[j * at.hidden_pitch + half_apart(o, at.hidden_pitch)] =
+                             o < slice.count ? silu(y + float(inner_bias[o])) : 0.f;
+                       });
+      __syncthreads();
+      layer_of<kBatch>(at, l + 1, memory, static_cast<const W*>(outer.weight) + slice.begin, outer.out, slice.count,
+                       hidden, at.hidden_pitch, [&](int32_t o, int32_t j, float y) {
+                         if (pair == 0)
+                           features[rank * group_features + j * at.feature_pitch + o] = y;
+                         else
+                           store_in_block(last + (rank * at.slots + (j >> at.log_blocks)) * at.last_pitch + o,
+                                          j & (blocks - 1), y);
+                       });
+      if (pair == 0) {
+        __syncthreads();
+        send_to_others(features + rank * group_features, group_features, rank, at.log_blocks);
+      }
+      cluster_arrive();  // B1, B2
+      if (pair == 0)     // now, as a barrier waits for all earlier writes to global memory
+        add_shares(at, pooled, at.pooled_pitch, at.pooled_sums, [&](int32_t j, int32_t d, float mean) {
+          if ((j & (blocks - 1)) == rank && j < here && d < p.head_dim)
+            p.pooled[(int64_t(first) + j) * p.head_dim + d] = mean;
+        });
+      cluster_wait();
+      if (pair == 0) {
+        const auto* bias = reinterpret_cast<const W*>(memory + at.layers[l + 1].bias);
+        add_shares(at, features, at.feature_pitch, at.feature_sums, [&](int32_t j, int32_t o, float y) {
+          in[j * at.in_pitch + half_apart(o, at.in_pitch)] = o < outer.out ? y + float(bias[o]) : 0.f;
+        });
+        __syncthreads();
+      }
+    }
+    decide<W>(p, at, memory, first, here, rank);
+  }
+}
+
+}  // namespace flux::cuda
