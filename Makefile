@@ -31,7 +31,7 @@ cpp-test: $(BIN)/python
 	  (echo "GoogleTest is needed (apt: libgtest-dev); trying to install it"; apt-get update -qq && apt-get install -qq -y libgtest-dev)
 	PATH="$$PWD/$(BIN):$$PATH" cmake -S . -B $(BUILD) -G Ninja -DFLUX_TESTS=ON -DFLUX_OPS=OFF -DFLUX_PYBIND=OFF -DFLUX_CUDA=OFF
 	PATH="$$PWD/$(BIN):$$PATH" cmake --build $(BUILD)
-	PATH="$$PWD/$(BIN):$$PATH" ctest --test-dir $(BUILD) --output-on-failure
+	PATH="$$PWD/$(BIN):$$PATH" ctest --test-dir $(BUILD) --output-on-failure --parallel 2
 
 demo: install
 	$(BIN)/flux-ext demo $(DEMO)
