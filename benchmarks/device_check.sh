@@ -56,10 +56,10 @@ run_tests() {
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
-  sample='test_route_many or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)'
+  sample='test_decisions or test_misaligned or (test_attend and (q1_1_1 or q9_9_9 or q200_63_129) and bfloat16)'
   sample="$sample or (twin and cuda and 3steps) or wrong_values"
   step memcheck 3 120 compute-sanitizer --tool memcheck --kernel-name kernel_substring=flux --error-exitcode 1 \
-    python3 -m pytest -x -p no:cacheprovider python_tests/test_cuda.py python_tests/test_append.py \
+    python3 -m pytest -x -p no:cacheprovider python_tests/test_cuda.py python_tests/test_cuda_router.py python_tests/test_append.py \
     -k "$sample"
 }
 run_key() {
