@@ -39,7 +39,7 @@ RULES = (
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
-    Rule(r"combine_kernel", most_registers=128),
+    Rule(r"combine\w*_kernel", most_registers=128),
     Rule(r"append_kernel", most_registers=64),
     Rule(r""),
 )

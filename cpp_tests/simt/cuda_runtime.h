@@ -2,9 +2,9 @@
 //
 // Every CUDA thread is a fiber; it runs until it meets a barrier (of its warp, block or cluster), then another one goes
 // on, picked at random but alike in every run. Blocks follow one another in random order, those of a cluster run
-// together. Shared memory starts full of NaN. What is missing: two threads never run at once, so a missing fence goes
-// unseen (a missing barrier does not: the order of threads is random), and the host's arithmetic is not the device's to
-// the last bit.
+// together. Dynamic shared memory starts full of NaN. What is missing: two threads never run at once, so a missing
+// fence goes unseen (a missing barrier does not: the order of threads is random), and the host's arithmetic is not the
+// device's to the last bit.
 #pragma once
 
 #include <algorithm>

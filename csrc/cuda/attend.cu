@@ -48,6 +48,7 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
   if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
   c->overlap = device.overlap;
+  cudaGetLastError();  // somebody else's error is not the reason why nothing fits
 #ifdef FLUX_SM90
   const bool found = (device.capability == 90 && sm90::configure(p, device, c)) || sm80::configure(p, device, c);
 #else

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kWarps = 4;     // of a block that merges one row
 constexpr int kRowWarps = 8;  // of a block that merges several
-constexpr int kRowBlocks = 8;
+constexpr int kRowBlocks = 4;
 
 // Four elements of a row, not normalised.
 struct Sum {
@@ -44,9 +44,9 @@ __device__ void write(const AttendParams& p, const TileView& view, int32_t row, 
   if (d == 0) lse_at(p, view, at) = sum.state.lse();
 }
 
-// kRowBlocks blocks per worker, one warp per row, four elements a lane. The worker that holds the first piece of a cut
-// tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile. (Where
-// nothing was cut all blocks leave at once: they should be no more than fit on the device together.)
+// At most kRowBlocks blocks per worker, one warp per row, four elements a lane. The worker that holds the first piece
+// of a cut tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile.
+// (Where nothing was cut all blocks leave at once, and should not be many.)
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
 // The same after an inline plan: one block per tile and row. The pieces are shared by the warps, so that all loads are
 // under way at once, and who made them is worked out while the attend kernel still runs.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 4)
+__global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside the attend kernel
     combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
                           const int32_t num_workers) {
   __shared__ InlineLine line;

@@ -1,6 +1,7 @@
 // Kernels of one stream that overlap: the next may start, and set itself up, before the one before it has ended
-// (programmatic dependent launch, compute capability 9.0 and newer). Every kernel launched so calls wait_for_previous
-// before it touches what earlier ones wrote.
+// (programmatic dependent launch, compute capability 9.0 and newer). Every kernel launched so calls wait_for_previous,
+// in every block, before it touches what the kernel before it wrote or still reads. What older kernels wrote may be
+// read at once if the kernel before let the next one start only after its own wait.
 #pragma once
 
 #include <cuda_runtime.h>

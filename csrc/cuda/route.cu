@@ -182,7 +182,9 @@ cudaError_t launch(const RouteParams& p, cudaStream_t stream) {
     RouteLayout at{};
     if (!find_layout(p, decisions, log_blocks, room, limits.shared_bytes, &at)) continue;
     const auto kernel = at.batch == 1 ? route_kernel<X, W, 1> : route_kernel<X, W, kRouteBatch>;
-    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, at.bytes)) return e;
+    // Always the same limit: another thread may be about to launch the same kernel with more than this call needs.
+    if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes))
+      return e;
     if (log_blocks == 4)
       if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return e;
     cudaLaunchAttribute attributes[2];

@@ -56,9 +56,11 @@ inline int32_t to_int32(int64_t value, const char* name) {
 }
 
 // Strides of [.., S, H, D], with or without the leading dimension.
+// A dimension of one entry may have any stride; nothing may depend on it.
 inline Strides strides_of(const Tensor& t) {
+  const auto stride = [&](int64_t d) { return t.size(d) > 1 ? t.stride(d) : 0; };
   const int64_t n = t.dim();
-  return {n == 4 ? t.stride(0) : 0, t.stride(n - 3), t.stride(n - 2)};
+  return {n == 4 ? stride(0) : 0, stride(n - 3), stride(n - 2)};
 }
 
 inline void check_bounds_shape(const Tensor& t, int64_t batch, int64_t heads, bool per_head, const char* name) {

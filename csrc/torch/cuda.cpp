@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
   if (p.page_table && p.num_pages == 0) p.shape.kv_rows.capacity = 0;
   auto [out, lse] = make_outputs(q, q_begin || q_end);
   set_outputs(p, out, lse);
-  if (out.numel() == 0) return {out, lse};
+  if (out.numel() == 0 || p.shape.batch == 0) return {out, lse};
 
   cuda::AttendConfig config;
   const cuda::Status status = cuda::attend_config(p, &config);
@@ -85,7 +85,12 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ",
              p.head_dim);
   auto outputs = make_route_outputs(p, x);
-  check_cuda(cuda::route(p, current_stream(x)), "route");
+  const cudaError_t error = cuda::route(p, current_stream(x));
+  int32_t width = 0;
+  for (const Linear& l : p.layers) width = max_of(width, l.out);
+  FLUX_CHECK(error != cudaErrorNotSupported,
+             "weights must be of layers that fit into this GPU's shared memory, got one of width ", width);
+  check_cuda(error, "route");
   return outputs;
 }
 

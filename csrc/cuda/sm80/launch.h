@@ -75,7 +75,7 @@ bool Kernels<kDim>::configure(const AttendParams& p, const Device& device, Atten
          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Body::kThreads, Body::kSmemBytes) !=
              cudaSuccess))
       return false;
-    cached = blocks;
+    if (device.index < 64) cached = blocks;
     c->num_workers = blocks * device.num_sms;
     c->inline_plan = c->tile_rows == kDecodeRows && plans_inline(p.shape, *c);
     return blocks > 0;
