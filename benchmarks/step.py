@@ -47,7 +47,9 @@ def timeline(run: Callable[[], object], steps: int, kind: str) -> list[list[Line
     for event in events:
         lines.append((event["name"], event["dur"], 0.0 if end is None else event["ts"] - end))
         end = max(end or 0.0, event["ts"] + event["dur"])
-    each = len(lines) // steps
+    each, rest = divmod(len(lines), steps)
+    if rest:
+        raise RuntimeError(f"{len(lines)} kernels and copies cannot be those of {steps} equal steps")
     return [lines[i * each : (i + 1) * each] for i in range(steps)]
 
 

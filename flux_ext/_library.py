@@ -27,8 +27,12 @@ def load(name: str) -> bool:
 
 if not load("flux_ext_cpu"):
     raise ImportError(
-        f"{FOLDER / 'libflux_ext_cpu.so'} is missing: build the package with `pip install .` "
-        "(in a checkout: `pip install -e . --no-build-isolation`)"
+        f"{FOLDER / 'libflux_ext_cpu.so'} is missing: "
+        + (
+            f"{LIBRARY_VARIABLE} names that folder"
+            if os.environ.get(LIBRARY_VARIABLE)
+            else "build the package with `pip install .` (in a checkout: `pip install -e . --no-build-isolation`)"
+        )
     )
 
 has_cuda_library: bool = load("flux_ext_cuda")

@@ -198,7 +198,7 @@ def info() -> dict[str, str]:
         "transformers": version("transformers"),
         "accelerate": version("accelerate"),
         "safetensors": version("safetensors"),
-        "CPU library": "loaded",
+        "CPU library": f"loaded from {_library.FOLDER}",
         "CPU kernels": isa,
         "CUDA library": cuda,
         "GPU": ", ".join(devices) or "none",

@@ -157,8 +157,8 @@ def attend(
     plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
 
     Raises:
-        ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may share), or a
-            threshold meets bounds.
+        ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may share; on
+            CUDA bounds are not read back, and shared rows of q get the result of either), or a threshold meets bounds.
         RuntimeError: in the backward pass, as for :func:`attention`.
     """
     _check_devices(
@@ -174,7 +174,9 @@ def attend(
         page_table=page_table,
     )
     if route is not None and route.dtype != torch.int32:
-        route = route.to(torch.int32)
+        if route.is_complex():
+            raise ValueError(f"route must be of integers, booleans or fractions, got {route.dtype}")
+        route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
     patterns: list[int] = []
     lists: list[Tensor | None] = []
     for pattern in (full, sparse):
@@ -208,6 +210,12 @@ def row_spans(
     Raises:
         ValueError: they contradict each other, or a shape or dtype is wrong.
     """
+    for x, rule in (
+        (q, "q must be [B, S, Hq, D], or packed [T, Hq, D]"),
+        (k, "k must be [B, Skv, Hkv, D], packed [T, Hkv, D] or pages [num_pages, page_size, Hkv or 1, D]"),
+    ):
+        if x.dim() not in (3, 4):
+            raise ValueError(f"{rule}, got {list(x.shape)}")
     padded = seq_start is not None or seq_end is not None
     if padded and (cu_seqlens is not None or kv_len is not None):
         raise ValueError("seq_start and seq_end bound the rows of q, k and v alike: they exclude cu_seqlens and kv_len")
@@ -308,8 +316,8 @@ def attention(
             tensors are not read back: bounds outside the tensors are clamped.
         RuntimeError: in the backward pass over a ``page_table``, on CUDA (no gradient yet), and in a second one.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def run(hard: Tensor | None) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, hard, full, sparse, scale, *spans, page_table)

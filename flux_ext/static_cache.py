@@ -94,6 +94,8 @@ class FluxStaticLayer(FluxLayer):
             return key_states, value_states
         if q_len != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {q_len} more tokens")
+        if key_states.shape[0] != self.num_sequences:
+            raise ValueError(f"the cache holds {self.num_sequences} sequences, got {key_states.shape[0]}")
         if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
             raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
         self.continues = True
@@ -184,8 +186,9 @@ class FluxStaticCache(FluxCache):
     """
 
     def __init__(self, config: Any, flux: FluxConfig, max_cache_len: int, page_size: int = 64) -> None:
-        if page_size < 1 or max_cache_len < 1:
-            raise ValueError(f"page_size and max_cache_len must be >= 1, got {page_size} and {max_cache_len}")
+        for name, n in (("page_size", page_size), ("max_cache_len", max_cache_len)):
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {n}")
         stock = stock_layers(config)
         if others := [i for i, layer in enumerate(stock) if type(layer) is not DynamicLayer]:
             raise ValueError(f"FluxStaticCache needs full attention in every layer, {others} have not: use FluxCache")

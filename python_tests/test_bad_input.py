@@ -47,6 +47,10 @@ def ints(*x: Any) -> torch.Tensor:
 
 # What the arguments start from, what is broken, and what the message must say.
 ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
+    (good, {"k": torch.randn(4, 16), "seq_start": ints(0, 0)}, r"k must be \[B, Skv, Hkv, D\].*\[4, 16\]"),
+    (good, {"q": torch.tensor(1.0)}, r"q must be \[B, S, Hq, D\].*\[\]"),
+    (good, {"route": torch.tensor([2**32, 0])}, r"route must be .*2"),
+    (good, {"route": torch.zeros(2, dtype=torch.complex64)}, r"route must be of integers.*complex64"),
     (good, {"q": torch.randn(8, 16)}, r"q must be \[B, S, Hq, D\].*\[8, 16\]"),
     (good, {"k": torch.randn(2, 8, 16)}, r"k must be \[B, Skv, Hkv, D\].*\[2, 8, 16\]"),
     (good, {"v": torch.randn(2, 7, 2, 16)}, r"v must have the shape of k .*\[2, 7, 2, 16\]"),
@@ -100,7 +104,7 @@ ROWS: list[tuple[Callable[[], dict], dict[str, Any], str]] = [
     (packed, {"cu_seqlens": ints(0, 3, 9)}, r"must not exceed the 8 rows there are, got 9"),
     (packed, {"seq_end": ints(3, 5)}, r"seq_start and seq_end .* exclude cu_seqlens and kv_len"),
     (packed, {"kv_len": ints(3, 5)}, r"kv_len bounds a cache .* got both and k of shape \[8, 2, 16\]"),
-    (packed, {"k": torch.randn(8, 16)}, r"k must be packed \[T, Hkv, D\] or a cache \[B, Skv, Hkv, D\], got \[8, 16\]"),
+    (packed, {"k": torch.randn(8, 16)}, r"k must be \[B, Skv, Hkv, D\], packed .*, got \[8, 16\]"),
     (packed, {x: torch.randn(3, 9, 2, 16) for x in "kv"}, r"k must have the batch of q \(2\), got 3"),
     (packed, {"page_table": ints([0], [1])}, r"page_table needs kv_len"),
     (

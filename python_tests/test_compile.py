@@ -38,8 +38,6 @@ def test_torch_compile_with_a_cache() -> None:
         out = compiled(ids[:, :24])
         torch.testing.assert_close(out.logits, want[:, :24], rtol=1e-4, atol=2e-4)
         for t in range(24, 30):
-            if t == 27:
-                torch.compiler.set_stance("fail_on_recompile")
-            out = compiled(ids[:, t : t + 1], past_key_values=out.past_key_values)
+            with torch.compiler.set_stance("fail_on_recompile" if t >= 27 else "default"):
+                out = compiled(ids[:, t : t + 1], past_key_values=out.past_key_values)
             torch.testing.assert_close(out.logits[:, 0], want[:, t], rtol=1e-4, atol=2e-4)
-        torch.compiler.set_stance("default")

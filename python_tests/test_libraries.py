@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import flux_ext
 import flux_ext._library as library
 
 # Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, torch_* and aoti_torch_*).
@@ -43,7 +44,7 @@ def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
 )
 def test_only_instruction_sets_that_exist_can_be_asked_for(isa: str, message: str | None) -> None:
     code = "import torch, flux_ext; x = torch.randn(1, 8, 2, 16); flux_ext.attention(x, x, x)"
-    env = {**os.environ, "FLUX_EXT_ISA": isa, "PYTHONPATH": str(library.FOLDER.parent)}
+    env = {**os.environ, "FLUX_EXT_ISA": isa, "PYTHONPATH": str(Path(flux_ext.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     if message is None:
         assert done.returncode == 0, done.stderr

@@ -51,3 +51,5 @@ def main(libraries: list[Path], rounds: int, options: list[str], out: Path | Non
             writer = csv.writer(file)
             writer.writerow(["case", "contender", *names, *(f"{name} / {names[0]}" for name in names[1:])])
             writer.writerows(lines)
+    if not all(best):
+        raise SystemExit("not every library gave times")

@@ -53,6 +53,7 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
   p.pool_dtype = to_dtype(k_pool, "k_pool");
   check_append_tensor(k_pool, k, k_pool.scalar_type(), {pages, page_size, 1, dim}, "k_pool");
   check_append_tensor(v_pool, k, k_pool.scalar_type(), {pages, page_size, 1, dim}, "v_pool");
+  FLUX_CHECK(v_pool.const_data_ptr() != k_pool.const_data_ptr(), "v_pool must not be k_pool");
   check_append_tensor(base, k, ScalarType::Int, {batch, heads}, "base");
   check_append_tensor(ring, k, ScalarType::Int, {batch, heads}, "ring");
   FLUX_CHECK(page_table.dim() == 3, "page_table must be [B, Hkv, max_pages], got ", shape_of(page_table));

@@ -74,7 +74,7 @@ class FluxTrainer(Trainer):
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
-        if args.ddp_find_unused_parameters:
+        if args.ddp_find_unused_parameters and args.world_size > 1:
             raise ValueError(
                 "ddp_find_unused_parameters must be False: it looks for the routers behind the logits, "
                 "but their gradients take other ways, and every step reaches every router"
