@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny_training import LAYERS, Grab, batch_rows, dataset, model, snapshot, trainer
 
 import flux_ext
@@ -266,8 +267,11 @@ def test_bad_input(tmp_path):
     m = model()
     with pytest.raises(ValueError, match="targets names tasks that the data lack: c"):
         trainer(tmp_path, m, Recipe(targets={"c": 0.5}))
-    with pytest.raises(ValueError, match="ddp_find_unused_parameters must be False"):
-        trainer(tmp_path, m, ddp_find_unused_parameters=True)
+    trainer(tmp_path, m, ddp_find_unused_parameters=True)  # of no account in one process
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.TrainingArguments, "world_size", 2)
+        with pytest.raises(ValueError, match="ddp_find_unused_parameters must be False"):
+            trainer(tmp_path, m, ddp_find_unused_parameters=True)
     flux_ext.unpatch(m)
     with pytest.raises(ValueError, match="is not patched"):
         trainer(tmp_path, m)
