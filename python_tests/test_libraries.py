@@ -44,8 +44,9 @@ def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
 )
 def test_only_instruction_sets_that_exist_can_be_asked_for(isa: str, message: str | None) -> None:
     code = "import torch, flux_ext; x = torch.randn(1, 8, 2, 16); flux_ext.attention(x, x, x)"
-    env = {**os.environ, "FLUX_EXT_ISA": isa, "PYTHONPATH": str(Path(flux_ext.__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    package = Path(flux_ext.__file__).parent.parent  # not the checkout, where tests may be started
+    env = {**os.environ, "FLUX_EXT_ISA": isa, "PYTHONPATH": str(package)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=package)
     if message is None:
         assert done.returncode == 0, done.stderr
     else:
