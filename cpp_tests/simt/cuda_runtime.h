@@ -182,6 +182,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

@@ -48,7 +48,7 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
   if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
   c->overlap = device.overlap;
-  cudaGetLastError();  // somebody else's error is not the reason why nothing fits
+  const cudaError_t before = cudaPeekAtLastError();  // somebody else's, who may still want to see it
 #ifdef FLUX_SM90
   const bool found = (device.capability == 90 && sm90::configure(p, device, c)) || sm80::configure(p, device, c);
 #else
@@ -57,7 +57,7 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (!found)
     return {p.shape.head_dim > 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
                                    : "no kernel fits: at most 128 query heads may share a KV head",
-            cudaGetLastError()};
+            cudaPeekAtLastError() == before ? cudaSuccess : cudaGetLastError()};
   if (ceil_div(p.shape.max_q_len, c->tile.q_tokens) > kMaxRowTiles || max_tiles(p.shape, c->tile) > INT_MAX)
     return {"q must have at most 2^20 tiles per sequence and 2^31 in all: split the batch", cudaSuccess};
   return {};

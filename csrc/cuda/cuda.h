@@ -60,7 +60,8 @@ struct AttendConfig {
   bool overlap = false;      // kernels may be launched as launch.h describes
 };
 
-// A row, i.e. (sequence, KV head) pair, has no more tiles than this: with 22 bits of rows, sums stay exact.
+// A row, i.e. (sequence, KV head) pair, has no more tiles than this: the 1024 rows that plan.h adds
+// up at a time then sum to 31 bits.
 constexpr int32_t kMaxRowTiles = 1 << 20;
 
 // A problem so small that every block may plan it for itself, and certain to be split evenly.
