@@ -36,18 +36,22 @@ UNITS = {decode.build_decode: "TB/s", decode.build_layers: "TB/s"}
 
 
 def ceilings(setting: Setting) -> tuple[Ceilings, list[Row]]:
-    """The two ceilings, as rows of their own."""
+    """The two ceilings, as rows of their own: the fastest round of the fastest way, so that no heat flatters us."""
     n, size = (64, 1 << 16) if setting.tiny else (8192, 4 << 30)
     a, b = setting.random(n, n), setting.random(n, n)
-    x = torch.empty(size, device=setting.device, dtype=torch.uint8).random_()
+    x = torch.randint(1 << 30, (size // 4,), device=setting.device, dtype=torch.int32)
     y = torch.empty_like(x)
     found = Ceilings()
     rows = []
     for kind, problem in (
-        ("bf16 matrix product", Problem({OURS: [lambda: a @ b]}, flops=2.0 * n**3)),
-        ("device copy", Problem({OURS: [lambda: y.copy_(x)]}, num_bytes=2.0 * size)),
-    ):
-        timing = race(problem.contenders, setting.device, setting.seconds)[OURS]
+        ("bf16 matrix product", Problem({"cuBLAS": [lambda: a @ b]}, flops=2.0 * n**3)),
+        # In a graph, copy_ is left to the copy engines, which are slower than a kernel.
+        ("device copy", Problem({"copy": [lambda: y.copy_(x)], "kernel": [lambda: torch.neg(x, out=y)]},
+                                num_bytes=2.0 * size)),
+    ):  # fmt: skip
+        timings = race(problem.contenders, setting.device, setting.seconds).values()
+        timing = min((t for t in timings if t.ok), key=lambda t: t.best)
+        timing.us = timing.best
         rate = (problem.flops or problem.num_bytes) / timing.us / 1e6
         setattr(found, "matrix" if problem.flops else "copy", rate)
         spec = Spec("ceiling", kind, 1, n if problem.flops else size, 0, 0, 0)
@@ -63,7 +67,7 @@ def run_case(group: Group, spec: Spec, setting: Setting, limits: Ceilings) -> li
         problem = group.build(spec, setting)
         timings = race(problem.contenders, setting.device, setting.seconds)
         for name, call in problem.host.items():
-            timings[name] = Timing(host_us(call, setting.device), 0.0, "host time of one call")
+            timings[name] = Timing(host_us(call, setting.device), 0.0, note="host time of one call")
     except DeviceLost:
         raise
     except Exception as error:  # out of memory while building, say
