@@ -21,6 +21,7 @@ CUTLASS_DEVICE void init_barriers(typename T::Shared& shared) {
   init(shared.q_full, shared.q_empty, T::kQStages, kWarps);
   init(shared.kv_full, shared.kv_empty, T::kBuffers, kWarps);
   init(shared.work_full, shared.work_empty, T::kWorkSlots, kWarps + 1);  // and the TMA thread
+  shared.work_wanted.init(1);
   cutlass::arch::fence_barrier_init();
 }
 

@@ -11,12 +11,14 @@
 
 namespace flux::cuda::sm90 {
 
-// Publishes the pieces of this thread block ahead of their use, so that finding one hides behind computing another.
-// Writes the rows of tiles that see no key itself. Called by a whole warp.
+// Publishes the pieces of this thread block ahead of their use, so that finding one hides behind computing another; but
+// takes a tile that another thread block could do only when the TMA thread asks for it. Writes the rows of tiles that
+// see no key itself. Called by a whole warp.
 template <class T>
 CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) {
   const bool leader = cutlass::canonical_lane_idx() == 0;
   Ring<T::kWorkSlots> ring;
+  Ring<1> wanted;
   const auto publish = [&](const Piece& piece) {
     if (leader) {
       shared.work_empty[ring.index].wait(ring.phase ^ 1);
@@ -31,11 +33,15 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   WorkRange range = first_range(p.plan, header);
   for (int32_t item = blockIdx.x; item < header.num_items; range = item_range(p.plan, item)) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      const Piece piece = piece_of(p.attend.shape, p.tile, p.plan.tiles[t], range, item, t);
-      if (piece.span.begin < piece.span.end)
+      const Piece piece = piece_of(view_tile(p.attend.shape, p.tile, p.plan.tiles[t]), range, item, t);
+      if (piece.span.begin < piece.span.end) {
         publish(piece);
-      else
+        if (!header.whole_tiles) continue;
+        if (leader) shared.work_wanted.wait(wanted.phase);
+        wanted.advance();
+      } else {
         store_empty<T>(p.attend, piece.view);
+      }
     }
     if (!header.whole_tiles) break;  // one share per thread block
     item = __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
@@ -68,7 +74,9 @@ class Loader {
       if (piece.view.tile.seq < 0) break;
       const Keys keys(p_.attend, piece.view);
       const TileMask mask(piece.view);
+      const int32_t asks_at = min_of(piece.span.begin + T::kBlocksAhead, piece.span.end) - 1;
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
+        if (i == asks_at) shared_.work_wanted.arrive();
         const int32_t next = piece.view.blocks[i], begin = next * T::kKvBlock;
         shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
         shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock)};

@@ -79,6 +79,9 @@ struct Traits {
   };
 
   static constexpr int kWorkSlots = 3;  // the tile that ends, the one that begins, and one more
+  // A thread block takes its next tile when so many key blocks of the one at hand are still to be loaded: enough to
+  // find the tile meanwhile. Taking it any earlier would leave other thread blocks idle at the end.
+  static constexpr int kBlocksAhead = 2;
 
   struct Shared {
     alignas(1024) Element q[kQStages * kQElements];
@@ -88,6 +91,7 @@ struct Traits {
     Barrier q_full[kQStages], q_empty[kQStages];
     Barrier kv_full[kBuffers], kv_empty[kBuffers];
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
+    Barrier work_wanted;
   };
   static constexpr int kSharedBytes = int(sizeof(Shared));
   static_assert(kBuffers >= 4 && kSharedBytes <= kSharedCapacity);
