@@ -83,7 +83,7 @@ FLUX_HD bool contains(const KvBlocks& b, int32_t block) {
 FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_len, int32_t block,
                            const BlockList& list = {}) {
   KvBlocks b;
-  if (q_end <= 0) return b;  // before the first key
+  if (q_end <= 0 || q_end <= q_begin) return b;  // before the first key; no query
   q_begin = max_of(q_begin, 0);
   const int32_t end = ceil_div(q_end, block);
   if (list.blocks) {

@@ -40,4 +40,17 @@ struct SoftmaxState {
   }
 };
 
+// The union of several states at once, so that no piece waits for the one before it; factor[i] brings the outputs of
+// piece i to the common scale.
+template <int n>
+FLUX_HD SoftmaxState merge(const SoftmaxState (&states)[n], float (&factor)[n]) {
+  SoftmaxState all;
+  for (int i = 0; i < n; ++i) all.max = states[i].max > all.max ? states[i].max : all.max;
+  for (int i = 0; i < n; ++i) {
+    factor[i] = states[i].empty() ? 0.f : exp2f(states[i].max - all.max);
+    all.sum += factor[i] * states[i].sum;
+  }
+  return all;
+}
+
 }  // namespace flux

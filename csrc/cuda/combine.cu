@@ -16,23 +16,40 @@ constexpr int kRowBlocks = 4;
 struct Sum {
   SoftmaxState state;
   float4 out{0.f, 0.f, 0.f, 0.f};
-
-  __device__ void add(const SoftmaxState& s, const float4& x) {
-    const MergeFactors f = state.merge(s);
-    out = {out.x * f.ours + x.x * f.theirs, out.y * f.ours + x.y * f.theirs, out.z * f.ours + x.z * f.theirs,
-           out.w * f.ours + x.w * f.theirs};
-  }
 };
+
+template <int n>
+__device__ Sum merge_sums(const Sum (&sums)[n]) {
+  SoftmaxState states[n];
+  float factor[n];
+  for (int i = 0; i < n; ++i) states[i] = sums[i].state;
+  Sum all{merge(states, factor)};
+  for (int i = 0; i < n; ++i) {
+    const float4& x = sums[i].out;
+    all.out = {all.out.x + x.x * factor[i], all.out.y + x.y * factor[i], all.out.z + x.z * factor[i],
+               all.out.w + x.w * factor[i]};
+  }
+  return all;
+}
 
 // Elements [d, d + 4) of the pieces first, first + step, ... Nothing that is loaded depends on another load.
 __device__ Sum merge_pieces(const Partials& partials, const TilePieces& pieces, int32_t row, int32_t d, int32_t first,
                             int32_t step) {
-  Sum sum;
-#pragma unroll 8
-  for (int32_t i = first; i < pieces.count; i += step)
-    sum.add(partials.state_of(pieces.slot(i), row),
-            *reinterpret_cast<const float4*>(partials.out_row(pieces.slot(i), row) + d));
-  return sum;
+  constexpr int kAtOnce = 4;
+  Sum all;
+  for (int32_t begin = first; begin < pieces.count; begin += kAtOnce * step) {
+    Sum sums[kAtOnce + 1];
+    sums[kAtOnce] = all;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t piece = begin + i * step;
+      if (piece >= pieces.count) continue;
+      sums[i].state = partials.state_of(pieces.slot(piece), row);
+      sums[i].out = *reinterpret_cast<const float4*>(partials.out_row(pieces.slot(piece), row) + d);
+    }
+    all = merge_sums(sums);
+  }
+  return all;
 }
 
 template <typename T>
@@ -52,6 +69,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
     combine_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
                    const Partials partials, const int32_t num_workers) {
   wait_for_previous();
+  let_next_start();
   const int32_t leader = blockIdx.x;
   const PlanHeader header = *plan.header;
   const WorkRange range = plan.ranges[leader];
@@ -79,28 +97,29 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
     combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
                           const int32_t num_workers) {
   __shared__ InlineLine line;
-  __shared__ int32_t row_begin[kInlineTiles + 1];
-  __shared__ __align__(16) unsigned char memory[sizeof(Sum) * kWarps * 32];  // members of Sum have initial values
+  __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
+  __shared__ __align__(16) unsigned char sum_memory[sizeof(Sum) * kWarps * 32];
+  auto& view = *reinterpret_cast<TileView*>(view_memory);
+  auto* sums = reinterpret_cast<Sum*>(sum_memory);  // [kWarps, 32]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, line, row_begin);
   const int32_t tile = blockIdx.x, row = blockIdx.y;
-  TilePieces pieces{1, 0, 0};
-  TileView view;
-  if (tile < num_tiles) {
-    view = view_tile(p.shape, tile_shape, InlineTiles{p.shape, row_begin}(tile));
-    pieces = tile_pieces(line.cost, num_tiles, tile, sharing_workers(line.cost[num_tiles], num_workers));
-  }
+  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, line, [&](int32_t t, const TileView& v) {
+    if (t == tile) view = v;
+  });
+  const TilePieces pieces =
+      tile_pieces(line.begin, num_tiles, tile, sharing_workers(line.begin[num_tiles], num_workers));
   wait_for_previous();  // even with nothing to do: whatever waits for this kernel counts on the one before it too
+  let_next_start();
   if (pieces.count == 1 || row >= valid_rows(p, view)) return;
-  auto* sums = reinterpret_cast<Sum*>(memory);  // [kWarps, 32]
   for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
     const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
     sums[threadIdx.x] = merge_pieces(partials, pieces, row, d, warp, kWarps);
     __syncthreads();
     if (warp == 0) {
-      Sum sum = sums[lane];
-      for (int w = 1; w < kWarps; ++w) sum.add(sums[w * 32 + lane].state, sums[w * 32 + lane].out);
-      write<T>(p, view, row, d, sum);
+      Sum parts[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) parts[w] = sums[w * 32 + lane];
+      write<T>(p, view, row, d, merge_sums(parts));
     }
     __syncthreads();
   }
@@ -109,7 +128,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan) {
-    const dim3 grid(max_of(int32_t(max_tiles(p.shape, c.tile)), 1), max_of(int32_t(most_rows(p.shape)), 1));
+    const dim3 grid(num_rows(p.shape), max_of(int32_t(most_rows(p.shape)), 1));
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }

@@ -50,54 +50,51 @@ __device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t cou
   return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
 }
 
-// The line of work of a problem that plans_inline.
+// The line of work of a problem that plans_inline: tile t is row t, which has no other.
 struct InlineLine {
-  int64_t cost[kInlineTiles + 1];
-  int32_t warp_sums[32];
-  Position bounds[2];
+  int64_t begin[kInlineTiles + 1];  // cost of the tiles before each; of all
+  int32_t cost[kInlineTiles];
 };
 
-// The tiles of the line by number, from where the tiles of every row begin.
-struct InlineTiles {
-  const ProblemShape& shape;
-  const int32_t* begin;  // [rows + 1], shared memory
+__device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
+  return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
+}
 
-  __device__ Tile operator()(int32_t t) const {
-    const int32_t row = find_row(begin, shape.batch * shape.num_kv_heads, t);
-    return make_tile(shape, row, begin[row + 1] - begin[row], t - begin[row]);
+// Fills the line, in shared memory, and returns how many tiles it has. Each is shown to keep(t, view) by one thread.
+template <int kThreads, typename Keep>
+__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineLine& line, Keep keep) {
+  const int32_t num_tiles = s.batch * s.num_kv_heads;
+  for (int32_t t = threadIdx.x; t < num_tiles; t += kThreads) {
+    const TileView view = view_tile(s, tile, inline_tile(s, t));
+    line.cost[t] = tile_cost(view);
+    keep(t, view);
   }
-};
-
-// Fills line.cost and row_begin [kInlineTiles + 1]; returns the number of tiles.
-template <int kThreads>
-__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineLine& line, int32_t* row_begin) {
-  const int32_t rows = s.batch * s.num_kv_heads, tid = threadIdx.x;
-  for (int32_t r = tid; r < rows; r += kThreads)
-    row_begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kInlineTiles);
   __syncthreads();
-  exclusive_sum<kThreads>(row_begin, rows, line.warp_sums);
-  const int32_t num_tiles = min_of(row_begin[rows], kInlineTiles);  // spans that overlap would make more
-  const InlineTiles tile_at{s, row_begin};
-  for (int32_t t = tid; t < num_tiles; t += kThreads) line.cost[t] = tile_cost(view_tile(s, tile, tile_at(t)));
+  if (const int lane = threadIdx.x; lane < 32) {
+    int64_t before = 0;
+    for (int32_t t = lane; t - lane < num_tiles; t += 32) {
+      const int32_t own = t < num_tiles ? line.cost[t] : 0;
+      int32_t sum = own;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int32_t other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (t < num_tiles) line.begin[t] = before + sum - own;
+      before += __shfl_sync(~0u, sum, 31);
+    }
+    if (lane == 0) line.begin[num_tiles] = before;
+  }
   __syncthreads();
-  exclusive_sum<kThreads>(line.cost, num_tiles, line.warp_sums);
   return num_tiles;
 }
 
-// What a block of the attend kernel has to do.
-template <int kThreads>
-__device__ BlockPlan plan_inline(const ProblemShape& s, const TileShape& tile, InlineLine& line, int32_t* row_begin) {
-  const int32_t num_tiles = line_up<kThreads>(s, tile, line, row_begin), num_workers = gridDim.x, worker = blockIdx.x;
-  const int32_t sharing = sharing_workers(line.cost[num_tiles], num_workers), tid = threadIdx.x;
-  if (tid % 32 == 0 && tid < 64)
-    line.bounds[tid / 32] =
-        worker < sharing ? share_begin(line.cost, num_tiles, worker + tid / 32, sharing) : Position{num_tiles, 0};
-  __syncthreads();
-  BlockPlan own;
-  own.header = {num_tiles, sharing, 0, num_workers};
-  own.range = {line.bounds[0].tile, line.bounds[0].block, line.bounds[1].tile, line.bounds[1].block};
-  __syncthreads();
-  return own;
+// The even share of a worker that has one.
+__device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker, int32_t sharing) {
+  // Even lanes find where it begins, odd ones where it ends.
+  const Position p = share_begin(line.begin, num_tiles, worker + int32_t(threadIdx.x % 2), sharing);
+  return {__shfl_sync(~0u, p.tile, 0), __shfl_sync(~0u, p.block, 0), __shfl_sync(~0u, p.tile, 1),
+          __shfl_sync(~0u, p.block, 1)};
 }
 
 }  // namespace flux::cuda

@@ -3,7 +3,7 @@
 //   for (int32_t item = blockIdx.x; item < plan.header->num_items; item = <take_item by one thread, broadcast>) {
 //     const WorkRange range = item_range(plan, item);
 //     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-//       const Piece piece = piece_of(shape, tile, plan.tiles[t], range, item, t);
+//       const Piece piece = piece_of(view_tile(shape, tile, plan.tiles[t]), range, item, t);
 //       ... key blocks piece.view.blocks[i] for i in [piece.span.begin, piece.span.end) ...
 //     }
 //   }
@@ -21,6 +21,11 @@ struct Piece {
   __device__ bool final() const { return !span.split; }
 };
 
+// What a worker's range has of tile t.
+__device__ inline Piece piece_of(const TileView& view, const WorkRange& range, int32_t item, int32_t t) {
+  return {view, tile_span(range, t, view.blocks.size()), partial_slot(range, item, t)};
+}
+
 // The item after those that blocks start with. By one thread of a block.
 __device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&plan.header->next_item, 1); }
 
@@ -33,18 +38,9 @@ __device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& 
   return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
 }
 
-__device__ inline Piece piece_of(const ProblemShape& shape, const TileShape& tile_shape, const Tile& tile,
-                                 const WorkRange& range, int32_t item, int32_t t) {
-  Piece p;
-  p.view = view_tile(shape, tile_shape, tile);
-  p.span = tile_span(range, t, p.view.blocks.size());
-  p.slot = partial_slot(range, item, t);
-  return p;
-}
-
-// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. tile_at(t) is
-// tile t of the plan. The piece stands in shared memory, where it costs no registers. The body may use all other shared
-// memory: barriers stand between pieces.
+// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. The piece
+// stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
+// between pieces.
 struct BlockPlan {
   PlanHeader header;
   WorkRange range;  // of the item at hand
@@ -55,14 +51,14 @@ struct WorkerState {
   int32_t item;
 };
 
-template <typename TileAt, typename Body>
+template <typename Body>
 __device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile_shape,
-                               WorkerState& shared, TileAt tile_at, Body body) {
+                               WorkerState& shared, Body body) {
   const WorkRange& range = shared.plan.range;
   int32_t item = blockIdx.x;
   while (item < shared.plan.header.num_items) {
     for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
-      if (threadIdx.x == 0) shared.piece = piece_of(shape, tile_shape, tile_at(t), range, item, t);
+      if (threadIdx.x == 0) shared.piece = piece_of(view_tile(shape, tile_shape, plan.tiles[t]), range, item, t);
       __syncthreads();
       body(shared.piece);
       __syncthreads();

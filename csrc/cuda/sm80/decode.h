@@ -45,34 +45,36 @@ struct Decode {
     const TileView& v = piece.view;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t ring = smem + warp * kWarpBytes;
-    const int32_t num_blocks = piece.span.end - piece.span.begin;
+    const int32_t num_blocks = piece.span.end - piece.span.begin, first_block = piece.span.begin;
+    const KvBlocks& blocks = v.blocks;
     const auto keys_of = [&](int stage) { return Tile{ring + stage * kStageBytes}; };
     const auto values_of = [&](int stage) { return Tile{ring + stage * kStageBytes + kStageBytes / 2}; };
-    const auto kv_begin_of = [&](int32_t b) { return v.blocks[piece.span.begin + b] * kKeys + warp * kWarpKeys; };
+    const auto kv_begin_of = [&](int32_t b) { return blocks[first_block + b] * kKeys + warp * kWarpKeys; };
     using Loader = RowLoader<T, kDim, kWarpKeys, 32>;
     const Loader load_keys(p, p.k, p.k_stride, v, lane), load_values(p, p.v, p.v_stride, v, lane);
     const TileMask masked(v);
-    const auto load = [&](int32_t b, int stage) {
-      if (b < num_blocks) {
-        const int32_t kv_begin = kv_begin_of(b);
-        load_keys(keys_of(stage), p, p.k_stride, v, kv_begin);
-        load_values(values_of(stage), p, p.v_stride, v, kv_begin);
-      }
-      cp_async_commit();
-    };
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) load(s, s);
-
-    uint32_t q[kDim / 16][4];
-    load_queries(p, v, q);
     const SoftmaxScale scale(p.scale);
     OnlineSoftmax<2> softmax;
     Out out = {};
-    int stage = 0, next = kStages - 1;
-    for (int32_t b = 0; b < num_blocks; ++b) {
-      cp_async_wait<kStages - 2>();
-      __syncwarp();  // and all lanes are done with the stage that is loaded next
-      load(b + kStages - 1, next);
+    uint32_t q[kDim / 16][4];
+    int stage = 0, next = 0;
+    // Block b is multiplied while those up to b + kStages - 1 are under way. The first rounds only load.
+#pragma unroll 1
+    for (int32_t b = 1 - kStages; b < num_blocks; ++b) {
+      __syncwarp();  // all lanes are done with the stage that is loaded next
+      if (const int32_t ahead = b + kStages - 1; ahead < num_blocks) {
+        const int32_t kv_begin = kv_begin_of(ahead);
+        load_keys(keys_of(next), kv_begin);
+        load_values(values_of(next), kv_begin);
+      }
+      cp_async_commit();
+      next = next + 1 == kStages ? 0 : next + 1;
+      if (b < 0) {
+        if (b == -1) load_queries(p, v, q);
+        continue;
+      }
+      cp_async_wait<kStages - 1>();
+      __syncwarp();
       float scores[1][kWarpKeys / 8][4];
       multiply_qk<T, 1, kWarpKeys>(scores, keys_of(stage), [&](uint32_t(&a)[4], int, int k) {
 #pragma unroll
@@ -86,12 +88,11 @@ struct Decode {
       update_softmax<1, kWarpKeys, kDim>(softmax, scores, out, scale);
       multiply_pv<T, 1, kWarpKeys>(out, scores, values_of(stage));
       stage = stage + 1 == kStages ? 0 : stage + 1;
-      next = next + 1 == kStages ? 0 : next + 1;
     }
     cp_async_wait<0>();
     __syncwarp();
 
-    // Warps' results to shared memory (each in its own ring), then merged in the order of the warps.
+    // Warps' results to shared memory (each in its own ring), then merged.
     const auto out_of = [&](int w) { return reinterpret_cast<float*>(shared_memory() + w * kWarpBytes); };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -109,14 +110,16 @@ struct Decode {
       const int row = index / (kDim / 4), d = index % (kDim / 4) * 4;
       if (row >= valid) break;  // rows ascend
       if (d >= p.shape.head_dim) continue;
-      SoftmaxState state;
+      SoftmaxState states[kWarps];
+      float factor[kWarps];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) states[w] = state_of(w, row);
+      const SoftmaxState state = merge(states, factor);
       float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const MergeFactors f = state.merge(state_of(w, row));
         const float4 x = *reinterpret_cast<const float4*>(out_of(w) + row * kDim + d);
-        sum = {sum.x * f.ours + x.x * f.theirs, sum.y * f.ours + x.y * f.theirs, sum.z * f.ours + x.z * f.theirs,
-               sum.w * f.ours + x.w * f.theirs};
+        sum = {sum.x + x.x * factor[w], sum.y + x.y * factor[w], sum.z + x.z * factor[w], sum.w + x.w * factor[w]};
       }
       if (piece.final()) {
         const TileRow at = tile_row(p, v, row);

@@ -11,33 +11,54 @@
 
 namespace flux::cuda::sm80 {
 
+// What a block plans with, in the shared memory that keys and values fill later.
+struct InlineScratch {
+  InlineLine line;
+  TileView views[kInlineTiles];
+};
+
+// A block's share of a problem that plans_inline.
+template <typename Body>
+__device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials, Piece& piece) {
+  static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
+  auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
+  const int32_t num_tiles = line_up<Body::kThreads>(p.shape, tile, scratch.line,
+                                                    [&](int32_t t, const TileView& view) { scratch.views[t] = view; });
+  const int32_t sharing = sharing_workers(scratch.line.begin[num_tiles], gridDim.x), worker = blockIdx.x;
+  if (worker >= sharing) return;
+  const WorkRange range = share_of(scratch.line, num_tiles, worker, sharing);
+  for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
+    if (threadIdx.x == 0) {
+      const bool kept = t == range.tile;  // keys and values stand where the others stood
+      piece = piece_of(kept ? scratch.views[t] : view_tile(p.shape, tile, inline_tile(p.shape, t)), range, worker, t);
+    }
+    __syncthreads();
+    Body::run(p, partials, piece, shared_address(shared_memory()));
+    __syncthreads();
+  }
+}
+
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     attend_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const PlanView plan,
                   const Partials partials, const bool inline_plan) {
-  constexpr bool kPlans = Body::kRows == kDecodeRows;
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
-  __shared__ int32_t row_begin[kPlans ? kInlineTiles + 1 : 1];         // of an inline plan
   auto& state = *reinterpret_cast<WorkerState*>(worker);
   wait_for_previous();
   let_next_start();  // not before: the combine kernel reads lengths and routes before it waits for this one
-  const bool plans = kPlans && inline_plan;
-  if constexpr (kPlans) {
-    static_assert(sizeof(InlineLine) <= Body::kSmemBytes, "the line is made where the keys go later");
-    if (plans) {
-      const BlockPlan own =
-          plan_inline<Body::kThreads>(p.shape, tile, *reinterpret_cast<InlineLine*>(shared_memory()), row_begin);
-      if (threadIdx.x == 0) state.plan = own;
+  if constexpr (Body::kRows == kDecodeRows) {
+    if (inline_plan) {
+      attend_inline<Body>(p, tile, partials, state.piece);
+      return;
     }
   }
-  if (!plans && threadIdx.x == 0) {
+  if (threadIdx.x == 0) {
     const PlanHeader header = *plan.header;
     state.plan = {header, first_range(plan, header)};
   }
   __syncthreads();
-  for_each_piece(
-      plan, p.shape, tile, state, [&](int32_t t) { return plans ? InlineTiles{p.shape, row_begin}(t) : plan.tiles[t]; },
-      [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(shared_memory())); });
+  for_each_piece(plan, p.shape, tile, state,
+                 [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(shared_memory())); });
 }
 
 // Calls use(Body{}) for the kernel that a configuration names.

@@ -86,9 +86,9 @@ struct Prefill {
       if (i < 2 * num_blocks) {
         const int32_t kv_begin = v.blocks[piece.span.begin + i / 2] * kKeys;
         if (i % 2)
-          load_values(slot_tile(i), p, p.v_stride, v, kv_begin);
+          load_values(slot_tile(i), kv_begin);
         else
-          load_keys(slot_tile(i), p, p.k_stride, v, kv_begin);
+          load_keys(slot_tile(i), kv_begin);
       }
       cp_async_commit();
     };

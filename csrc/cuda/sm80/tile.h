@@ -53,33 +53,34 @@ struct RowLoader {
   static constexpr int kStep = kThreads / kColumns;                        // rows that load at a time
   static_assert(kRows % kStep == 0 && (kStep & (kStep - 1)) == 0, "rows split into an index and a power of two");
 
+  KvRows rows;
   const T* column;     // of row 0 of the tensor (of page 0)
   uint32_t shared;     // offset in a tile of this thread's first chunk
   int32_t row, valid;  // its first row; rows of the sequence (0: an idle column)
+  bool in_one_piece;   // kRows rows always stand beside each other
 
-  __device__ RowLoader(const AttendParams& p, const void* global, const Strides& s, const TileView& v, int thread) {
+  __device__ RowLoader(const AttendParams& p, const void* global, const Strides& s, const TileView& v, int thread)
+      : rows(kv_rows(p, s, v)) {
     const int chunk = thread % kColumns;
     row = thread / kColumns;
-    valid = chunk * 8 < p.shape.head_dim ? v.kv_rows.size() : 0;
+    valid = chunk * 8 < p.shape.head_dim ? rows.count : 0;
     shared = Tile::offset(row, chunk);
-    column = static_cast<const T*>(global) + kv_rows(p, s, v).base + chunk * 8;
+    column = static_cast<const T*>(global) + rows.base + chunk * 8;
+    in_one_piece = !rows.pages || (rows.first % kRows == 0 && rows.page_size % kRows == 0);
   }
 
   // Keys from kv_begin on, a multiple of kRows.
-  __device__ void operator()(Tile tile, const AttendParams& p, const Strides& s, const TileView& v,
-                             int32_t kv_begin) const {
+  __device__ void operator()(Tile tile, int32_t kv_begin) const {
     if (kColumns > Tile::kChunks && threadIdx.x % kColumns >= Tile::kChunks) return;
     const int32_t left = kv_begin < 0 ? 0 : valid - kv_begin;  // rows that exist from kv_begin on
-    const int64_t step = kStep * s.s;
-    const int32_t first = v.kv_rows.begin;
-    if (!p.page_table || (first % kRows == 0 && p.page_size % kRows == 0)) {  // the rows stand in one piece
+    if (in_one_piece) {
+      const int64_t step = kStep * rows.row_stride;
       const T* from = column;
-      if (left > 0) from += kv_rows(p, s, v).offset(kv_begin) + row * s.s;
+      if (left > 0) from += rows.offset(kv_begin) + row * rows.row_stride;
 #pragma unroll
       for (int i = 0; i < kRows / kStep; ++i)
         cp_async16(address(tile, i), from + i * step, row + i * kStep < left ? 16 : 0);
     } else {
-      const KvRows rows = kv_rows(p, s, v);
 #pragma unroll 1
       for (int i = 0; i < kRows / kStep; ++i) {
         const bool exists = row + i * kStep < left;
