@@ -121,6 +121,11 @@ TEST(Pattern, AListThatReachesSeveralBlocksPastASmallTileKeepsItsEarlierEntries)
   EXPECT_EQ(b[0], 0);
 }
 
+TEST(Pattern, NoQueryVisitsNothing) {
+  EXPECT_EQ(kv_blocks({}, 5, 5, 10, 4).size(), 0);
+  EXPECT_EQ(kv_blocks({2, 3}, 10, 10, 10, 4).size(), 0);
+}
+
 TEST(Pattern, MillionsOfTokensDoNotOverflow) {
   const int32_t n = 1 << 28;
   const KvBlocks full = kv_blocks({}, n - 16, n, n, 64);

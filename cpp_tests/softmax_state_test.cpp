@@ -91,5 +91,32 @@ TEST(SoftmaxState, NaNStays) {
   EXPECT_TRUE(std::isnan(a.result()));
 }
 
+TEST(SoftmaxState, AllAtOnceIsOneAfterTheOther) {
+  test::Random random(22);
+  constexpr int kPieces = 5;
+  for (int i = 0; i < 500; ++i) {
+    SoftmaxState states[kPieces];
+    float out[kPieces] = {}, factor[kPieces], sum = 0.f;
+    Row one_by_one;
+    for (int j = 0; j < kPieces; ++j) {
+      if (random.integer(0, 3) > 0) {
+        states[j] = {random.normal() * 20.f, 1.f + random.integer(0, 5)};
+        out[j] = random.normal();
+      }
+      if (i % 10 == 0 && j == 2) states[j] = {5.f, NAN};
+      if (i % 10 == 1 && j == 3) states[j].max = INFINITY, states[j].sum = 1.f;
+      one_by_one.merge({states[j], out[j]});
+    }
+    const SoftmaxState all = merge(states, factor);
+    for (int j = 0; j < kPieces; ++j) sum += out[j] * factor[j];
+    EXPECT_EQ(all.empty(), one_by_one.state.empty());
+    EXPECT_EQ(all.max, one_by_one.state.max);
+    EXPECT_EQ(std::isnan(all.sum), std::isnan(one_by_one.state.sum));
+    if (std::isnan(all.sum)) continue;
+    EXPECT_NEAR(all.sum, one_by_one.state.sum, 1e-5f * all.sum);
+    EXPECT_NEAR(sum, one_by_one.out, 1e-5f);
+  }
+}
+
 }  // namespace
 }  // namespace flux

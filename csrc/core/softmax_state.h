@@ -17,9 +17,9 @@ struct MergeFactors {
   float ours, theirs;
 };
 
-struct SoftmaxState {
-  float max = -INFINITY;  // largest score so far, times log2(e)
-  float sum = 0.f;        // sum of exp2(score - max)
+struct alignas(8) SoftmaxState {  // loaded as one
+  float max = -INFINITY;          // largest score so far, times log2(e)
+  float sum = 0.f;                // sum of exp2(score - max)
 
   FLUX_HD bool empty() const { return max == -INFINITY && sum == 0.f; }
 

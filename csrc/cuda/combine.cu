@@ -32,34 +32,78 @@ __device__ Sum merge_sums(const Sum (&sums)[n]) {
   return all;
 }
 
-// Elements [d, d + 4) of the pieces first, first + step, ... Nothing that is loaded depends on another load.
-__device__ Sum merge_pieces(const Partials& partials, const TilePieces& pieces, int32_t row, int32_t d, int32_t first,
-                            int32_t step) {
-  constexpr int kAtOnce = 4;
-  Sum all;
-  for (int32_t begin = first; begin < pieces.count; begin += kAtOnce * step) {
-    Sum sums[kAtOnce + 1];
-    sums[kAtOnce] = all;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int32_t piece = begin + i * step;
-      if (piece >= pieces.count) continue;
-      sums[i].state = partials.state_of(pieces.slot(piece), row);
-      sums[i].out = *reinterpret_cast<const float4*>(partials.out_row(pieces.slot(piece), row) + d);
-    }
-    all = merge_sums(sums);
-  }
-  return all;
+// Makes the compiler work a pointer out here, not after the wait that comes: only a branch keeps it from that.
+__device__ void work_out([[maybe_unused]] const void* pointer) {
+#ifdef __CUDA_ARCH__
+  if (pointer == nullptr) __trap();
+#endif
 }
 
+// What one thread merges of a row: the pieces first, first + step, ...
+class PieceRow {
+ public:
+  __device__ PieceRow(const Partials& partials, const TilePieces& pieces, int32_t row, int32_t first, int32_t step)
+      : count_(ceil_div(max_of(pieces.count - first, 0), step)),
+        state_slot_(int32_t(sizeof(SoftmaxState)) * partials.tile_rows),
+        out_slot_(int32_t(sizeof(float)) * partials.tile_rows * partials.head_dim),
+        first_slot_(first == 0 ? pieces.leader_slot - 2 * pieces.leader : 0),
+        slots_(2 * step),
+        state_(reinterpret_cast<const char*>(&partials.state_of(2 * (pieces.leader + first), row))),
+        out_(reinterpret_cast<const char*>(partials.out_row(2 * (pieces.leader + first), row))) {
+    work_out(state_);
+    work_out(out_);
+  }
+
+  // Elements [d, d + 4), kAtOnce pieces at a time: no load waits for another.
+  template <int kAtOnce>
+  __device__ Sum merge(int32_t d) const {
+    Sum all;
+    for (int32_t begin = 0; begin < count_; begin += kAtOnce) {
+      Sum sums[kAtOnce + 1];
+      sums[kAtOnce] = all;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int32_t slot = begin + i == 0 ? first_slot_ : (begin + i) * slots_;
+        if (begin + i >= count_) continue;
+        sums[i].state = *reinterpret_cast<const SoftmaxState*>(state_ + int64_t(slot) * state_slot_);
+        sums[i].out = *reinterpret_cast<const float4*>(out_ + 4 * d + int64_t(slot) * out_slot_);
+      }
+      all = merge_sums(sums);
+    }
+    return all;
+  }
+
+ private:
+  int32_t count_;
+  int32_t state_slot_, out_slot_;  // bytes from slot to slot
+  int32_t first_slot_, slots_;     // of the first piece; from piece to piece
+  const char *state_, *out_;
+};
+
+// Where a row goes.
 template <typename T>
-__device__ void write(const AttendParams& p, const TileView& view, int32_t row, int32_t d, const Sum& sum) {
-  const TileRow at = tile_row(p, view, row);
-  const RowNorm norm(view, at, sum.state);
-  *reinterpret_cast<uint2*>(out_row<T>(p, view, at) + d) = {pack<T>(norm(sum.out.x), norm(sum.out.y)),
-                                                            pack<T>(norm(sum.out.z), norm(sum.out.w))};
-  if (d == 0) lse_at(p, view, at) = sum.state.lse();
-}
+class RowWriter {
+ public:
+  __device__ RowWriter(const AttendParams& p, const TileView& view, int32_t row)
+      : view_(view), at_(tile_row(p, view, row)) {
+    out_ = out_row<T>(p, view, at_);
+    lse_ = &lse_at(p, view, at_);
+    work_out(out_);
+    work_out(lse_);
+  }
+  __device__ void write(int32_t d, const Sum& sum) const {
+    const RowNorm norm(view_, at_, sum.state);
+    *reinterpret_cast<uint2*>(out_ + d) = {pack<T>(norm(sum.out.x), norm(sum.out.y)),
+                                           pack<T>(norm(sum.out.z), norm(sum.out.w))};
+    if (d == 0) *lse_ = sum.state.lse();
+  }
+
+ private:
+  const TileView& view_;
+  const TileRow at_;
+  T* out_;
+  float* lse_;
+};
 
 // At most kRowBlocks blocks per worker, one warp per row, four elements a lane. The worker that holds the first piece
 // of a cut tile leads it; its pieces are the worker's own and those of the workers after it that start inside the tile.
@@ -85,13 +129,16 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
     pieces.count += joined;
     if (joined < 32) break;
   }
-  for (int32_t row = blockIdx.y * kRowWarps + threadIdx.x / 32; row < valid_rows(p, view); row += gridDim.y * kRowWarps)
-    for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128)
-      write<T>(p, view, row, d, merge_pieces(partials, pieces, row, d, 0, 1));
+  for (int32_t row = blockIdx.y * kRowWarps + threadIdx.x / 32; row < valid_rows(p, view);
+       row += gridDim.y * kRowWarps) {
+    const PieceRow from(partials, pieces, row, 0, 1);
+    const RowWriter<T> to(p, view, row);
+    for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128) to.write(d, from.merge<4>(d));
+  }
 }
 
 // The same after an inline plan: one block per tile and row. The pieces are shared by the warps, so that all loads are
-// under way at once, and who made them is worked out while the attend kernel still runs.
+// under way at once. All that can be worked out while the attend kernel still runs stands before the wait for it.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside the attend kernel
     combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
@@ -108,20 +155,26 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   });
   const TilePieces pieces =
       tile_pieces(line.begin, num_tiles, tile, sharing_workers(line.begin[num_tiles], num_workers));
-  wait_for_previous();  // even with nothing to do: whatever waits for this kernel counts on the one before it too
+  if (pieces.count == 1 || row >= valid_rows(p, view)) {
+    wait_for_previous();  // even so: whatever waits for this kernel counts on the one before it too
+    let_next_start();
+    return;
+  }
+  const PieceRow from(partials, pieces, row, warp, kWarps);
+  const RowWriter<T> to(p, view, row);
+  wait_for_previous();
   let_next_start();
-  if (pieces.count == 1 || row >= valid_rows(p, view)) return;
   for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
     const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
-    sums[threadIdx.x] = merge_pieces(partials, pieces, row, d, warp, kWarps);
+    if (first_dim > 0) __syncthreads();
+    sums[threadIdx.x] = from.merge<6>(d);
     __syncthreads();
     if (warp == 0) {
       Sum parts[kWarps];
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) parts[w] = sums[w * 32 + lane];
-      write<T>(p, view, row, d, merge_sums(parts));
+      to.write(d, merge_sums(parts));
     }
-    __syncthreads();
   }
 }
 

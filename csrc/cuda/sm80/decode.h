@@ -28,12 +28,14 @@ struct Decode {
     const int32_t valid = valid_rows(p, v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < kDim / 8; ++k) q[k / 2][k % 2 * 2 + half] = 0;
       const int row = lane / 4 + 8 * half;
-      const T* source = row < valid ? q_row<T>(p, v, tile_row(p, v, row)) : nullptr;
+      if (row >= valid) continue;
+      const T* source = q_row<T>(p, v, tile_row(p, v, row)) + lane % 4 * 2;
 #pragma unroll
       for (int k = 0; k < kDim / 8; ++k)
-        q[k / 2][k % 2 * 2 + half] =
-            source && k * 8 < p.shape.head_dim ? *reinterpret_cast<const uint32_t*>(source + k * 8 + lane % 4 * 2) : 0;
+        if (k * 8 < p.shape.head_dim) q[k / 2][k % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(source + k * 8);
     }
   }
 
@@ -45,36 +47,34 @@ struct Decode {
     const TileView& v = piece.view;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const uint32_t ring = smem + warp * kWarpBytes;
-    const int32_t num_blocks = piece.span.end - piece.span.begin, first_block = piece.span.begin;
-    const KvBlocks& blocks = v.blocks;
+    const int32_t num_blocks = piece.span.end - piece.span.begin;
     const auto keys_of = [&](int stage) { return Tile{ring + stage * kStageBytes}; };
     const auto values_of = [&](int stage) { return Tile{ring + stage * kStageBytes + kStageBytes / 2}; };
-    const auto kv_begin_of = [&](int32_t b) { return blocks[first_block + b] * kKeys + warp * kWarpKeys; };
+    const auto kv_begin_of = [&](int32_t b) { return v.blocks[piece.span.begin + b] * kKeys + warp * kWarpKeys; };
     using Loader = RowLoader<T, kDim, kWarpKeys, 32>;
     const Loader load_keys(p, p.k, p.k_stride, v, lane), load_values(p, p.v, p.v_stride, v, lane);
+    const auto load = [&](int32_t b, int stage) {
+      if (b < num_blocks) {
+        const int32_t kv_begin = kv_begin_of(b);
+        load_keys(keys_of(stage), kv_begin);
+        load_values(values_of(stage), kv_begin);
+      }
+      cp_async_commit();
+    };
+#pragma unroll 1  // every instruction runs about once in a short step: what counts is how many must be fetched
+    for (int s = 0; s < kStages - 1; ++s) load(s, s);
+
+    uint32_t q[kDim / 16][4];
+    load_queries(p, v, q);
     const TileMask masked(v);
     const SoftmaxScale scale(p.scale);
     OnlineSoftmax<2> softmax;
     Out out = {};
-    uint32_t q[kDim / 16][4];
-    int stage = 0, next = 0;
-    // Block b is multiplied while those up to b + kStages - 1 are under way. The first rounds only load.
-#pragma unroll 1
-    for (int32_t b = 1 - kStages; b < num_blocks; ++b) {
-      __syncwarp();  // all lanes are done with the stage that is loaded next
-      if (const int32_t ahead = b + kStages - 1; ahead < num_blocks) {
-        const int32_t kv_begin = kv_begin_of(ahead);
-        load_keys(keys_of(next), kv_begin);
-        load_values(values_of(next), kv_begin);
-      }
-      cp_async_commit();
-      next = next + 1 == kStages ? 0 : next + 1;
-      if (b < 0) {
-        if (b == -1) load_queries(p, v, q);
-        continue;
-      }
-      cp_async_wait<kStages - 1>();
-      __syncwarp();
+    int stage = 0;
+    for (int32_t b = 0; b < num_blocks; ++b) {
+      cp_async_wait<kStages - 2>();
+      __syncwarp();  // and all lanes are done with the stage that is loaded next
+      load(b + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
       float scores[1][kWarpKeys / 8][4];
       multiply_qk<T, 1, kWarpKeys>(scores, keys_of(stage), [&](uint32_t(&a)[4], int, int k) {
 #pragma unroll
@@ -94,8 +94,10 @@ struct Decode {
 
     // Warps' results to shared memory (each in its own ring), then merged.
     const auto out_of = [&](int w) { return reinterpret_cast<float*>(shared_memory() + w * kWarpBytes); };
+    const int32_t valid = valid_rows(p, v);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      if (8 * r >= valid) break;
       const int row = lane / 4 + 8 * r;
       const SoftmaxState state = softmax.state(r, scale.log2);
       if (lane % 4 == 0) state_of(warp, row) = state;
@@ -105,7 +107,6 @@ struct Decode {
                                                                                         out[0][n][2 * r + 1]};
     }
     __syncthreads();
-    const int32_t valid = valid_rows(p, v);
     for (int index = threadIdx.x; index < kRows * kDim / 4; index += kThreads) {
       const int row = index / (kDim / 4), d = index % (kDim / 4) * 4;
       if (row >= valid) break;  // rows ascend

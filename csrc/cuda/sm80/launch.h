@@ -19,7 +19,8 @@ struct InlineScratch {
 
 // A block's share of a problem that plans_inline.
 template <typename Body>
-__device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials, Piece& piece) {
+__device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials,
+                              WorkerState& shared) {
   static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
   auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
   const int32_t num_tiles = line_up<Body::kThreads>(p.shape, tile, scratch.line,
@@ -27,28 +28,34 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
   const int32_t sharing = sharing_workers(scratch.line.begin[num_tiles], gridDim.x), worker = blockIdx.x;
   if (worker >= sharing) return;
   const WorkRange range = share_of(scratch.line, num_tiles, worker, sharing);
-  for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
-    if (threadIdx.x == 0) {
-      const bool kept = t == range.tile;  // keys and values stand where the others stood
-      piece = piece_of(kept ? scratch.views[t] : view_tile(p.shape, tile, inline_tile(p.shape, t)), range, worker, t);
-    }
+  if (empty(range)) return;
+  int32_t t = range.tile;
+  if (threadIdx.x == 0) {
+    shared.plan.range = range;  // costs no registers there
+    shared.piece = piece_of(scratch.views[t], range, worker, t);
+  }
+  for (;;) {
     __syncthreads();
-    Body::run(p, partials, piece, shared_address(shared_memory()));
+    Body::run(p, partials, shared.piece, shared_address(shared_memory()));
     __syncthreads();
+    if (++t >= tiles_end(shared.plan.range)) break;
+    if (threadIdx.x == 0)
+      shared.piece = piece_of(view_tile(p.shape, tile, inline_tile(p.shape, t)), shared.plan.range, worker, t);
   }
 }
 
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
-    attend_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const PlanView plan,
+    attend_kernel(const __grid_constant__ AttendParams p, const int32_t q_tokens, const PlanView plan,
                   const Partials partials, const bool inline_plan) {
+  const TileShape tile{q_tokens, Body::kKeys};                         // a constant spares divisions
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
   auto& state = *reinterpret_cast<WorkerState*>(worker);
   wait_for_previous();
   let_next_start();  // not before: the combine kernel reads lengths and routes before it waits for this one
   if constexpr (Body::kRows == kDecodeRows) {
     if (inline_plan) {
-      attend_inline<Body>(p, tile, partials, state.piece);
+      attend_inline<Body>(p, tile, partials, state);
       return;
     }
   }
@@ -109,7 +116,7 @@ cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, 
   return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
     using Body = decltype(body);
     return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
-                  c.tile, w.plan, w.partials, c.inline_plan);
+                  c.tile.q_tokens, w.plan, w.partials, c.inline_plan);
   });
 }
 
