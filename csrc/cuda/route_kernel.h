@@ -32,17 +32,15 @@ struct Vector8 {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) pieces[i] = reinterpret_cast<const uint4*>(x)[i];
   }
-  // One by one, where 16-byte loads are not possible.
-  __device__ void load(const T* x, int32_t count) {
-    T each[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) each[i] = i < count ? x[i] : T(0.f);
-    memcpy(pieces, each, sizeof(pieces));
-  }
   __device__ float operator[](int i) const {
-    T x;
-    memcpy(&x, reinterpret_cast<const char*>(pieces) + i * sizeof(T), sizeof(T));
-    return float(x);
+    uint32_t words[4 * kPieces];
+    memcpy(words, pieces, sizeof(words));
+    if constexpr (sizeof(T) == 4) {
+      return reinterpret_cast<const float&>(words[i]);
+    } else {
+      const float2 pair = unpack<T>(words[i / 2]);
+      return i % 2 ? pair.y : pair.x;
+    }
   }
 };
 
@@ -71,6 +69,7 @@ __device__ inline Slice slice_of(const RouteParams& p, const RouteLayout& at, in
 }
 
 // Starts to copy what the block needs of weights and biases; whoever reads them waits for cp.async and for a barrier.
+// Few instructions: every warp runs them while the first states are under way.
 template <typename W>
 __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank) {
   constexpr int kPiece = 16 / sizeof(W);
@@ -82,75 +81,93 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
     const bool outer = l % 2;
     if (at.staged) {
       const Place t = place_in(to.copy);
+      const int32_t column = t.column * kPiece;
       const int32_t rows = outer ? layer.out : slice.count, columns = outer ? slice.count : layer.in;
-      const W* from = static_cast<const W*>(layer.weight) + (outer ? slice.begin : int64_t(slice.begin) * layer.in);
-      const uint32_t shared = sm80::shared_address(memory + to.weight);
-      if (t.row < to.copy.rows)
-        for (int32_t c = t.column * kPiece; c < columns; c += to.copy.columns * kPiece)
-#pragma unroll 2
-          for (int32_t r = t.row; r < rows; r += to.copy.rows)
-            sm80::cp_async16(shared + (r * to.pitch + c) * int(sizeof(W)), from + int64_t(r) * layer.in + c, 16);
+      const W* from = static_cast<const W*>(layer.weight) + (outer ? slice.begin : int64_t(slice.begin) * layer.in) +
+                      int64_t(t.row) * layer.in + column;
+      uint32_t shared = sm80::shared_address(memory + to.weight) + (t.row * to.pitch + column) * int(sizeof(W));
+      const int32_t step = to.copy.rows * to.pitch * int(sizeof(W));
+      const int64_t from_step = int64_t(to.copy.rows) * layer.in;
+      if (t.row < to.copy.rows && column < columns)
+#pragma unroll 1
+        for (int32_t r = t.row; r < rows; r += to.copy.rows, from += from_step, shared += step)
+          sm80::cp_async16(shared, from, 16);
     }
+    if (int(threadIdx.x) / 32 != l) continue;  // a warp for each bias
     const int32_t count = outer ? layer.out : slice.count;
     const W* bias = static_cast<const W*>(layer.bias) + (outer ? 0 : slice.begin);
     auto* own = reinterpret_cast<W*>(memory + to.bias);
+    const int lane = threadIdx.x % 32;
     if (at.bias_vectors) {
 #pragma unroll 1
-      for (int32_t i = threadIdx.x * kPiece; i < count; i += kRouteThreads * kPiece)
+      for (int32_t i = lane * kPiece; i < count; i += 32 * kPiece)
         sm80::cp_async16(sm80::shared_address(own + i), bias + i, min_of(count - i, kPiece) * int(sizeof(W)));
     } else {
 #pragma unroll 1
-      for (int32_t i = threadIdx.x; i < count; i += kRouteThreads) own[i] = bias[i];
+      for (int32_t i = lane; i < count; i += 32) own[i] = bias[i];
     }
   }
   sm80::cp_async_commit();
 }
 
 // This block's share of the means of decisions [first, first + here), into its place among the pooled shares.
-// `stage` starts the copy of the weights behind the first loads.
-template <typename X, typename Stage>
+// `stage` starts the copy of the weights behind the first loads: `kInFlight` vectors at either end.
+template <typename X, int kInFlight, typename Stage>
 __device__ void pool(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
                      int rank, Stage stage) {
   const int32_t heads = p.per_head ? 1 : p.num_heads;
   const Place t = place_in(at.pool);
-  const int32_t j = quotient(t.row, at.pool_inverse);
+  const int32_t j = quotient(t.row, at.lanes_inverse);
   Span rows{0, 0};
-  const X* x = static_cast<const X*>(p.x) + t.column * 8;
+  const X* from = static_cast<const X*>(p.x) + t.column * 8;
   if (t.row < at.pool.rows && j < here) {
     const int32_t decision = first + j, b = p.per_head ? decision / p.num_heads : decision;
     rows = p.rows(b, 0);
-    x += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
+    from += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
   }
-  const int32_t count = min_of(p.pool_size, rows.size()), vectors = 2 * count * heads;
+  // A thread has vectors of the first rows and, `apart` elements on, of the last rows; from one to the next it moves by
+  // the same distance, and back by all heads and on by one row where it passes the last head.
+  const int32_t count = min_of(p.pool_size, rows.size()), vectors = count * heads;
   const int32_t step = at.pool_lanes << at.log_blocks;
-  int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes, r = i / heads, head = i - r * heads;
+  int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes;
+  const int32_t r = quotient(i, at.heads_inverse);
+  int32_t head = i - r * heads;
+  from += (rows.begin + r) * p.x_stride.s + head * p.x_stride.h;
+  const int64_t apart = (rows.size() - count) * p.x_stride.s;
+  const int64_t distance = at.step_rows * p.x_stride.s + at.step_heads * p.x_stride.h;
+  const int64_t next_row = p.x_stride.s - heads * p.x_stride.h;
+  const auto move = [&] {
+    i += step, from += distance, head += at.step_heads;
+    if (head >= heads) head -= heads, from += next_row;
+  };
   float sum[8] = {};
-  bool staged = false;
-  do {
-    constexpr int kInFlight = 16 / sizeof(X);
-    Vector8<X> y[kInFlight];
+  if (at.x_vectors) {
+    bool staged = false;
+    do {
+      Vector8<X> begin[kInFlight], end[kInFlight];
+      const int32_t left = vectors - i;
 #pragma unroll
-    for (int n = 0; n < kInFlight; ++n) {
-      y[n] = {};
-      if (n > 0 && !at.x_vectors) continue;  // element by element: one vector at a time
-      const int64_t row = r < count ? rows.begin + r : rows.end - 2 * count + r;
-      const X* from = x + row * p.x_stride.s + head * p.x_stride.h;
-      if (i < vectors) {
-        if (n > 0 || at.x_vectors)
-          y[n].load(from);
-        else
-          y[n].load(from, p.head_dim - t.column * 8);
+      for (int n = 0; n < kInFlight; ++n) {
+        if (n * step >= left) break;
+        begin[n].load(from), end[n].load(from + apart);
+        move();
       }
-      i += step, r += at.step_rows, head += at.step_heads;
-      if (head >= heads) head -= heads, ++r;
-    }
-    if (!staged) stage();
-    staged = true;
+      if (!staged) stage();
+      staged = true;
 #pragma unroll
-    for (int n = 0; n < kInFlight; ++n)
+      for (int n = 0; n < kInFlight; ++n) {
+        if (n * step >= left) break;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += y[n][e];
-  } while (i < vectors);
+        for (int e = 0; e < 8; ++e) sum[e] += begin[n][e] + end[n][e];
+      }
+    } while (i < vectors);
+  } else {
+    stage();
+    for (; i < vectors; move())
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (t.column * 8 + e < p.head_dim) sum[e] += float(from[e]) + float(from[apart + e]);
+  }
   const float scale = count ? __fdividef(1.f, 2.f * float(count) * float(heads)) : 0.f;
   auto* sums = reinterpret_cast<float*>(memory + at.features);  // [pool.rows, pooled_pitch]
   auto* to = reinterpret_cast<float4*>(sums) + 2 * threadIdx.x;
@@ -339,14 +356,16 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   auto* in = reinterpret_cast<float*>(memory + at.in);
   auto* hidden = reinterpret_cast<float*>(memory + at.hidden);
   cluster_arrive_relaxed();  // waited for before the first send
-  wait_for_previous();
-  let_next_start();
 
   bool begun = false;
   const int32_t groups_apart = (int32_t(gridDim.x) >> at.log_blocks) * at.batch;
   for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions; first += groups_apart) {
     const int32_t here = min_of(at.batch, decisions - first);
-    pool<X>(p, at, memory, first, here, rank, [&] {
+    if (!begun) {  // not earlier: what depends on the launch alone is worked out before
+      wait_for_previous();
+      let_next_start();
+    }
+    pool<X, (kBatch > 1 ? 8 : 14) / sizeof(X)>(p, at, memory, first, here, rank, [&] {
       if (!begun) stage_weights<W>(p, at, memory, rank);
     });
     if (!begun) cluster_wait();  // every block of the cluster has started
