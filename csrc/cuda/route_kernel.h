@@ -83,11 +83,11 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
       const Place t = place_in(to.copy);
       const int32_t column = t.column * kPiece;
       const int32_t rows = outer ? layer.out : slice.count, columns = outer ? slice.count : layer.in;
-      const W* from = static_cast<const W*>(layer.weight) + (outer ? slice.begin : int64_t(slice.begin) * layer.in) +
-                      int64_t(t.row) * layer.in + column;
+      // What fits in shared memory has offsets of 32 bits.
+      const int32_t begin = (outer ? slice.begin : slice.begin * layer.in) + t.row * layer.in + column;
+      const W* from = static_cast<const W*>(layer.weight) + begin;
+      const int32_t from_step = to.copy.rows * layer.in, step = to.copy.rows * to.pitch * int(sizeof(W));
       uint32_t shared = sm80::shared_address(memory + to.weight) + (t.row * to.pitch + column) * int(sizeof(W));
-      const int32_t step = to.copy.rows * to.pitch * int(sizeof(W));
-      const int64_t from_step = int64_t(to.copy.rows) * layer.in;
       if (t.row < to.copy.rows && column < columns)
 #pragma unroll 1
         for (int32_t r = t.row; r < rows; r += to.copy.rows, from += from_step, shared += step)
@@ -111,63 +111,68 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
 }
 
 // This block's share of the means of decisions [first, first + here), into its place among the pooled shares.
-// `stage` starts the copy of the weights behind the first loads: `kInFlight` vectors at either end.
+// Not yet `begun`: waits for the blocks of the cluster and for the previous kernel, and has `stage` start the copy of
+// the weights behind the first loads, of `kInFlight` vectors at either end.
 template <typename X, int kInFlight, typename Stage>
 __device__ void pool(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
-                     int rank, Stage stage) {
-  const int32_t heads = p.per_head ? 1 : p.num_heads;
-  const Place t = place_in(at.pool);
-  const int32_t j = quotient(t.row, at.lanes_inverse);
-  Span rows{0, 0};
-  const X* from = static_cast<const X*>(p.x) + t.column * 8;
-  if (t.row < at.pool.rows && j < here) {
-    const int32_t decision = first + j, b = p.per_head ? decision / p.num_heads : decision;
-    rows = p.rows(b, 0);
-    from += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
-  }
+                     int rank, bool& begun, Stage stage) {
   // A thread has vectors of the first rows and, `apart` elements on, of the last rows; from one to the next it moves by
   // the same distance, and back by all heads and on by one row where it passes the last head.
-  const int32_t count = min_of(p.pool_size, rows.size()), vectors = count * heads;
-  const int32_t step = at.pool_lanes << at.log_blocks;
+  const int32_t heads = p.per_head ? 1 : p.num_heads;
+  const Place t = place_in(at.pool);
+  const int32_t j = quotient(t.row, at.lanes_inverse), step = at.pool_lanes << at.log_blocks;
   int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes;
   const int32_t r = quotient(i, at.heads_inverse);
   int32_t head = i - r * heads;
-  from += (rows.begin + r) * p.x_stride.s + head * p.x_stride.h;
-  const int64_t apart = (rows.size() - count) * p.x_stride.s;
+  const X* from = static_cast<const X*>(p.x) + r * p.x_stride.s + head * p.x_stride.h + t.column * 8;
   const int64_t distance = at.step_rows * p.x_stride.s + at.step_heads * p.x_stride.h;
   const int64_t next_row = p.x_stride.s - heads * p.x_stride.h;
   const auto move = [&] {
     i += step, from += distance, head += at.step_heads;
     if (head >= heads) head -= heads, from += next_row;
   };
+
+  if (!begun) {  // not earlier: all that depends on the launch alone is worked out by now
+    cluster_wait();
+    wait_for_previous();
+    let_next_start();
+  }
+  Span rows{0, 0};
+  if (t.row < at.pool.rows && j < here) {
+    const int32_t decision = first + j, b = p.per_head ? decision / p.num_heads : decision;
+    rows = p.rows(b, 0);
+    from += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
+  }
+  from += rows.begin * p.x_stride.s;
+  const int32_t count = min_of(p.pool_size, rows.size()), vectors = count * heads;
+  const int64_t apart = (rows.size() - count) * p.x_stride.s;
   float sum[8] = {};
-  if (at.x_vectors) {
-    bool staged = false;
-    do {
-      Vector8<X> begin[kInFlight], end[kInFlight];
-      const int32_t left = vectors - i;
+  do {
+    Vector8<X> begin[kInFlight], end[kInFlight];
+    const int32_t left = vectors - i;
+    if (at.x_vectors)
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n) {
         if (n * step >= left) break;
         begin[n].load(from), end[n].load(from + apart);
         move();
       }
-      if (!staged) stage();
-      staged = true;
+    if (!begun) stage();
+    begun = true;
+    if (at.x_vectors) {
 #pragma unroll
       for (int n = 0; n < kInFlight; ++n) {
         if (n * step >= left) break;
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum[e] += begin[n][e] + end[n][e];
       }
-    } while (i < vectors);
-  } else {
-    stage();
-    for (; i < vectors; move())
+    } else {
+      for (; i < vectors; move())
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        if (t.column * 8 + e < p.head_dim) sum[e] += float(from[e]) + float(from[apart + e]);
-  }
+        for (int e = 0; e < 8; ++e)
+          if (t.column * 8 + e < p.head_dim) sum[e] += float(from[e]) + float(from[apart + e]);
+    }
+  } while (i < vectors);
   const float scale = count ? __fdividef(1.f, 2.f * float(count) * float(heads)) : 0.f;
   auto* sums = reinterpret_cast<float*>(memory + at.features);  // [pool.rows, pooled_pitch]
   auto* to = reinterpret_cast<float4*>(sums) + 2 * threadIdx.x;
@@ -355,21 +360,14 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   auto* last = reinterpret_cast<float*>(memory + at.last);
   auto* in = reinterpret_cast<float*>(memory + at.in);
   auto* hidden = reinterpret_cast<float*>(memory + at.hidden);
-  cluster_arrive_relaxed();  // waited for before the first send
+  cluster_arrive_relaxed();  // waited for before anything is sent
 
   bool begun = false;
   const int32_t groups_apart = (int32_t(gridDim.x) >> at.log_blocks) * at.batch;
   for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions; first += groups_apart) {
     const int32_t here = min_of(at.batch, decisions - first);
-    if (!begun) {  // not earlier: what depends on the launch alone is worked out before
-      wait_for_previous();
-      let_next_start();
-    }
-    pool<X, (kBatch > 1 ? 8 : 14) / sizeof(X)>(p, at, memory, first, here, rank, [&] {
-      if (!begun) stage_weights<W>(p, at, memory, rank);
-    });
-    if (!begun) cluster_wait();  // every block of the cluster has started
-    begun = true;
+    pool<X, (kBatch > 1 ? 8 : 14) / sizeof(X)>(p, at, memory, first, here, rank, begun,
+                                               [&] { stage_weights<W>(p, at, memory, rank); });
     __syncthreads();
     const int32_t group_pooled = at.batch * at.pooled_pitch, group_features = at.batch * at.feature_pitch;
     send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks);
