@@ -125,6 +125,7 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
   take(at.pooled, int64_t(4) * blocks * batch * at.pooled_pitch);
   take(at.features, std::max(int64_t(4) * blocks * batch * at.feature_pitch, int64_t(4) * 8 * kRouteThreads));
   take(at.last, int64_t(4) * blocks * at.slots * at.last_pitch);
+  take(at.inboxes, 3 * sizeof(Inbox));
   const int64_t decisions = batch > 1 ? kRouteBatch : 1;
   take(at.in, 4 * decisions * at.in_pitch);
   take(at.hidden, 4 * decisions * at.hidden_pitch);

@@ -42,14 +42,15 @@ struct RouteLayout {
   int32_t pooled;    // float [blocks, batch, pooled_pitch]
   int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
   int32_t last;      // float [blocks, slots, last_pitch]
+  int32_t inboxes;   // Inbox [3], of the three above
   // Activations of 1 or kRouteBatch decisions, halves of eight apart; see half_apart.
   int32_t in;      // float [decisions, in_pitch], the same in every block
   int32_t hidden;  // float [decisions, hidden_pitch], the block's own
 
-  Spread pool;                     // 8 columns of the states x rows
-  int32_t pool_lanes;              // rows of `pool` for each decision
+  Spread pool;         // 8 columns of the states x rows
+  int32_t pool_lanes;  // rows of `pool` for each decision
   uint32_t lanes_inverse, heads_inverse;
-  int32_t step_rows, step_heads;   // from one of a thread's vectors to its next
+  int32_t step_rows, step_heads;     // from one of a thread's vectors to its next
   Spread pooled_sums, feature_sums;  // columns x decisions
   LayerLayout layers[kRouterLayers];
   bool staged;                                   // weights in shared memory; else read where they are

@@ -6,10 +6,12 @@
 // 1909.08053, section 3). A cluster takes a group of decisions at a time and keeps its weights for the next group.
 // Every sum has a fixed order.
 //
-// The barriers of the cluster, per group: pooled shares | B0 | feature shares | B1 | shares of the last input | B2.
-// A block's pooled shares are read before its B2 and written by others after B2; its feature shares are read before B2
-// and written after B0; its last shares are read before the next B0 and written after the next B1. Nothing is written
-// to a block that has not started (the barrier before the first send) or has ended (all writes come before B2).
+// The exchanges of the cluster, per group: pooled shares, feature shares, shares of the last input. Each block counts
+// the bytes that come in, and knows how many will. Shares of the next group overwrite none that are still to be read:
+// whoever sends pooled shares has received all features, whose senders had read the pooled shares before; whoever sends
+// features or last shares has received the pooled shares, or the features, of a block whose threads have all met at a
+// __syncthreads since they read the ones before. Nothing is written to a block that has not started (cluster_wait) or
+// has ended: a block receives all that is sent to it.
 #pragma once
 
 #include <cstring>
@@ -360,21 +362,29 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   auto* last = reinterpret_cast<float*>(memory + at.last);
   auto* in = reinterpret_cast<float*>(memory + at.in);
   auto* hidden = reinterpret_cast<float*>(memory + at.hidden);
-  cluster_arrive_relaxed();  // waited for before anything is sent
+  auto* inboxes = reinterpret_cast<Inbox*>(memory + at.inboxes);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 3; ++i) init_inbox(inboxes + i);
+  cluster_arrive();  // waited for before anything is sent
 
   bool begun = false;
+  uint32_t round = 0;
   const int32_t groups_apart = (int32_t(gridDim.x) >> at.log_blocks) * at.batch;
-  for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions; first += groups_apart) {
+  for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions;
+       first += groups_apart, ++round) {
     const int32_t here = min_of(at.batch, decisions - first);
     pool<X, (kBatch > 1 ? 8 : 14) / sizeof(X)>(p, at, memory, first, here, rank, begun,
                                                [&] { stage_weights<W>(p, at, memory, rank); });
     __syncthreads();
     const int32_t group_pooled = at.batch * at.pooled_pitch, group_features = at.batch * at.feature_pitch;
-    send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks);
+    send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks, inboxes);
     sm80::cp_async_wait<0>();
-    cluster_barrier();  // B0
-    add_shares(at, pooled, at.pooled_pitch, at.pooled_sums,
-               [&](int32_t j, int32_t d, float mean) { in[j * at.in_pitch + half_apart(d, at.in_pitch)] = mean; });
+    receive(inboxes, (blocks - 1) * group_pooled * int(sizeof(float)), round);
+    add_shares(at, pooled, at.pooled_pitch, at.pooled_sums, [&](int32_t j, int32_t d, float mean) {
+      in[j * at.in_pitch + half_apart(d, at.in_pitch)] = mean;
+      if ((j & (blocks - 1)) == rank && j < here && d < p.head_dim)
+        p.pooled[(int64_t(first) + j) * p.head_dim + d] = mean;
+    });
     __syncthreads();
 
 #pragma unroll 1
@@ -394,21 +404,13 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
                          if (pair == 0)
                            features[rank * group_features + j * at.feature_pitch + o] = y;
                          else
-                           store_in_block(last + (rank * at.slots + (j >> at.log_blocks)) * at.last_pitch + o,
-                                          j & (blocks - 1), y);
+                           send(last + (rank * at.slots + (j >> at.log_blocks)) * at.last_pitch + o, j & (blocks - 1),
+                                y, inboxes + 2);
                        });
       if (pair == 0) {
         __syncthreads();
-        send_to_others(features + rank * group_features, group_features, rank, at.log_blocks);
-      }
-      cluster_arrive();  // B1, B2
-      if (pair == 0)     // now, as a barrier waits for all earlier writes to global memory
-        add_shares(at, pooled, at.pooled_pitch, at.pooled_sums, [&](int32_t j, int32_t d, float mean) {
-          if ((j & (blocks - 1)) == rank && j < here && d < p.head_dim)
-            p.pooled[(int64_t(first) + j) * p.head_dim + d] = mean;
-        });
-      cluster_wait();
-      if (pair == 0) {
+        send_to_others(features + rank * group_features, group_features, rank, at.log_blocks, inboxes + 1);
+        receive(inboxes + 1, (blocks - 1) * group_features * int(sizeof(float)), round);
         const auto* bias = reinterpret_cast<const W*>(memory + at.layers[l + 1].bias);
         add_shares(at, features, at.feature_pitch, at.feature_sums, [&](int32_t j, int32_t o, float y) {
           in[j * at.in_pitch + half_apart(o, at.in_pitch)] = o < outer.out ? y + float(bias[o]) : 0.f;
@@ -416,6 +418,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         __syncthreads();
       }
     }
+    const int32_t own = (at.batch - 1 - rank + blocks) >> at.log_blocks;  // decisions of the group that end here
+    receive(inboxes + 2, blocks * own * at.last_pitch * int(sizeof(float)), round);
     decide<W>(p, at, memory, first, here, rank);
   }
 }
