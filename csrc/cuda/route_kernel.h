@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
     });
     __syncthreads();
 
-#pragma unroll 1
+#pragma unroll
     for (int pair = 0; pair < kRoutePairs; ++pair) {
       const int l = 2 * pair;
       const Linear &inner = p.layers[l], &outer = p.layers[l + 1];
