@@ -56,7 +56,7 @@ __device__ inline Place place_in(const Spread& s) {
 
 // Activations lie so that neighbouring threads, which read neighbouring eights, read neighbouring fours.
 __device__ inline int32_t half_apart(int32_t i, int32_t pitch) {
-  return (i & 4 ? pitch / 2 : 0) + (i / 8 * 4 | (i & 3));
+  return (i & 4 ? pitch >> 1 : 0) + ((i >> 3) << 2 | (i & 3));
 }
 
 __device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
@@ -302,18 +302,26 @@ __device__ void layer_of(const RouteLayout& at, int l, const unsigned char* memo
   }
 }
 
+// The sum of all blocks' shares of a value, which are `apart` floats apart. There are 1, 8 or 16 blocks.
+__device__ inline float sum_of_shares(const float* shares, int32_t apart, int log_blocks) {
+  float sum = shares[0];
+  if (log_blocks == 0) return sum;
+#pragma unroll
+  for (int r = 1; r < 8; ++r) sum += shares[r * apart];
+  if (log_blocks == 3) return sum;
+#pragma unroll
+  for (int r = 8; r < 16; ++r) sum += shares[r * apart];
+  return sum;
+}
+
 // value(column) = sum of all blocks' shares, for every decision: use(decision, column, value).
 template <typename Use>
 __device__ void add_shares(const RouteLayout& at, const float* shares, int32_t pitch, const Spread& spread, Use use) {
   const Place t = place_in(spread);
   if (t.row >= spread.rows) return;
   for (int32_t c = t.column; c < pitch; c += spread.columns)
-    for (int32_t j = t.row; j < at.batch; j += spread.rows) {
-      float sum = 0.f;
-#pragma unroll 8
-      for (int r = 0; r < 1 << at.log_blocks; ++r) sum += shares[(r * at.batch + j) * pitch + c];
-      use(j, c, sum);
-    }
+    for (int32_t j = t.row; j < at.batch; j += spread.rows)
+      use(j, c, sum_of_shares(shares + j * pitch + c, at.batch * pitch, at.log_blocks));
 }
 
 // The last layer and the decision: a warp for each decision of this block.
@@ -333,9 +341,7 @@ __device__ void decide(const RouteParams& p, const RouteLayout& at, const unsign
     if (j >= here) return;
     float logits[2] = {};
     for (int32_t i = lane; i < layer.in; i += 32) {
-      float y = 0.f;
-#pragma unroll 8
-      for (int r = 0; r < 1 << at.log_blocks; ++r) y += shares[(r * at.slots + slot) * at.last_pitch + i];
+      float y = sum_of_shares(shares + slot * at.last_pitch + i, at.slots * at.last_pitch, at.log_blocks);
       y = silu(y + float(in_bias[i]));
 #pragma unroll
       for (int o = 0; o < 2; ++o) logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * y;
