@@ -324,28 +324,34 @@ __device__ void add_shares(const RouteLayout& at, const float* shares, int32_t p
       use(j, c, sum_of_shares(shares + j * pitch + c, at.batch * pitch, at.log_blocks));
 }
 
-// The last layer and the decision: a warp for each decision of this block.
+// The last layer and the decision. All threads add up the layer's input, then a warp takes each decision of this block.
 template <typename W>
-__device__ void decide(const RouteParams& p, const RouteLayout& at, const unsigned char* memory, int32_t first,
-                       int32_t here, int rank) {
+__device__ void decide(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
+                       int rank) {
   constexpr int kLast = kRouterLayers - 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Linear& layer = p.layers[kLast];
-  const auto* shares = reinterpret_cast<const float*>(memory + at.last);
+  auto* shares = reinterpret_cast<float*>(memory + at.last);
   const auto* in_bias = reinterpret_cast<const W*>(memory + at.layers[kLast - 1].bias);
   const auto* bias = reinterpret_cast<const W*>(memory + at.layers[kLast].bias);
   const W* weight =
       at.staged ? reinterpret_cast<const W*>(memory + at.layers[kLast].weight) : static_cast<const W*>(layer.weight);
+  for (int slot = 0; slot < at.slots; ++slot)
+    for (int32_t i = threadIdx.x; i < layer.in; i += kRouteThreads) {
+      float* x = shares + slot * at.last_pitch + i;  // takes the place of the first block's share
+      *x = silu(sum_of_shares(x, at.slots * at.last_pitch, at.log_blocks) + float(in_bias[i]));
+    }
+  __syncthreads();
   for (int slot = warp; slot < at.slots; slot += kRouteThreads / 32) {
     const int32_t j = (slot << at.log_blocks) + rank;
     if (j >= here) return;
     float logits[2] = {};
-    for (int32_t i = lane; i < layer.in; i += 32) {
-      float y = sum_of_shares(shares + slot * at.last_pitch + i, at.slots * at.last_pitch, at.log_blocks);
-      y = silu(y + float(in_bias[i]));
+#pragma unroll 4
+    for (int32_t i = lane; i < layer.in; i += 32)
 #pragma unroll
-      for (int o = 0; o < 2; ++o) logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * y;
-    }
+      for (int o = 0; o < 2; ++o)
+        logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * shares[slot * at.last_pitch + i];
+#pragma unroll
     for (int step = 16; step > 0; step /= 2)
 #pragma unroll
       for (int o = 0; o < 2; ++o) logits[o] += __shfl_xor_sync(~0u, logits[o], step);
