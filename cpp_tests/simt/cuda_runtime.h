@@ -64,6 +64,11 @@ void sync_block();
 void arrive_cluster();
 void wait_cluster();
 
+// A barrier in shared memory that counts bytes: whoever waits goes on as soon as a phase other than `parity` has begun.
+void expect_bytes(const void* barrier, int bytes);  // once in each phase
+void receive_bytes(const void* barrier, int bytes);
+void wait_for_bytes(const void* barrier, unsigned parity);
+
 // The value of every lane; null for those that have left the kernel. Valid until the lane's next exchange.
 const void* const* exchange(const void* mine, size_t bytes);
 

@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <deque>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -28,6 +29,13 @@ struct Barrier {
   int members = 0, arrived = 0;
   unsigned phase = 0;
   std::vector<Thread*> waiting;
+};
+
+// A phase ends when its bytes have been announced and have come.
+struct ByteBarrier {
+  Barrier barrier;
+  bool announced = false;
+  int64_t missing = 0;
 };
 
 struct Copy {
@@ -68,6 +76,7 @@ struct Thread {
 struct Machine {
   std::vector<Block> blocks;
   Barrier cluster;
+  std::map<const void*, ByteBarrier> byte_barriers;
   const std::function<void()>* kernel = nullptr;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<unsigned char[]>> stacks;  // kept for the next cluster
@@ -142,6 +151,7 @@ void run_cluster(size_t shared_bytes) {
   m.threads.clear();
   m.ready.clear();
   m.cluster = {};
+  m.byte_barriers.clear();
   m.cluster.members = int(m.blocks.size()) * size;
   for (Block& b : m.blocks) {
     memory.emplace_back(new unsigned char[shared_bytes + 1024]);
@@ -204,6 +214,28 @@ void sync_block() {
 }
 void arrive_cluster() { machine.running->cluster_phase = arrive(machine.cluster); }
 void wait_cluster() { wait(machine.cluster, machine.running->cluster_phase); }
+
+void settle(ByteBarrier& b) {
+  if (!b.announced || b.missing != 0) return;
+  b.announced = false;
+  release(b.barrier);
+}
+void expect_bytes(const void* barrier, int bytes) {
+  ByteBarrier& b = machine.byte_barriers[barrier];
+  if (b.announced) std::abort();
+  b.announced = true;
+  b.missing += bytes;
+  settle(b);
+}
+void receive_bytes(const void* barrier, int bytes) {
+  ByteBarrier& b = machine.byte_barriers[barrier];
+  b.missing -= bytes;
+  settle(b);
+}
+void wait_for_bytes(const void* barrier, unsigned parity) {
+  Barrier& b = machine.byte_barriers[barrier].barrier;
+  if (b.phase % 2 == parity) wait(b, b.phase);
+}
 
 const void* const* exchange(const void* mine, size_t bytes) {
   Thread& self = *machine.running;

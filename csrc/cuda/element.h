@@ -22,4 +22,18 @@ __device__ inline uint32_t pack<__nv_bfloat16>(float lo, float hi) {
   return reinterpret_cast<const uint32_t&>(x);
 }
 
+// Two elements of one register.
+template <typename T>
+__device__ inline float2 unpack(uint32_t x);
+template <>
+__device__ inline float2 unpack<__half>(uint32_t x) {
+  const __half2& pair = reinterpret_cast<const __half2&>(x);
+  return {float(pair.x), float(pair.y)};
+}
+template <>
+__device__ inline float2 unpack<__nv_bfloat16>(uint32_t x) {  // one instruction each
+  const uint32_t lo = x << 16, hi = x & 0xffff0000u;
+  return {reinterpret_cast<const float&>(lo), reinterpret_cast<const float&>(hi)};
+}
+
 }  // namespace flux::cuda

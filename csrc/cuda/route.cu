@@ -111,7 +111,7 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
 
   at.pool = spread(at.pooled_pitch / 8);
   at.pool_lanes = std::max(at.pool.rows / batch, 1);
-  at.pool_inverse = inverse_of(at.pool_lanes);
+  at.lanes_inverse = inverse_of(at.pool_lanes), at.heads_inverse = inverse_of(heads);
   at.step_rows = at.pool_lanes * blocks / heads;
   at.step_heads = at.pool_lanes * blocks % heads;
   at.pooled_sums = spread(at.pooled_pitch);
@@ -125,6 +125,7 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
   take(at.pooled, int64_t(4) * blocks * batch * at.pooled_pitch);
   take(at.features, std::max(int64_t(4) * blocks * batch * at.feature_pitch, int64_t(4) * 8 * kRouteThreads));
   take(at.last, int64_t(4) * blocks * at.slots * at.last_pitch);
+  take(at.inboxes, 3 * sizeof(Inbox));
   const int64_t decisions = batch > 1 ? kRouteBatch : 1;
   take(at.in, 4 * decisions * at.in_pitch);
   take(at.hidden, 4 * decisions * at.hidden_pitch);
@@ -145,7 +146,9 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
       // Rows an odd multiple of `lanes` pieces apart: any eight neighbouring threads read from different banks.
       const int32_t lanes = 1 << to.log_lanes, times = ceil_div(chunks, lanes);
       to.pitch = 8 * (lanes < 8 ? (times | 1) * lanes : chunks);
-      to.copy = spread(inputs * w_size / 16);
+      const int32_t pieces = inputs * w_size / 16;
+      to.copy = spread(pieces);
+      if (pieces > kRouteThreads) bytes = INT32_MAX;  // a thread copies one piece of a row
       take(to.weight, int64_t(outputs) * to.pitch * w_size);
     }
     take(to.bias, int64_t(outputs) * w_size);

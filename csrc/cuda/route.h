@@ -15,12 +15,12 @@ static_assert(kRouterLayers == 2 * kRoutePairs + 1);
 // All threads of a block over a matrix: a thread has column t % columns of rows t / columns, that + rows, ...
 struct Spread {
   int32_t columns, rows;
-  int32_t inverse;  // of `columns`, see quotient
+  uint32_t inverse;  // of `columns`, see quotient
 };
 
-// n / d for n, d <= 512, by a multiplication.
-constexpr int32_t inverse_of(int32_t d) { return (1 << 20) / d + 1; }
-FLUX_HD int32_t quotient(int32_t n, int32_t inverse) { return n * inverse >> 20; }
+// n / d for 0 <= n <= 2^13 and d > 0, by a multiplication.
+constexpr uint32_t inverse_of(int32_t d) { return (1u << 31) / uint32_t(d) + 1; }
+FLUX_HD int32_t quotient(int32_t n, uint32_t inverse) { return int32_t(uint64_t(uint32_t(n)) * inverse >> 31); }
 
 struct LayerLayout {
   int32_t weight, bias;  // bytes from the start of shared memory
@@ -42,12 +42,14 @@ struct RouteLayout {
   int32_t pooled;    // float [blocks, batch, pooled_pitch]
   int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
   int32_t last;      // float [blocks, slots, last_pitch]
+  int32_t inboxes;   // Inbox [3], of the three above
   // Activations of 1 or kRouteBatch decisions, halves of eight apart; see half_apart.
   int32_t in;      // float [decisions, in_pitch], the same in every block
   int32_t hidden;  // float [decisions, hidden_pitch], the block's own
 
-  Spread pool;                       // 8 columns of the states x rows
-  int32_t pool_lanes, pool_inverse;  // rows of `pool` for each decision
+  Spread pool;         // 8 columns of the states x rows
+  int32_t pool_lanes;  // rows of `pool` for each decision
+  uint32_t lanes_inverse, heads_inverse;
   int32_t step_rows, step_heads;     // from one of a thread's vectors to its next
   Spread pooled_sums, feature_sums;  // columns x decisions
   LayerLayout layers[kRouterLayers];

@@ -6,10 +6,12 @@
 // 1909.08053, section 3). A cluster takes a group of decisions at a time and keeps its weights for the next group.
 // Every sum has a fixed order.
 //
-// The barriers of the cluster, per group: pooled shares | B0 | feature shares | B1 | shares of the last input | B2.
-// A block's pooled shares are read before its B2 and written by others after B2; its feature shares are read before B2
-// and written after B0; its last shares are read before the next B0 and written after the next B1. Nothing is written
-// to a block that has not started (the barrier before the first send) or has ended (all writes come before B2).
+// The exchanges of the cluster, per group: pooled shares, feature shares, shares of the last input. Each block counts
+// the bytes that come in, and knows how many will. Shares of the next group overwrite none that are still to be read:
+// whoever sends pooled shares has received all features, whose senders had read the pooled shares before; whoever sends
+// features or last shares has received the pooled shares, or the features, of a block whose threads have all met at a
+// __syncthreads since they read the ones before. Nothing is written to a block that has not started (cluster_wait) or
+// has ended: a block receives all that is sent to it.
 #pragma once
 
 #include <cstring>
@@ -32,17 +34,15 @@ struct Vector8 {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) pieces[i] = reinterpret_cast<const uint4*>(x)[i];
   }
-  // One by one, where 16-byte loads are not possible.
-  __device__ void load(const T* x, int32_t count) {
-    T each[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) each[i] = i < count ? x[i] : T(0.f);
-    memcpy(pieces, each, sizeof(pieces));
-  }
   __device__ float operator[](int i) const {
-    T x;
-    memcpy(&x, reinterpret_cast<const char*>(pieces) + i * sizeof(T), sizeof(T));
-    return float(x);
+    uint32_t words[4 * kPieces];
+    memcpy(words, pieces, sizeof(words));
+    if constexpr (sizeof(T) == 4) {
+      return reinterpret_cast<const float&>(words[i]);
+    } else {
+      const float2 pair = unpack<T>(words[i / 2]);
+      return i % 2 ? pair.y : pair.x;
+    }
   }
 };
 
@@ -56,7 +56,7 @@ __device__ inline Place place_in(const Spread& s) {
 
 // Activations lie so that neighbouring threads, which read neighbouring eights, read neighbouring fours.
 __device__ inline int32_t half_apart(int32_t i, int32_t pitch) {
-  return (i & 4 ? pitch / 2 : 0) + (i / 8 * 4 | (i & 3));
+  return (i & 4 ? pitch >> 1 : 0) + ((i >> 3) << 2 | (i & 3));
 }
 
 __device__ inline float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
@@ -71,6 +71,7 @@ __device__ inline Slice slice_of(const RouteParams& p, const RouteLayout& at, in
 }
 
 // Starts to copy what the block needs of weights and biases; whoever reads them waits for cp.async and for a barrier.
+// Few instructions: every warp runs them while the first states are under way.
 template <typename W>
 __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank) {
   constexpr int kPiece = 16 / sizeof(W);
@@ -82,74 +83,97 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
     const bool outer = l % 2;
     if (at.staged) {
       const Place t = place_in(to.copy);
+      const int32_t column = t.column * kPiece;
       const int32_t rows = outer ? layer.out : slice.count, columns = outer ? slice.count : layer.in;
-      const W* from = static_cast<const W*>(layer.weight) + (outer ? slice.begin : int64_t(slice.begin) * layer.in);
-      const uint32_t shared = sm80::shared_address(memory + to.weight);
-      if (t.row < to.copy.rows)
-        for (int32_t c = t.column * kPiece; c < columns; c += to.copy.columns * kPiece)
-#pragma unroll 2
-          for (int32_t r = t.row; r < rows; r += to.copy.rows)
-            sm80::cp_async16(shared + (r * to.pitch + c) * int(sizeof(W)), from + int64_t(r) * layer.in + c, 16);
+      // What fits in shared memory has offsets of 32 bits.
+      const int32_t begin = (outer ? slice.begin : slice.begin * layer.in) + t.row * layer.in + column;
+      const W* from = static_cast<const W*>(layer.weight) + begin;
+      const int32_t from_step = to.copy.rows * layer.in, step = to.copy.rows * to.pitch * int(sizeof(W));
+      uint32_t shared = sm80::shared_address(memory + to.weight) + (t.row * to.pitch + column) * int(sizeof(W));
+      if (t.row < to.copy.rows && column < columns)
+#pragma unroll 1
+        for (int32_t r = t.row; r < rows; r += to.copy.rows, from += from_step, shared += step)
+          sm80::cp_async16(shared, from, 16);
     }
+    if (int(threadIdx.x) / 32 != l) continue;  // a warp for each bias
     const int32_t count = outer ? layer.out : slice.count;
     const W* bias = static_cast<const W*>(layer.bias) + (outer ? 0 : slice.begin);
     auto* own = reinterpret_cast<W*>(memory + to.bias);
+    const int lane = threadIdx.x % 32;
     if (at.bias_vectors) {
 #pragma unroll 1
-      for (int32_t i = threadIdx.x * kPiece; i < count; i += kRouteThreads * kPiece)
+      for (int32_t i = lane * kPiece; i < count; i += 32 * kPiece)
         sm80::cp_async16(sm80::shared_address(own + i), bias + i, min_of(count - i, kPiece) * int(sizeof(W)));
     } else {
 #pragma unroll 1
-      for (int32_t i = threadIdx.x; i < count; i += kRouteThreads) own[i] = bias[i];
+      for (int32_t i = lane; i < count; i += 32) own[i] = bias[i];
     }
   }
   sm80::cp_async_commit();
 }
 
 // This block's share of the means of decisions [first, first + here), into its place among the pooled shares.
-// `stage` starts the copy of the weights behind the first loads.
-template <typename X, typename Stage>
+// Not yet `begun`: waits for the blocks of the cluster and for the previous kernel, and has `stage` start the copy of
+// the weights behind the first loads, of `kInFlight` vectors at either end.
+template <typename X, int kInFlight, typename Stage>
 __device__ void pool(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
-                     int rank, Stage stage) {
+                     int rank, bool& begun, Stage stage) {
+  // A thread has vectors of the first rows and, `apart` elements on, of the last rows; from one to the next it moves by
+  // the same distance, and back by all heads and on by one row where it passes the last head.
   const int32_t heads = p.per_head ? 1 : p.num_heads;
   const Place t = place_in(at.pool);
-  const int32_t j = quotient(t.row, at.pool_inverse);
+  const int32_t j = quotient(t.row, at.lanes_inverse), step = at.pool_lanes << at.log_blocks;
+  int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes;
+  const int32_t r = quotient(i, at.heads_inverse);
+  int32_t head = i - r * heads;
+  const X* from = static_cast<const X*>(p.x) + r * p.x_stride.s + head * p.x_stride.h + t.column * 8;
+  const int64_t distance = at.step_rows * p.x_stride.s + at.step_heads * p.x_stride.h;
+  const int64_t next_row = p.x_stride.s - heads * p.x_stride.h;
+  const auto move = [&] {
+    i += step, from += distance, head += at.step_heads;
+    if (head >= heads) head -= heads, from += next_row;
+  };
+
+  if (!begun) {  // not earlier: all that depends on the launch alone is worked out by now
+    cluster_wait();
+    wait_for_previous();
+    let_next_start();
+  }
   Span rows{0, 0};
-  const X* x = static_cast<const X*>(p.x) + t.column * 8;
   if (t.row < at.pool.rows && j < here) {
     const int32_t decision = first + j, b = p.per_head ? decision / p.num_heads : decision;
     rows = p.rows(b, 0);
-    x += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
+    from += b * p.x_stride.b + (p.per_head ? decision - b * p.num_heads : 0) * p.x_stride.h;
   }
-  const int32_t count = min_of(p.pool_size, rows.size()), vectors = 2 * count * heads;
-  const int32_t step = at.pool_lanes << at.log_blocks;
-  int32_t i = rank * at.pool_lanes + t.row - j * at.pool_lanes, r = i / heads, head = i - r * heads;
+  from += rows.begin * p.x_stride.s;
+  const int32_t count = min_of(p.pool_size, rows.size()), vectors = count * heads;
+  const int64_t apart = (rows.size() - count) * p.x_stride.s;
   float sum[8] = {};
-  bool staged = false;
   do {
-    constexpr int kInFlight = 16 / sizeof(X);
-    Vector8<X> y[kInFlight];
+    Vector8<X> begin[kInFlight], end[kInFlight];
+    const int32_t left = vectors - i;
+    if (at.x_vectors)
 #pragma unroll
-    for (int n = 0; n < kInFlight; ++n) {
-      y[n] = {};
-      if (n > 0 && !at.x_vectors) continue;  // element by element: one vector at a time
-      const int64_t row = r < count ? rows.begin + r : rows.end - 2 * count + r;
-      const X* from = x + row * p.x_stride.s + head * p.x_stride.h;
-      if (i < vectors) {
-        if (n > 0 || at.x_vectors)
-          y[n].load(from);
-        else
-          y[n].load(from, p.head_dim - t.column * 8);
+      for (int n = 0; n < kInFlight; ++n) {
+        if (n * step >= left) break;
+        begin[n].load(from), end[n].load(from + apart);
+        move();
       }
-      i += step, r += at.step_rows, head += at.step_heads;
-      if (head >= heads) head -= heads, ++r;
+    if (!begun) stage();
+    begun = true;
+    if (at.x_vectors) {
+#pragma unroll
+      for (int n = 0; n < kInFlight; ++n) {
+        if (n * step >= left) break;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += begin[n][e] + end[n][e];
+      }
+    } else {
+      for (; i < vectors; move())
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (t.column * 8 + e < p.head_dim) sum[e] += float(from[e]) + float(from[apart + e]);
     }
-    if (!staged) stage();
-    staged = true;
-#pragma unroll
-    for (int n = 0; n < kInFlight; ++n)
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += y[n][e];
   } while (i < vectors);
   const float scale = count ? __fdividef(1.f, 2.f * float(count) * float(heads)) : 0.f;
   auto* sums = reinterpret_cast<float*>(memory + at.features);  // [pool.rows, pooled_pitch]
@@ -278,44 +302,56 @@ __device__ void layer_of(const RouteLayout& at, int l, const unsigned char* memo
   }
 }
 
+// The sum of all blocks' shares of a value, which are `apart` floats apart. There are 1, 8 or 16 blocks.
+__device__ inline float sum_of_shares(const float* shares, int32_t apart, int log_blocks) {
+  float sum = shares[0];
+  if (log_blocks == 0) return sum;
+#pragma unroll
+  for (int r = 1; r < 8; ++r) sum += shares[r * apart];
+  if (log_blocks == 3) return sum;
+#pragma unroll
+  for (int r = 8; r < 16; ++r) sum += shares[r * apart];
+  return sum;
+}
+
 // value(column) = sum of all blocks' shares, for every decision: use(decision, column, value).
 template <typename Use>
 __device__ void add_shares(const RouteLayout& at, const float* shares, int32_t pitch, const Spread& spread, Use use) {
   const Place t = place_in(spread);
   if (t.row >= spread.rows) return;
   for (int32_t c = t.column; c < pitch; c += spread.columns)
-    for (int32_t j = t.row; j < at.batch; j += spread.rows) {
-      float sum = 0.f;
-#pragma unroll 8
-      for (int r = 0; r < 1 << at.log_blocks; ++r) sum += shares[(r * at.batch + j) * pitch + c];
-      use(j, c, sum);
-    }
+    for (int32_t j = t.row; j < at.batch; j += spread.rows)
+      use(j, c, sum_of_shares(shares + j * pitch + c, at.batch * pitch, at.log_blocks));
 }
 
-// The last layer and the decision: a warp for each decision of this block.
+// The last layer and the decision. All threads add up the layer's input, then a warp takes each decision of this block.
 template <typename W>
-__device__ void decide(const RouteParams& p, const RouteLayout& at, const unsigned char* memory, int32_t first,
-                       int32_t here, int rank) {
+__device__ void decide(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
+                       int rank) {
   constexpr int kLast = kRouterLayers - 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Linear& layer = p.layers[kLast];
-  const auto* shares = reinterpret_cast<const float*>(memory + at.last);
+  auto* shares = reinterpret_cast<float*>(memory + at.last);
   const auto* in_bias = reinterpret_cast<const W*>(memory + at.layers[kLast - 1].bias);
   const auto* bias = reinterpret_cast<const W*>(memory + at.layers[kLast].bias);
   const W* weight =
       at.staged ? reinterpret_cast<const W*>(memory + at.layers[kLast].weight) : static_cast<const W*>(layer.weight);
+  for (int slot = 0; slot < at.slots; ++slot)
+    for (int32_t i = threadIdx.x; i < layer.in; i += kRouteThreads) {
+      float* x = shares + slot * at.last_pitch + i;  // takes the place of the first block's share
+      *x = silu(sum_of_shares(x, at.slots * at.last_pitch, at.log_blocks) + float(in_bias[i]));
+    }
+  __syncthreads();
   for (int slot = warp; slot < at.slots; slot += kRouteThreads / 32) {
     const int32_t j = (slot << at.log_blocks) + rank;
     if (j >= here) return;
     float logits[2] = {};
-    for (int32_t i = lane; i < layer.in; i += 32) {
-      float y = 0.f;
-#pragma unroll 8
-      for (int r = 0; r < 1 << at.log_blocks; ++r) y += shares[(r * at.slots + slot) * at.last_pitch + i];
-      y = silu(y + float(in_bias[i]));
+#pragma unroll 4
+    for (int32_t i = lane; i < layer.in; i += 32)
 #pragma unroll
-      for (int o = 0; o < 2; ++o) logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * y;
-    }
+      for (int o = 0; o < 2; ++o)
+        logits[o] += float(weight[o * at.layers[kLast].pitch + i]) * shares[slot * at.last_pitch + i];
+#pragma unroll
     for (int step = 16; step > 0; step /= 2)
 #pragma unroll
       for (int o = 0; o < 2; ++o) logits[o] += __shfl_xor_sync(~0u, logits[o], step);
@@ -338,29 +374,32 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
   auto* last = reinterpret_cast<float*>(memory + at.last);
   auto* in = reinterpret_cast<float*>(memory + at.in);
   auto* hidden = reinterpret_cast<float*>(memory + at.hidden);
-  cluster_arrive_relaxed();  // waited for before the first send
-  wait_for_previous();
-  let_next_start();
+  auto* inboxes = reinterpret_cast<Inbox*>(memory + at.inboxes);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 3; ++i) init_inbox(inboxes + i);
+  cluster_arrive();  // waited for before anything is sent
 
   bool begun = false;
+  uint32_t round = 0;
   const int32_t groups_apart = (int32_t(gridDim.x) >> at.log_blocks) * at.batch;
-  for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions; first += groups_apart) {
+  for (int32_t first = (int32_t(blockIdx.x) >> at.log_blocks) * at.batch; first < decisions;
+       first += groups_apart, ++round) {
     const int32_t here = min_of(at.batch, decisions - first);
-    pool<X>(p, at, memory, first, here, rank, [&] {
-      if (!begun) stage_weights<W>(p, at, memory, rank);
-    });
-    if (!begun) cluster_wait();  // every block of the cluster has started
-    begun = true;
+    pool<X, (kBatch > 1 ? 8 : 14) / sizeof(X)>(p, at, memory, first, here, rank, begun,
+                                               [&] { stage_weights<W>(p, at, memory, rank); });
     __syncthreads();
     const int32_t group_pooled = at.batch * at.pooled_pitch, group_features = at.batch * at.feature_pitch;
-    send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks);
+    send_to_others(pooled + rank * group_pooled, group_pooled, rank, at.log_blocks, inboxes);
     sm80::cp_async_wait<0>();
-    cluster_barrier();  // B0
-    add_shares(at, pooled, at.pooled_pitch, at.pooled_sums,
-               [&](int32_t j, int32_t d, float mean) { in[j * at.in_pitch + half_apart(d, at.in_pitch)] = mean; });
+    receive(inboxes, (blocks - 1) * group_pooled * int(sizeof(float)), round);
+    add_shares(at, pooled, at.pooled_pitch, at.pooled_sums, [&](int32_t j, int32_t d, float mean) {
+      in[j * at.in_pitch + half_apart(d, at.in_pitch)] = mean;
+      if ((j & (blocks - 1)) == rank && j < here && d < p.head_dim)
+        p.pooled[(int64_t(first) + j) * p.head_dim + d] = mean;
+    });
     __syncthreads();
 
-#pragma unroll 1
+#pragma unroll
     for (int pair = 0; pair < kRoutePairs; ++pair) {
       const int l = 2 * pair;
       const Linear &inner = p.layers[l], &outer = p.layers[l + 1];
@@ -377,21 +416,13 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
                          if (pair == 0)
                            features[rank * group_features + j * at.feature_pitch + o] = y;
                          else
-                           store_in_block(last + (rank * at.slots + (j >> at.log_blocks)) * at.last_pitch + o,
-                                          j & (blocks - 1), y);
+                           send(last + (rank * at.slots + (j >> at.log_blocks)) * at.last_pitch + o, j & (blocks - 1),
+                                y, inboxes + 2);
                        });
       if (pair == 0) {
         __syncthreads();
-        send_to_others(features + rank * group_features, group_features, rank, at.log_blocks);
-      }
-      cluster_arrive();  // B1, B2
-      if (pair == 0)     // now, as a barrier waits for all earlier writes to global memory
-        add_shares(at, pooled, at.pooled_pitch, at.pooled_sums, [&](int32_t j, int32_t d, float mean) {
-          if ((j & (blocks - 1)) == rank && j < here && d < p.head_dim)
-            p.pooled[(int64_t(first) + j) * p.head_dim + d] = mean;
-        });
-      cluster_wait();
-      if (pair == 0) {
+        send_to_others(features + rank * group_features, group_features, rank, at.log_blocks, inboxes + 1);
+        receive(inboxes + 1, (blocks - 1) * group_features * int(sizeof(float)), round);
         const auto* bias = reinterpret_cast<const W*>(memory + at.layers[l + 1].bias);
         add_shares(at, features, at.feature_pitch, at.feature_sums, [&](int32_t j, int32_t o, float y) {
           in[j * at.in_pitch + half_apart(o, at.in_pitch)] = o < outer.out ? y + float(bias[o]) : 0.f;
@@ -399,6 +430,8 @@ __global__ void __launch_bounds__(kRouteThreads, 1)
         __syncthreads();
       }
     }
+    const int32_t own = (at.batch - 1 - rank + blocks) >> at.log_blocks;  // decisions of the group that end here
+    receive(inboxes + 2, blocks * own * at.last_pitch * int(sizeof(float)), round);
     decide<W>(p, at, memory, first, here, rank);
   }
 }
