@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace flux::cuda {
 
 __device__ inline void wait_for_previous() {
@@ -17,6 +19,25 @@ __device__ inline void wait_for_previous() {
 __device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Brings parameters of a kernel into the constant cache, where every launch misses; best before a wait. Not all may be
+// 0: only a branch keeps the compiler from reading them later.
+template <typename... Params>
+__device__ void touch([[maybe_unused]] const Params&... params) {
+#ifdef __CUDA_ARCH__
+  constexpr int kLine = 16;  // words
+  uint32_t any = 0;
+  const auto read = [&](const auto& p) {
+    const auto* words = reinterpret_cast<const uint32_t*>(&p);
+    constexpr int kWords = sizeof(p) / 4;
+#pragma unroll
+    for (int i = 0; i < kWords; i += kLine) any |= words[i];
+    any |= words[kWords - 1];
+  };
+  (read(params), ...);
+  if (any == 0) __trap();
 #endif
 }
 

@@ -46,11 +46,12 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
 
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
-    attend_kernel(const __grid_constant__ AttendParams p, const int32_t q_tokens, const PlanView plan,
-                  const Partials partials, const bool inline_plan) {
+    attend_kernel(const __grid_constant__ AttendParams p, const int32_t q_tokens, const bool inline_plan,
+                  const __grid_constant__ PlanView plan, const __grid_constant__ Partials partials) {
   const TileShape tile{q_tokens, Body::kKeys};                         // a constant spares divisions
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
   auto& state = *reinterpret_cast<WorkerState*>(worker);
+  touch(p, plan, partials);
   wait_for_previous();
   let_next_start();  // not before: the combine kernel reads lengths and routes before it waits for this one
   if constexpr (Body::kRows == kDecodeRows) {
@@ -116,7 +117,7 @@ cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, 
   return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
     using Body = decltype(body);
     return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
-                  c.tile.q_tokens, w.plan, w.partials, c.inline_plan);
+                  c.tile.q_tokens, c.inline_plan, w.plan, w.partials);
   });
 }
 
