@@ -281,6 +281,38 @@ def test_other_stream() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+
+@two_gpus
+@pytest.mark.parametrize("q_len", (1, 20, 300))
+def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
+    """Whatever the current device is, and with both at work at once."""
+    arguments = make(Case((q_len, q_len), (700, 900), layout="cache"))
+    move = lambda x: x.to("cuda:1") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    elsewhere = {name: move(x) for name, x in arguments.items()}
+    x = random(2, 150, 4, 128, dtype=torch.bfloat16)
+    router = flux_ext.router.LayerRouter(128).to("cuda:1").requires_grad_(False)
+    got = ops.attend(**elsewhere)
+    expected = ops.attend(**arguments)
+    _, route = ops.route(x.to("cuda:1"), router.weights(), 100, False)
+    assert torch.cuda.current_device() == 0
+    assert all(t.device == torch.device("cuda:1") for t in (*got, route))
+    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, got, strict=True))
+    with torch.cuda.device(1):
+        again = ops.attend(**arguments)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@two_gpus
+def test_tensors_on_two_gpus_are_refused() -> None:
+    q, k = (random(1, 8, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    with pytest.raises(ValueError, match=r"k must be on the device of q \(cuda:0\), got cuda:1"):
+        ops.attend(q, k.to("cuda:1"), k, None, Full(), Full(), 1.0)
+    with pytest.raises(ValueError, match=r"route must be on the device of q \(cuda:0\), got cuda:1"):
+        ops.attend(q, k, k, int32([0]).to("cuda:1"), Full(), Full(), 1.0)
+
+
 @pytest.mark.parametrize("layout", ("cache", "paged"))
 def test_graph_with_growing_lengths(layout: str) -> None:
     """A captured decode step stays right while lengths and routes on the device change between replays."""
