@@ -12,6 +12,7 @@ import torch
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, ops, reference
 from flux_ext.patterns import Pattern
+from flux_ext.router import LayerRouter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
@@ -175,6 +176,7 @@ def cases() -> list[Case]:
             prefill = Case((200, 63, 129), layout="packed", dim=dim, dtype=dtype)
             found += [prefill, replace(prefill, q_lens=(1, 1, 1), kv_lens=(200, 63, 129), layout="cache")]
             found += [replace(prefill, q_lens=(9, 9, 9), kv_lens=(200, 63, 129), layout="paged")]
+            found += [replace(prefill, q_lens=(40, 40, 40), kv_lens=(2500, 63, 1700), layout="cache")]  # tiles are cut
         for heads, kv_heads in GROUPS:
             base = Case((200, 63, 129), heads=heads, kv_heads=kv_heads, layout="packed", dtype=dtype)
             found.append(base)
@@ -188,6 +190,7 @@ def cases() -> list[Case]:
             for q_len in (1, 3, 64, 130):
                 q_lens = (q_len, max(q_len - 1, 0), q_len) if ragged else (q_len,) * 3
                 found.append(Case(q_lens, (333, 64, 257), layout=layout, route=route))
+            found.append(Case((64, 64), (1900, 2300), layout=layout, route=route))
     for page_size in (1, 7, 16, 64, 100, 256):
         found.append(Case((1, 1), (300, 517), layout="paged", page_size=page_size))
         found.append(Case((40, 40), (300, 517), layout="paged_heads", page_size=page_size))
@@ -201,6 +204,7 @@ def cases() -> list[Case]:
     for sparse in patterns:
         found.append(Case((300, 129, 1), layout="packed", sparse=sparse, heads=8))
         found.append(Case((50, 50), (300, 129), layout="cache", sparse=sparse))
+        found.append(Case((50, 50), (2300, 129), layout="cache", sparse=sparse))
         found.append(Case((1, 1), (700, 129), layout="cache", sparse=sparse))
     for n in (1, 63, 64, 65, 127, 128, 129, 191, 192, 193):  # block edges
         found.append(Case((n,), route="none"))
@@ -292,7 +296,7 @@ def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
     move = lambda x: x.to("cuda:1") if isinstance(x, torch.Tensor) else x  # noqa: E731
     elsewhere = {name: move(x) for name, x in arguments.items()}
     x = random(2, 150, 4, 128, dtype=torch.bfloat16)
-    router = flux_ext.router.LayerRouter(128).to("cuda:1").requires_grad_(False)
+    router = LayerRouter(128).to("cuda:1").requires_grad_(False)
     got = ops.attend(**elsewhere)
     expected = ops.attend(**arguments)
     _, route = ops.route(x.to("cuda:1"), router.weights(), 100, False)

@@ -110,8 +110,8 @@ def about(device: str) -> dict[str, str]:
     commit = os.environ.get("FLUX_COMMIT") or _output("git", "describe", "--always", "--dirty") or "unknown"
     info = {"torch": torch.__version__, "commit": commit}
     if device == "cuda":
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        info = {"gpu": torch.cuda.get_device_name(), "driver": driver, **info}
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line per GPU
+        info = {"gpu": torch.cuda.get_device_name(), "driver": drivers.partition("\n")[0], **info}
     return info
 
 

@@ -161,13 +161,18 @@ FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t t
 }
 
 // How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
-// cost no merging, but end raggedly: good only where every worker gets several of the longest tile.
-constexpr int32_t kWholeTileWaves = 4;
-FLUX_HD bool hand_out_whole(int64_t total_cost, int32_t max_tile_cost, int32_t num_workers) {
-  return int64_t(max_tile_cost) * num_workers * kWholeTileWaves <= total_cost;
+// cost no merging, but end raggedly: all before a tile are done by all workers together, and only then may it have to
+// start. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are handed
+// out whole unless one would end later than that, and is no small part of a worker's share either.
+constexpr int32_t kSplitBlocks = 8;
+constexpr int32_t kSmallPart = 4;
+FLUX_HD bool ends_late(int64_t cost_before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
+  const int64_t alone = tile_cost * num_workers;  // in the units of the total: while others work as well
+  return alone * kSmallPart > total_cost &&
+         cost_before + alone > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
-// Otherwise the line is split evenly, over no more workers than have `kMinShare` units each to do.
+// If any tile would end late, the line is split evenly, over no more workers than have `kMinShare` units each to do.
 constexpr int32_t kMinShare = 2;
 FLUX_HD int32_t sharing_workers(int64_t total_cost, int32_t num_workers) {
   const int64_t n = total_cost / kMinShare;

@@ -64,11 +64,10 @@ struct AttendConfig {
 // up at a time then sum to 31 bits.
 constexpr int32_t kMaxRowTiles = 1 << 20;
 
-// A problem so small that every block may plan it for itself, and certain to be split evenly: one tile per row.
+// A problem so small that every block may plan it for itself: one tile per row. It is always split evenly.
 constexpr int32_t kInlineTiles = 256;
 inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
-  return s.max_q_len <= c.tile.q_tokens &&
-         int64_t(s.batch) * s.num_kv_heads <= min_of(kInlineTiles, kWholeTileWaves * c.num_workers - 1);
+  return s.max_q_len <= c.tile.q_tokens && int64_t(s.batch) * s.num_kv_heads <= kInlineTiles;
 }
 
 // A tile of no more rows than this is bound by memory; kernels for it are called decode.

@@ -16,7 +16,7 @@ struct Shared {
   int64_t cost[kSmallTiles + 1];
   int32_t tile_begin[2][kSmallRows + 1];
   int32_t warp_sums[32];
-  int32_t max_tile_cost;
+  int32_t any_late;
   int32_t rows_differ;
 };
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Tiles of every row.
   for (int32_t r = tid; r < rows; r += kThreads)
     begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kMaxRowTiles);
-  if (tid == 0) shared.max_tile_cost = shared.rows_differ = 0;
+  if (tid == 0) shared.any_late = shared.rows_differ = 0;
   __syncthreads();
   exclusive_sum<kThreads>(begin, rows, shared.warp_sums);
   if (begin[rows] > tiles_max) {  // only spans that overlap make so many
@@ -63,21 +63,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
-  int32_t longest = 0;
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
     const int32_t row = find_row(begin, rows, t);
     const Tile own = make_tile(s, row, begin[row + 1] - begin[row], t - begin[row]);
-    const int32_t c = tile_cost(view_tile(s, tile, own));
     plan.tiles[t] = own;
-    cost[t] = c;
-    longest = max_of(longest, c);
+    cost[t] = tile_cost(view_tile(s, tile, own));
   }
-  longest = __reduce_max_sync(~0u, longest);
-  if (tid % 32 == 0) atomicMax(&shared.max_tile_cost, longest);
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
-  const bool whole = hand_out_whole(cost[num_tiles], shared.max_tile_cost, num_workers);
+  for (int32_t t = tid; t < num_tiles; t += kThreads)
+    if (ends_late(cost[t], cost[t + 1] - cost[t], cost[num_tiles], num_workers)) shared.any_late = 1;
+  __syncthreads();
+  const bool whole = !shared.any_late;
   const int32_t sharing = sharing_workers(cost[num_tiles], num_workers);
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   if (!whole) {
