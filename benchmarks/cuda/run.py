@@ -128,6 +128,7 @@ def summarize(rows: list[Row], models: list[Path], out: Path | None) -> None:
     lines = criteria.verdicts(seen, criteria.everything(GROUPS.values()))
     criteria.show(lines)
     if out:
+        out.mkdir(parents=True, exist_ok=True)
         criteria.write(out / "criteria.csv", lines)
 
 
