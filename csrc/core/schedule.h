@@ -162,8 +162,8 @@ FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t t
 
 // How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
 // cost no merging, but end raggedly: all before a tile are done by all workers together, and only then may it have to
-// start. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are handed
-// out whole unless one would end later than that, and is no small part of a worker's share either.
+// start. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are
+// handed out whole unless one would end later than that, and is no small part of a worker's share either.
 constexpr int32_t kSplitBlocks = 8;
 constexpr int32_t kSmallPart = 4;
 FLUX_HD bool ends_late(int64_t cost_before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
