@@ -2,7 +2,8 @@
 
     python -m benchmarks picture benchmarks/results/*.csv --output docs/images
 
-One picture per table of ``benchmarks cuda`` (two: prefill, decode), ``end_to_end`` and ``cpu``, named after it.
+One picture per table of ``benchmarks cuda`` (two: prefill, decode), ``end_to_end`` and ``cpu``, named after it; none
+of other tables.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def pictures(path: Path) -> dict[str, Figure]:
     if path.name.startswith("cuda"):
         return cuda(read(path))
     rows = read_table(path)
-    return end_to_end(rows) if path.name.startswith("end_to_end") else cpu(rows)
+    if path.name.startswith("end_to_end"):
+        return end_to_end(rows)
+    return cpu(rows) if path.name.startswith("cpu") else {}
 
 
 def main(argv: list[str]) -> None:
