@@ -28,9 +28,12 @@ struct HostPlan {
 HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
   std::vector<int64_t> cost{0}, row_cost(num_rows(s), 0);
+  std::vector<Span> tiles_of_row;
   const auto add_row = [&](int32_t row) {
     const int32_t b = row / s.num_kv_heads, h = row % s.num_kv_heads;
+    const auto begin = int32_t(p.tiles.size());
     for (int32_t m = tiles_in_row(s, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
+    tiles_of_row.push_back({begin, int32_t(p.tiles.size())});
   };
   for (int32_t row = 0; row < num_rows(s); ++row) add_row(row);
   for (const Tile& t : p.tiles) {
@@ -40,7 +43,10 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
   }
   const auto num_tiles = int32_t(p.tiles.size());
   bool whole = true;
-  for (int32_t t = 0; t < num_tiles; ++t) whole &= !ends_late(cost[t], cost[t + 1] - cost[t], cost.back(), num_workers);
+  for (int32_t t = 0; t < num_tiles; ++t) {
+    const Span row = tiles_of_row[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
+    whole &= !ends_late(cost.data(), num_tiles, t, row, num_workers);
+  }
   const int32_t sharing = sharing_workers(cost.back(), num_workers);
   p.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   if (!whole) {

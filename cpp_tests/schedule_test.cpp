@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <numeric>
 
@@ -192,6 +193,50 @@ TEST(Schedule, LongestTilesOfARowComeFirst) {
     if (t + 1 < plan.cost.size()) {
       EXPECT_LE(plan.cost[t + 1] - plan.cost[t], plan.cost[t] - plan.cost[t - 1]);
     }
+  }
+}
+
+// Whatever order the rows are handed out in.
+TEST(Schedule, TilesHandedOutWholeEndInTime) {
+  Random random(31);
+  int whole_plans = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const int32_t workers = random.integer(1, 40), num_rows = random.integer(1, 12);
+    std::vector<std::vector<int32_t>> rows(num_rows);
+    std::vector<int64_t> cost{0};
+    std::vector<Span> spans;
+    for (auto& row : rows) {
+      const auto begin = int32_t(cost.size()) - 1;
+      const int32_t longest = random.integer(1, random.chance(20) ? 300 : 20);
+      for (int32_t t = random.integer(0, 30); t > 0; --t) row.push_back(random.integer(1, longest));
+      for (const int32_t c : row) cost.push_back(cost.back() + c);
+      spans.push_back({begin, int32_t(cost.size()) - 1});
+    }
+    const auto num_tiles = int32_t(cost.size()) - 1;
+    bool whole = true;
+    for (const Span& row : spans)
+      for (int32_t t = row.begin; t < row.end; ++t) whole &= !ends_late(cost.data(), num_tiles, t, row, workers);
+    if (!whole) continue;
+    ++whole_plans;
+    for (int order = 0; order < 3; ++order) {
+      for (int r = num_rows - 1; r > 0; --r) std::swap(rows[r], rows[random.integer(0, r)]);
+      std::vector<int64_t> free(workers, 0);  // when each worker is
+      for (const auto& row : rows)
+        for (const int32_t c : row) *std::min_element(free.begin(), free.end()) += c;
+      const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
+      EXPECT_LE(end, std::max(total + total / 8 + int64_t(kSplitBlocks) * workers, total + total / kSmallPart));
+    }
+  }
+  EXPECT_GT(whole_plans, 300);
+}
+
+// A short chunk over a long cache beside a long prompt: one long tile, in whichever place.
+TEST(Schedule, ALongTileIsNotHandedOutWhole) {
+  constexpr int32_t kTiles = 2000, kWorkers = 132;
+  for (const int32_t at : {0, 1000, kTiles}) {
+    std::vector<int64_t> cost{0};
+    for (int32_t t = 0; t <= kTiles; ++t) cost.push_back(cost.back() + (t == at ? 512 : 33));
+    EXPECT_TRUE(ends_late(cost.data(), kTiles + 1, at, {at, at + 1}, kWorkers));
   }
 }
 

@@ -161,15 +161,21 @@ FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t t
 }
 
 // How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
-// cost no merging, but end raggedly: all before a tile are done by all workers together, and only then may it have to
-// start. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are
-// handed out whole unless one would end later than that, and is no small part of a worker's share either.
+// cost no merging, but end raggedly: at worst a tile starts when all workers together are done with the other rows and
+// with the tiles before it in its own. Splitting costs every worker some kSplitBlocks and an eighth of the work
+// (docs/kernels.md), so tiles are handed out whole unless one ends later than that and is no small part of a share
+// either.
 constexpr int32_t kSplitBlocks = 8;
 constexpr int32_t kSmallPart = 4;
-FLUX_HD bool ends_late(int64_t cost_before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
-  const int64_t alone = tile_cost * num_workers;  // in the units of the total: while others work as well
-  return alone * kSmallPart > total_cost &&
-         cost_before + alone > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
+FLUX_HD bool is_small_part(int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
+  return tile_cost * num_workers * kSmallPart <= total_cost;
+}
+// `row`: the tiles of this tile's row.
+FLUX_HD bool ends_late(const int64_t* cost, int32_t num_tiles, int32_t tile, Span row, int32_t num_workers) {
+  const int64_t total = cost[num_tiles], own = cost[tile + 1] - cost[tile];
+  if (is_small_part(own, total, num_workers)) return false;
+  const int64_t before = total - (cost[row.end] - cost[tile]);
+  return before + own * num_workers > total + total / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
 // If any tile would end late, the line is split evenly, over no more workers than have `kMinShare` units each to do.

@@ -17,9 +17,9 @@ namespace flux::cuda {
 
 // What the plan stage leaves in device memory for attend and combine.
 //
-// Work comes as items. Where there are many tiles, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
+// Work comes as items. Where no tile ends late, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
 // costliest first, the tiles of a row neighbours and longest first, so that tiles running at the same time read the
-// same keys. Where there are few, item i is an even share of all key blocks, ranges[i]. A block of the attend kernel
+// same keys. Else item i is an even share of all key blocks, ranges[i]. A block of the attend kernel
 // does item blockIdx.x, then what the counter `next_item` gives it.
 struct PlanHeader {
   int32_t num_tiles;

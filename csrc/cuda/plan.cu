@@ -72,8 +72,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
-  for (int32_t t = tid; t < num_tiles; t += kThreads)
-    if (ends_late(cost[t], cost[t + 1] - cost[t], cost[num_tiles], num_workers)) shared.any_late = 1;
+  for (int32_t t = tid; t < num_tiles; t += kThreads) {
+    if (is_small_part(cost[t + 1] - cost[t], cost[num_tiles], num_workers)) continue;  // spares the search
+    const int32_t row = find_row(begin, rows, t);
+    if (ends_late(cost, num_tiles, t, {begin[row], begin[row + 1]}, num_workers)) shared.any_late = 1;
+  }
   __syncthreads();
   const bool whole = !shared.any_late;
   const int32_t sharing = sharing_workers(cost[num_tiles], num_workers);
