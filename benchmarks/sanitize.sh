@@ -4,8 +4,8 @@
 #   benchmarks/sanitize.sh [OUT] [RUN...]      RUN: TOOL:LAUNCH:FILTER, default: all below
 #
 # Prints one line per run that is not clean, and the clean ones by name. Logs and sanitize.txt go to OUT (default:
-# results). LAUNCH is a name of `python -m benchmarks launch`, or a test of the GoogleTest binary CUDA_TEST (no torch in that process); FILTER is a part of the mangled
-# names of the kernels that are looked at. JOBS runs go at a time, each for at most LIMIT seconds.
+# results). LAUNCH is a name of `python -m benchmarks launch`, or a test of the GoogleTest binary CUDA_TEST (no torch in
+# that process); FILTER is a part of the mangled names of the kernels that are looked at. JOBS runs go at a time, each for at most LIMIT seconds.
 set -u
 if [ "$1" = --one ]; then
   out=$2 tool=${3%%:*} rest=${3#*:}

@@ -32,24 +32,17 @@ __device__ Sum merge_sums(const Sum (&sums)[n]) {
   return all;
 }
 
-// Makes the compiler work a pointer out here, not after the wait that comes: only a branch keeps it from that.
-__device__ void work_out([[maybe_unused]] const void* pointer) {
-#ifdef __CUDA_ARCH__
-  if (pointer == nullptr) __trap();
-#endif
-}
-
 // What one thread merges of a row: the pieces first, first + step, ...
 class PieceRow {
  public:
   __device__ PieceRow(const Partials& partials, const TilePieces& pieces, int32_t row, int32_t first, int32_t step)
-      : count_(ceil_div(max_of(pieces.count - first, 0), step)),
-        state_slot_(int32_t(sizeof(SoftmaxState)) * partials.tile_rows),
-        out_slot_(int32_t(sizeof(float)) * partials.tile_rows * partials.head_dim),
-        first_slot_(first == 0 ? pieces.leader_slot - 2 * pieces.leader : 0),
-        slots_(2 * step),
-        state_(reinterpret_cast<const char*>(&partials.state_of(2 * (pieces.leader + first), row))),
-        out_(reinterpret_cast<const char*>(partials.out_row(2 * (pieces.leader + first), row))) {
+      : pieces_(pieces),
+        first_(first),
+        step_(step),
+        state_bytes_(int32_t(sizeof(SoftmaxState)) * partials.tile_rows),
+        out_bytes_(int32_t(sizeof(float)) * partials.tile_rows * partials.head_dim),
+        state_(reinterpret_cast<const char*>(&partials.state_of(0, row))),
+        out_(reinterpret_cast<const char*>(partials.out_row(0, row))) {
     work_out(state_);
     work_out(out_);
   }
@@ -58,15 +51,16 @@ class PieceRow {
   template <int kAtOnce>
   __device__ Sum merge(int32_t d) const {
     Sum all;
-    for (int32_t begin = 0; begin < count_; begin += kAtOnce) {
+    for (int32_t begin = first_; begin < pieces_.count; begin += kAtOnce * step_) {
       Sum sums[kAtOnce + 1];
       sums[kAtOnce] = all;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t slot = begin + i == 0 ? first_slot_ : (begin + i) * slots_;
-        if (begin + i >= count_) continue;
-        sums[i].state = *reinterpret_cast<const SoftmaxState*>(state_ + int64_t(slot) * state_slot_);
-        sums[i].out = *reinterpret_cast<const float4*>(out_ + 4 * d + int64_t(slot) * out_slot_);
+        const int32_t piece = begin + i * step_;
+        if (piece >= pieces_.count) continue;
+        const int64_t slot = pieces_.slot(piece);
+        sums[i].state = *reinterpret_cast<const SoftmaxState*>(state_ + slot * state_bytes_);
+        sums[i].out = *reinterpret_cast<const float4*>(out_ + 4 * d + slot * out_bytes_);
       }
       all = merge_sums(sums);
     }
@@ -74,10 +68,10 @@ class PieceRow {
   }
 
  private:
-  int32_t count_;
-  int32_t state_slot_, out_slot_;  // bytes from slot to slot
-  int32_t first_slot_, slots_;     // of the first piece; from piece to piece
-  const char *state_, *out_;
+  TilePieces pieces_;
+  int32_t first_, step_;
+  int32_t state_bytes_, out_bytes_;  // of a slot
+  const char *state_, *out_;         // of slot 0
 };
 
 // Where a row goes.
@@ -167,7 +161,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
     const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
     if (first_dim > 0) __syncthreads();
-    sums[threadIdx.x] = from.merge<6>(d);
+    sums[threadIdx.x] = from.merge<6>(d);  // a window of 2K is cut into at most 19 pieces: one round
     __syncthreads();
     if (warp == 0) {
       Sum parts[kWarps];

@@ -22,6 +22,13 @@ __device__ inline void let_next_start() {
 #endif
 }
 
+// Makes the compiler work a pointer out here, not after a wait that comes: only a branch keeps it from that.
+__device__ inline void work_out([[maybe_unused]] const void* pointer) {
+#ifdef __CUDA_ARCH__
+  if (pointer == nullptr) __trap();
+#endif
+}
+
 // Brings parameters of a kernel into the constant cache, where every launch misses; best before a wait. Not all may be
 // 0: only a branch keeps the compiler from reading them later.
 template <typename... Params>

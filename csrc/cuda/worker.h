@@ -38,9 +38,6 @@ __device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& 
   return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
 }
 
-// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. The piece
-// stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
-// between pieces.
 struct BlockPlan {
   PlanHeader header;
   WorkRange range;  // of the item at hand
@@ -51,6 +48,9 @@ struct WorkerState {
   int32_t item;
 };
 
+// Calls body(piece) for all the work of a block, which begins with shared.plan; every thread takes part. The piece
+// stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
+// between pieces.
 template <typename Body>
 __device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile_shape,
                                WorkerState& shared, Body body) {
