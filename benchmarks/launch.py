@@ -103,17 +103,19 @@ SMALL: dict[str, Callable[[Setting], Call]] = {
 K = 1024
 
 
-def _real(s: Setting, q_len: int, kv_len: int, share: float) -> Call:
+def _real(s: Setting, q_len: int, kv_len: int, share: float, *, batch: int = 1, dim: int = 128) -> Call:
     if s.tiny:
         q_len, kv_len = min(q_len, 40), min(kv_len, 100)
-    return attention(s, q_len, kv_len, heads=(32, 8), sparse=s.sparse, share=share)
+    return attention(s, q_len, kv_len, batch=batch, dim=dim, heads=(32, 8), sparse=s.sparse, share=share)
 
 
 REAL: dict[str, Callable[[Setting], Call]] = {
     "prefill 4K": lambda s: _real(s, 4 * K, 4 * K, 0),
     "prefill 32K": lambda s: _real(s, 32 * K, 32 * K, 0),
+    "prefill 16K, head dimension 64": lambda s: _real(s, 16 * K, 16 * K, 0, dim=64),
     "streaming prefill 32K": lambda s: _real(s, 32 * K, 32 * K, 1),
     "decode 128K": lambda s: _real(s, 1, 128 * K, 0),
+    "decode 16 x 32K": lambda s: _real(s, 1, 32 * K, 0, batch=16),
     "streaming decode 128K": lambda s: _real(s, 1, 128 * K, 1),
     "half streaming decode 128K": lambda s: _real(s, 1, 128 * K, 0.5),
     "router": lambda s: router(s, LayerRouter, 200 if s.tiny else 8 * K),

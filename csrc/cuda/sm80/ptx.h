@@ -10,9 +10,9 @@ namespace flux::cuda::sm80 {
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the block. Where rows do not begin with a bank, filling them takes longer.
 __device__ inline unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(128) unsigned char memory[];
   return memory;
 }
 

@@ -13,15 +13,16 @@ namespace flux::cuda::sm90 {
 
 // Publishes the pieces of this thread block ahead of their use, so that finding one hides behind computing another; but
 // takes a tile that another thread block could do only when the TMA thread asks for it. Writes the rows of tiles that
-// see no key itself. Called by a whole warp.
+// see no key itself. Called by a whole warp, which waits as one: a lane that waits while others wait for it does not
+// sleep, but spins, and takes a seventh of the issue slots of the warps beside it.
 template <class T>
 CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) {
   const bool leader = cutlass::canonical_lane_idx() == 0;
   Ring<T::kWorkSlots> ring;
   Ring<1> wanted;
   const auto publish = [&](const Piece& piece) {
+    shared.work_empty[ring.index].wait(ring.phase ^ 1);
     if (leader) {
-      shared.work_empty[ring.index].wait(ring.phase ^ 1);
       shared.work[ring.index] = piece;
       shared.work_full[ring.index].arrive();
     }
@@ -37,7 +38,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
       if (piece.span.begin < piece.span.end) {
         publish(piece);
         if (!header.whole_tiles) continue;
-        if (leader) shared.work_wanted.wait(wanted.phase);
+        shared.work_wanted.wait(wanted.phase);
         wanted.advance();
       } else {
         store_empty<T>(p.attend, piece.view);
