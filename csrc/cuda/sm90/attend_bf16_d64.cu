@@ -2,7 +2,11 @@
 
 namespace flux::cuda::sm90 {
 
-template cudaError_t launch_instance<DType::kBFloat16, 64, 128>(const KernelParams&, const AttendConfig&, cudaStream_t);
-template cudaError_t launch_instance<DType::kBFloat16, 64, 64>(const KernelParams&, const AttendConfig&, cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 64, 128, 2>(const KernelParams&, const AttendConfig&,
+                                                                   cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 64, 128, 3>(const KernelParams&, const AttendConfig&,
+                                                                   cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 64, 64, 2>(const KernelParams&, const AttendConfig&,
+                                                                  cudaStream_t);
 
 }  // namespace flux::cuda::sm90

@@ -2,6 +2,7 @@
 
 namespace flux::cuda::sm90 {
 
-template cudaError_t launch_instance<DType::kFloat16, 256, 64>(const KernelParams&, const AttendConfig&, cudaStream_t);
+template cudaError_t launch_instance<DType::kFloat16, 256, 64, 2>(const KernelParams&, const AttendConfig&,
+                                                                  cudaStream_t);
 
 }  // namespace flux::cuda::sm90

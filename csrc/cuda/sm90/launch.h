@@ -7,7 +7,7 @@
 
 namespace flux::cuda::sm90 {
 
-template <DType kDType, int kHeadDim, int kKvBlock>
+template <DType kDType, int kHeadDim, int kKvBlock, int kWarpgroups>
 cudaError_t launch_instance(const KernelParams& p, const AttendConfig& c, cudaStream_t stream) {
   using Element = std::conditional_t<kDType == DType::kFloat16, cutlass::half_t, cutlass::bfloat16_t>;
   using T = Traits<Element, kHeadDim, kWarpgroups, kKvBlock>;

@@ -79,6 +79,7 @@ class Loader {
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
         if (i == asks_at) shared_.work_wanted.arrive();
         const int32_t next = piece.view.blocks[i], begin = next * T::kKvBlock;
+        if (i == piece.span.end - 1) shared_.past[ring.index] = begin + T::kKvBlock - keys.count;
         shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
         shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock)};
         load_block(p_.k_map, p_.attend.k_stride, keys, next);

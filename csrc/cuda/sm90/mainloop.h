@@ -33,6 +33,13 @@ CUTLASS_DEVICE void finish(C& acc) {
   cute::warpgroup_fence_operand(acc);
 }
 
+// What the compiler knows about x, it works out again where it needs it, rather than to keep it in registers: with
+// three warpgroups there are none to spare.
+template <class Int>
+CUTLASS_DEVICE void forget(Int& x) {
+  asm volatile("" : "+r"(x));
+}
+
 // The warpgroups start their products in turn, so that one's softmax runs beside another's products.
 template <class T>
 struct Turns {
@@ -76,8 +83,9 @@ class Consumer {
       *reinterpret_cast<Out*>(probs.data()) = Convert{}(*reinterpret_cast<const In*>(s.data()));
     };
 
-    const auto start_scores = [&](int q_stage, int k_buffer) {
-      issue(mma_qk, q(_, _, _, q_stage), k(_, _, _, k_buffer), s, GMMA::ScaleOut::Zero);
+    const auto start_scores = [&](int k_buffer) {
+      forget(tile_);
+      issue(mma_qk, q(_, _, _, tile_ % T::kQStages), k(_, _, _, k_buffer), s, GMMA::ScaleOut::Zero);
     };
     const auto start_output = [&](int v_buffer) { issue(mma_pv, probs, v(_, _, _, v_buffer), o, GMMA::ScaleOut::One); };
     ThreadSoftmax softmax;
@@ -85,90 +93,82 @@ class Consumer {
     const auto absorb_scores = [&](ThreadSoftmax& into, int k_buffer) {
       const typename T::BlockInfo info = shared_.info[k_buffer];
       release(shared_.kv_empty[k_buffer]);
-      if (info.masked) mask_.apply(s, info.kv_begin);
+      if (info.masked) apply_mask(s, piece().view, p_.group_inverse, warpgroup_, info.kv_begin);
       into.update(s, scale_log2_);
     };
 
-    Ring<T::kWorkSlots> work;
-    Ring<T::kQStages> q_ring;
-    const Piece* piece = await_piece(work);
-    if (!piece) return;
+    if (!await_tile()) return;
     if (warpgroup_ == T::kWarpgroups - 1) turns_.end();  // the first turn
-    shared_.q_full[q_ring.index].wait(q_ring.phase);
-    int k_buffer = await_next(), v_buffer;
-    start_scores(q_ring.index, k_buffer);
-    begin_tile(*piece, k_buffer);
+    int k_buffer = await_next();
+    start_scores(k_buffer);
     finish<0>(s);
     absorb_scores(softmax, k_buffer);
-    int32_t count = piece->span.end - piece->span.begin;
-    if (count > 1) k_buffer = await_next();
+    if (blocks_left() > 0) k_buffer = await_next();
+    convert_probs();
 
     for (;;) {
-      convert_probs();
       clear(o);
-      if (count > 1) clear_past(0);
-      for (int32_t i = 1; i < count; ++i) {
+      int32_t left = blocks_left();
+      if (left > 0) clear_past(slot(), 0);
+      for (; left > 0; --left) {
         turns_.begin();
-        start_scores(q_ring.index, k_buffer);
-        v_buffer = await_next();
+        start_scores(k_buffer);
+        const int v_buffer = await_next();
         start_output(v_buffer);
         turns_.end();
         finish<1>(s);
         absorb_scores(softmax, k_buffer);
         // Waiting for the next keys here, not where they are used, also keeps the compiler from moving the wait for the
         // second product up before the softmax that is to run beside it.
-        if (i + 1 < count) k_buffer = await_next();
+        if (left > 1) k_buffer = await_next();
         finish<0>(o);
         release(shared_.kv_empty[v_buffer]);
         convert_probs();
         softmax.rescale(o);
       }
-      release(shared_.q_empty[q_ring.index]);
-      q_ring.advance();
+      release(shared_.q_empty[tile_ % T::kQStages]);
+      const bool cleared = blocks_left() > 0;
 
-      const int slot = work.index;
-      work.advance();
-      const Piece* next = await_piece(work);
-      if (!next) break;
-      clear_past(1);
-      shared_.q_full[q_ring.index].wait(q_ring.phase);
+      ++tile_;
+      const bool more = await_tile();
+      if (!cleared) clear_past(slot(-1), more ? 1 : 0);
+      if (!more) break;
       k_buffer = await_next();
       turns_.begin();
-      start_scores(q_ring.index, k_buffer);
-      v_buffer = await_next();
+      start_scores(k_buffer);
+      const int v_buffer = await_next();
       start_output(v_buffer);
       turns_.end();
-      begin_tile(*next, k_buffer);
       finish<1>(s);
       ThreadSoftmax next_softmax;
       absorb_scores(next_softmax, k_buffer);
-      count = next->span.end - next->span.begin;
-      if (count > 1) k_buffer = await_next();
+      if (blocks_left() > 0) k_buffer = await_next();
       finish<0>(o);
       release(shared_.kv_empty[v_buffer]);
-      store_rows<T>(p_, *piece, warpgroup_, softmax, scale_log2_, o);
-      release(shared_.work_empty[slot]);
-      piece = next;
+      convert_probs();
+      store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
+      release(shared_.work_empty[slot(-1)]);
       softmax = next_softmax;
     }
-    clear_past(0);
-    v_buffer = await_next();
-    start_output(v_buffer);
+    start_output(await_next());
     finish<0>(o);
-    store_rows<T>(p_, *piece, warpgroup_, softmax, scale_log2_, o);
+    store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
   }
 
  private:
-  // The piece in the slot; null: no more.
-  CUTLASS_DEVICE const Piece* await_piece(const Ring<T::kWorkSlots>& work) {
-    shared_.work_full[work.index].wait(work.phase);
-    const Piece& piece = shared_.work[work.index];
-    return piece.view.tile.seq < 0 ? nullptr : &piece;
-  }
+  // Of the tile whose scores are being computed, or of the one before it (-1).
+  CUTLASS_DEVICE int slot(int before = 0) const { return (tile_ + before) % T::kWorkSlots; }
+  CUTLASS_DEVICE const Piece& piece(int before = 0) const { return shared_.work[slot(before)]; }
 
-  CUTLASS_DEVICE void begin_tile(const Piece& piece, int k_buffer) {
-    mask_ = ThreadMask(p_.attend, piece.view, warpgroup_);
-    past_ = shared_.info[k_buffer].kv_begin + T::kKvBlock - piece.view.kv_rows.size();
+  // Key blocks of the tile after its first.
+  CUTLASS_DEVICE int32_t blocks_left() const { return piece().span.end - piece().span.begin - 1; }
+
+  // Waits for a tile and its queries; false: there is none.
+  CUTLASS_DEVICE bool await_tile() {
+    shared_.work_full[slot()].wait(tile_ / T::kWorkSlots % 2);
+    if (piece().view.tile.seq < 0) return false;
+    shared_.q_full[tile_ % T::kQStages].wait(tile_ / T::kQStages % 2);
+    return true;
   }
 
   // The next buffer in the order of the loader, full.
@@ -188,20 +188,20 @@ class Consumer {
   // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Only the last key block,
   // which comes first, has such rows; its V is `ahead` buffers ahead. Every warpgroup clears them all for itself: no
   // need to wait for another.
-  CUTLASS_DEVICE void clear_past(int ahead) {
-    if (past_ <= 0) return;
+  CUTLASS_DEVICE void clear_past(int work_slot, int ahead) {
+    const int32_t past = shared_.past[work_slot];
+    if (past <= 0) return;
     Ring<T::kBuffers> at = ring_;
     if (ahead) at.advance();
     shared_.kv_full[at.index].wait(at.phase);
     constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
     typename T::Element* block = shared_.kv + at.index * T::kBufferElements;
-    for (int32_t i = (T::kKvBlock - past_) * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
+    for (int32_t i = (T::kKvBlock - past) * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
       CUTE_UNROLL
     for (int s = 0; s < T::kSlabs; ++s)
       reinterpret_cast<uint4*>(block + s * T::kKvBlock * T::kSlab)[i] = uint4{0, 0, 0, 0};
     cutlass::arch::fence_view_async_shared();
     cutlass::arch::NamedBarrier::sync(128, Turns<T>::kPrivate + warpgroup_);
-    past_ = 0;
   }
 
   const KernelParams& p_;
@@ -210,8 +210,7 @@ class Consumer {
   const Turns<T> turns_;
   const float scale_log2_;
   Ring<T::kBuffers> ring_;
-  ThreadMask mask_;   // of the tile whose scores are being computed
-  int32_t past_ = 0;  // keys of its first block that lie past the sequence, until they are cleared
+  uint32_t tile_ = 0;  // how many have come before
 };
 
 }  // namespace flux::cuda::sm90

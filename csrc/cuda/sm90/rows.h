@@ -20,31 +20,24 @@ CUTLASS_DEVICE int32_t thread_row(int warpgroup, int r) {
   return 64 * warpgroup + int32_t(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) + 8 * r;
 }
 
-struct ThreadMask {
-  RowMask row[kThreadRows];
-
-  ThreadMask() = default;
-  CUTLASS_DEVICE ThreadMask(const AttendParams& p, const TileView& v, int warpgroup) {
+// Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of
+// many: kept, they would cost registers.
+template <class Scores>
+CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
+  const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
+  CUTE_UNROLL
+  for (int r = 0; r < kThreadRows; ++r) {
+    const RowMask row = row_mask(v, quotient(thread_row(warpgroup, r), group_inverse));
+    const int32_t begin = row.begin - base, last = row.last - base, sink = row.sink - base;
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) row[r] = row_mask(v, thread_row(warpgroup, r) / p.shape.group());
-  }
-
-  template <class Scores>
-  CUTLASS_DEVICE void apply(Scores& s, int32_t kv_begin) const {
-    const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const int32_t begin = row[r].begin - base, last = row[r].last - base, sink = row[r].sink - base;
-      CUTE_UNROLL
-      for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const int32_t col = 8 * j + c;
-        const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // as RowMask::sees, without branches
-        s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : -INFINITY;
-      }
+    for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      const int32_t col = 8 * j + c;
+      const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // as RowMask::sees, without branches
+      s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : -INFINITY;
     }
   }
-};
+}
 
 struct ThreadSoftmax : OnlineSoftmax<kThreadRows> {
   float factor[kThreadRows];  // brings what was accumulated before the last update to the new maximum

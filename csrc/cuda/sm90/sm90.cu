@@ -6,36 +6,50 @@
 namespace flux::cuda::sm90 {
 namespace {
 
-template <DType kDType, int kHeadDim, int kKvBlock>
+template <DType kDType, int kHeadDim, int kKvBlock, int kWarpgroups = 2>
 constexpr Instance instance() {
-  return {kDType, kHeadDim, kKvBlock, launch_instance<kDType, kHeadDim, kKvBlock>};
+  return {kDType, kHeadDim, kKvBlock, 64 * kWarpgroups, launch_instance<kDType, kHeadDim, kKvBlock, kWarpgroups>};
 }
 
 // By type and head dimension. 64 keys at a time: for block lists as narrow, and where registers do not hold 128.
 constexpr Instance kInstances[] = {
-    instance<DType::kBFloat16, 64, 128>(),  instance<DType::kBFloat16, 96, 128>(),
-    instance<DType::kBFloat16, 128, 128>(), instance<DType::kBFloat16, 64, 64>(),
-    instance<DType::kBFloat16, 96, 64>(),   instance<DType::kBFloat16, 128, 64>(),
-    instance<DType::kBFloat16, 256, 64>(),  instance<DType::kFloat16, 64, 128>(),
-    instance<DType::kFloat16, 96, 128>(),   instance<DType::kFloat16, 128, 128>(),
-    instance<DType::kFloat16, 64, 64>(),    instance<DType::kFloat16, 96, 64>(),
-    instance<DType::kFloat16, 128, 64>(),   instance<DType::kFloat16, 256, 64>(),
+    instance<DType::kBFloat16, 64, 128>(), instance<DType::kBFloat16, 64, 128, 3>(),
+    instance<DType::kBFloat16, 96, 128>(), instance<DType::kBFloat16, 128, 128>(),
+    instance<DType::kBFloat16, 64, 64>(),  instance<DType::kBFloat16, 96, 64>(),
+    instance<DType::kBFloat16, 128, 64>(), instance<DType::kBFloat16, 256, 64>(),
+    instance<DType::kFloat16, 64, 128>(),  instance<DType::kFloat16, 64, 128, 3>(),
+    instance<DType::kFloat16, 96, 128>(),  instance<DType::kFloat16, 128, 128>(),
+    instance<DType::kFloat16, 64, 64>(),   instance<DType::kFloat16, 96, 64>(),
+    instance<DType::kFloat16, 128, 64>(),  instance<DType::kFloat16, 256, 64>(),
 };
+constexpr int32_t kWideRows = 192;
 
 int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
 
-// The smallest head dimension that holds the problem's, of those with this key block.
-const Instance* find_instance(const AttendParams& p, int32_t kv_block) {
+// The smallest head dimension that holds the problem's, of those with this key block and so many rows.
+const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t tile_rows = 128) {
   for (const Instance& i : kInstances)
-    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.kv_block == kv_block) return &i;
+    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.kv_block == kv_block && i.tile_rows == tile_rows)
+      return &i;
   return nullptr;
 }
 
-const Instance* choose_instance(const AttendParams& p) {
+// Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 10 % at 128K),
+// but larger tiles end more raggedly (4K: 26 % slower), and with block lists a third of the rows would lie idle.
+constexpr int32_t kWideWaves = 8;
+const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
+  const ProblemShape& s = p.shape;
+  if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kWideRows) return nullptr;
+  const Instance* i = find_instance(p, 128, kWideRows);
+  return i && max_tiles(s, {q_tokens_of(s, kWideRows), 128}) >= int64_t(kWideWaves) * num_sms ? i : nullptr;
+}
+
+const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
+  if (const Instance* wide = find_wide(p, num_sms)) return wide;
   bool narrow_lists = false;
   for (const BlockTable& t : p.shape.blocks) narrow_lists |= t.blocks && t.kv_width < 128;
-  const Instance* wide = narrow_lists ? nullptr : find_instance(p, 128);
-  return wide ? wide : find_instance(p, 64);
+  const Instance* i = narrow_lists ? nullptr : find_instance(p, 128);
+  return i ? i : find_instance(p, 64);
 }
 
 // ---- tensor maps ----
@@ -118,29 +132,30 @@ bool writable(const void* out, const Strides& s) {
 
 bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   const ProblemShape& s = p.shape;
-  const Instance* i = choose_instance(p);
+  const Instance* i = choose_instance(p, device.num_sms);
   // Decode is left to the sm80 kernels, which take smaller tiles.
-  if (!i || s.group() > i->tile_rows() || most_rows(s) <= kDecodeRows) return false;
+  if (!i || s.group() > i->tile_rows || most_rows(s) <= kDecodeRows) return false;
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
   if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
       !kv_shape(p, p.v, p.v_stride).describable() || !pages_fit(p, i->kv_block) || !writable(p.out, p.out_stride))
     return false;
   c->arch = Arch::kSm90;
-  c->tile_rows = i->tile_rows();
+  c->tile_rows = i->tile_rows;
   c->tile = {q_tokens_of(s, c->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
   return true;
 }
 
 cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
-  const Instance* i = find_instance(p, c.tile.kv_block);
+  const Instance* i = find_instance(p, c.tile.kv_block, c.tile_rows);
   if (!i) return cudaErrorInvalidConfiguration;
   KernelParams k;
   k.attend = p;
   k.tile = c.tile;
   k.plan = w.plan;
   k.partials = w.partials;
+  k.group_inverse = inverse_of(p.shape.group());
   k.kv_box_rows = p.page_table ? min_of(p.page_size, i->kv_block) : i->kv_block;
   const int32_t slab = slab_columns(*i);
   cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.shape.group(), c.tile.q_tokens}, &k.q_map);

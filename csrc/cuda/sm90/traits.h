@@ -78,7 +78,7 @@ struct Traits {
     bool masked;
   };
 
-  static constexpr int kWorkSlots = 3;  // the tile that ends, the one that begins, and one more
+  static constexpr int kWorkSlots = 4;  // the tile that ends, the one that begins, and more (a power of two)
   // A thread block takes its next tile when so many key blocks of the one at hand are still to be loaded: enough to
   // find the tile meanwhile. Taking it any earlier would leave other thread blocks idle at the end.
   static constexpr int kBlocksAhead = 2;
@@ -87,7 +87,8 @@ struct Traits {
     alignas(1024) Element q[kQStages * kQElements];
     alignas(1024) Element kv[kBuffers * kBufferElements];
     BlockInfo info[kBuffers];
-    Piece work[kWorkSlots];  // none without key blocks; view.tile.seq < 0: no more
+    Piece work[kWorkSlots];    // none without key blocks; view.tile.seq < 0: no more
+    int32_t past[kWorkSlots];  // keys of the tile's last block that lie past the sequence, if positive
     Barrier q_full[kQStages], q_empty[kQStages];
     Barrier kv_full[kBuffers], kv_empty[kBuffers];
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
