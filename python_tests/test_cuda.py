@@ -229,6 +229,32 @@ def test_attend(case: Case) -> None:
     check(case)
 
 
+MANY_TILES = [  # of 192 rows: at least eight per multiprocessor
+    replace(case, dtype=dtype)
+    for dtype in DTYPES
+    for case in (
+        Case((1500, 63, 193), layout="packed", heads=128, kv_heads=128, dim=64),
+        Case((1100, 1), layout="packed", heads=192, kv_heads=64, dim=64, sparse=Streaming(128, 256, align=128)),
+        Case((800, 191), layout="left", heads=128, kv_heads=128, dim=40, sparse=Triangle(16, 32, 20)),
+        Case((400, 400), (900, 431), layout="paged", heads=256, kv_heads=64, dim=64),
+        Case((600, 600), (90, 0), layout="cache", heads=256, kv_heads=64, dim=64),  # rows and tiles without keys
+        Case((700, 700), (777, 701), layout="paged_heads", page_size=256, heads=128, kv_heads=128, dim=48),
+    )
+]
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=Case.label)
+def test_long_prompts_of_narrow_heads(case: Case) -> None:
+    check(case)
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        ops.attend(**make(case))
+        torch.cuda.synchronize()
+    names = [event.name.replace("(int)", "") for event in profiler.events() if "attend_kernel" in event.name]
+    assert names and all("64, 3, 128>" in name for name in names), names  # three warpgroups
+
+
 @pytest.mark.parametrize("width", (64, 128))
 @pytest.mark.parametrize("kv_heads", (1, 2))
 @pytest.mark.parametrize(("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (130, 999, 2)))
