@@ -13,6 +13,10 @@
 
 #include "attend_case.h"
 #include "cpu/cpu.h"
+#ifdef FLUX_SIMT
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+#endif
 
 namespace flux::cuda {
 namespace {
@@ -172,6 +176,41 @@ TEST_F(Plan, Prefill) {
   }
 }
 
+#ifdef FLUX_SIMT
+__global__ void warp_plan_kernel(const int32_t* cost, int32_t num_tiles, WorkRange* ranges) {
+  const int32_t lane = threadIdx.x, own = lane < num_tiles ? cost[lane] : 1234;
+  const WorkRange range = share_of_warp(own, num_tiles, blockIdx.x, gridDim.x);
+  if (lane == 0) ranges[blockIdx.x] = range;
+}
+
+TEST_F(Plan, OfAWarp) {
+  std::minstd_rand random(1);
+  const auto up_to = [&](int32_t n) { return int32_t(random() % (uint32_t(n) + 1)); };
+  constexpr int32_t kLongest = (1 << 26) + kTileOverhead;  // 2^31 keys
+  for (int i = 0; i < 300; ++i) {
+    const int32_t num_tiles = i % 3 ? up_to(kWarpTiles) : kWarpTiles, num_workers = 1 + up_to(300);
+    const int32_t longest = i % 4 ? 1 + up_to(100) : kLongest;
+    std::vector<int32_t> own(kWarpTiles, longest);
+    std::vector<int64_t> cost{0};
+    for (int32_t t = 0; t < num_tiles; ++t) {
+      if (i % 5) own[t] = 1 + up_to(longest - 1);
+      cost.push_back(cost.back() + own[t]);
+    }
+    std::vector<WorkRange> ranges(num_workers);
+    CUDA_OK(launch(warp_plan_kernel, dim3(num_workers), 32, 0, nullptr, false, own.data(), num_tiles, ranges.data()));
+    const int32_t sharing = sharing_workers(cost.back(), num_workers);
+    for (int32_t w = 0; w < num_workers; ++w) {
+      const WorkRange expected = w < sharing ? work_range(cost.data(), num_tiles, w, sharing)
+                                             : WorkRange{num_tiles, 0, num_tiles, 0};
+      ASSERT_EQ(ranges[w].tile, expected.tile) << w;
+      ASSERT_EQ(ranges[w].block, expected.block) << w;
+      ASSERT_EQ(ranges[w].end_tile, expected.end_tile) << w;
+      ASSERT_EQ(ranges[w].end_block, expected.end_block) << w;
+    }
+  }
+}
+#endif
+
 class OneWorker : public cpu::Executor {
  public:
   int num_workers() const override { return 1; }
@@ -241,7 +280,9 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
     o.max_kv_heads = 2;
     o.max_q_len = decode ? 3 : 150;
     o.max_kv_len = decode ? 700 : 250;
-    if (!decode && random.chance(25))
+    if (decode && random.chance(40))
+      o.max_batch = 80, o.max_kv_len = 60;  // mostly more tiles than a warp plans
+    else if (!decode && random.chance(25))
       o.min_q_len = 100, o.max_kv_len = 20;  // tiles without keys
     else if (!decode && random.chance(50))
       o.max_batch = 1, o.min_q_len = 17, o.max_q_len = 30, o.max_kv_len = 2000;  // tiles that are cut

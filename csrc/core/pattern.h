@@ -33,7 +33,9 @@ struct Pattern {
   int32_t align = 1;            // the window starts at a multiple of `align`; divides `window`
 
   // First key inside the window of a query at q_pos >= 0 (may be negative).
-  FLUX_HD int32_t window_begin(int32_t q_pos) const { return align * (q_pos / align + 1) - window; }
+  FLUX_HD int32_t window_begin(int32_t q_pos) const {
+    return align * int32_t(uint32_t(q_pos) / uint32_t(align) + 1) - window;  // unsigned: fewer instructions
+  }
 };
 
 // The specification: does the query at q_pos see the key at kv_pos?

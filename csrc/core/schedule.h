@@ -92,10 +92,13 @@ struct TileSpan {
   bool split;  // the tile is cut: its result is a partial
 };
 
-// cost[t] = sum of tile_cost over the tiles before t; cost[num_tiles] = total.
+// A unit of the line of work, by the tile that holds it and its place there.
 struct Position {
   int32_t tile, block;
 };
+FLUX_HD Position position_in(int32_t tile, int32_t unit) { return {tile, max_of(unit - kTileOverhead, 0)}; }
+
+// cost[t] = sum of tile_cost over the tiles before t; cost[num_tiles] = total.
 FLUX_HD Position locate(const int64_t* cost, int32_t num_tiles, int64_t unit) {
   if (unit >= cost[num_tiles]) return {num_tiles, 0};
   int32_t lo = 0, hi = num_tiles;  // the last tile with cost[tile] <= unit
@@ -103,14 +106,19 @@ FLUX_HD Position locate(const int64_t* cost, int32_t num_tiles, int64_t unit) {
     const int32_t mid = lo + (hi - lo) / 2;
     (cost[mid] <= unit ? lo : hi) = mid;
   }
-  const int64_t block = unit - cost[lo] - kTileOverhead;
-  return {lo, block > 0 ? int32_t(block) : 0};
+  return position_in(lo, int32_t(unit - cost[lo]));
 }
 
-// Where a worker's even share begins, which is where that of the worker before it ends.
+// The first unit of a worker's even share, which is where that of the worker before it ends.
+FLUX_HD int64_t share_unit(int64_t total_cost, int32_t worker, int32_t num_workers) {
+  return total_cost * worker / num_workers;  // the product would overflow only beyond 2^63 / 2^20 units
+}
+// The same in 32 bits, for fewer than 2^16 workers: no branch, where 64-bit divisions have one.
+FLUX_HD uint32_t share_unit(uint32_t total_cost, uint32_t worker, uint32_t num_workers) {
+  return total_cost / num_workers * worker + total_cost % num_workers * worker / num_workers;
+}
 FLUX_HD Position share_begin(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
-  // The product would overflow only beyond 2^63 / 2^20 units.
-  return locate(cost, num_tiles, cost[num_tiles] * worker / num_workers);
+  return locate(cost, num_tiles, share_unit(cost[num_tiles], worker, num_workers));
 }
 
 FLUX_HD WorkRange work_range(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {

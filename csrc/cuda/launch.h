@@ -22,10 +22,15 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Makes the compiler work a pointer out here, not after a wait that comes: only a branch keeps it from that.
+// Makes the compiler work a pointer or index out here, not after a wait that comes: only a branch keeps it from that.
 __device__ inline void work_out([[maybe_unused]] const void* pointer) {
 #ifdef __CUDA_ARCH__
   if (pointer == nullptr) __trap();
+#endif
+}
+__device__ inline void work_out([[maybe_unused]] int32_t index) {
+#ifdef __CUDA_ARCH__
+  if (index < 0) __trap();
 #endif
 }
 

@@ -6,6 +6,17 @@
 
 namespace flux::cuda {
 
+// The sum over the lanes up to this one.
+template <typename Int>
+__device__ Int sum_up_to_lane(Int x) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Int other = __shfl_up_sync(~0u, x, step);
+    if (int(threadIdx.x % 32) >= step) x += other;
+  }
+  return x;
+}
+
 // values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads in a row
 // must sum to 31 bits.
 template <int kThreads, typename Int>
@@ -17,11 +28,7 @@ __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   for (int32_t first = 0; first < n; first += kThreads) {
     const int32_t i = first + int32_t(threadIdx.x);
     const int32_t own = i < n ? int32_t(values[i]) : 0;
-    int32_t sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
+    const int32_t sum = sum_up_to_lane(own);
     if (lane == 31) warp_sums[warp] = sum;
     __syncthreads();
     int32_t before = 0, all = lane < kWarps ? warp_sums[lane] : 0;  // every warp sums the warps for itself
@@ -71,30 +78,47 @@ __device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineL
   }
   __syncthreads();
   if (const int lane = threadIdx.x; lane < 32) {
-    int64_t before = 0;
-    for (int32_t t = lane; t - lane < num_tiles; t += 32) {
-      const int32_t own = t < num_tiles ? line.cost[t] : 0;
-      int32_t sum = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int32_t other = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += other;
-      }
-      if (t < num_tiles) line.begin[t] = before + sum - own;
-      before += __shfl_sync(~0u, sum, 31);
+    const int32_t count = ceil_div(num_tiles, 32), first = lane * count, last = min_of(first + count, num_tiles);
+    int64_t own = 0;
+#pragma unroll 1
+    for (int32_t t = first; t < last; ++t) own += line.cost[t];
+    int64_t before = sum_up_to_lane(own) - own;
+#pragma unroll 1
+    for (int32_t t = first; t < last; ++t) {
+      line.begin[t] = before;
+      before += line.cost[t];
     }
-    if (lane == 0) line.begin[num_tiles] = before;
+    if (lane == 31) line.begin[num_tiles] = before;
   }
   __syncthreads();
   return num_tiles;
 }
 
-// The even share of a worker that has one.
-__device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker, int32_t sharing) {
+// The even share of a worker; empty for those that share nothing.
+__device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker, int32_t num_workers) {
+  const int32_t sharing = sharing_workers(line.begin[num_tiles], num_workers);
+  if (worker >= sharing) return {num_tiles, 0, num_tiles, 0};
   // Even lanes find where it begins, odd ones where it ends.
   const Position p = share_begin(line.begin, num_tiles, worker + int32_t(threadIdx.x % 2), sharing);
   return {__shfl_sync(~0u, p.tile, 0), __shfl_sync(~0u, p.block, 0), __shfl_sync(~0u, p.tile, 1),
           __shfl_sync(~0u, p.block, 1)};
+}
+
+// The same for a line so short that every warp has it in registers, a tile a lane: no barrier, and no search.
+constexpr int32_t kWarpTiles = 32;
+__device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
+  const int32_t lane = threadIdx.x % 32;
+  const uint32_t own = lane < num_tiles ? cost : 0;
+  const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
+  const uint32_t end = sum_up_to_lane(own);
+  const int32_t sharing = sharing_workers(total, num_workers);
+  const auto share = [&](int32_t w) {
+    const uint32_t unit = share_unit(total, uint32_t(min_of(w, sharing)), uint32_t(sharing));
+    const bool before = lane < num_tiles && end <= unit;
+    return position_in(__popc(__ballot_sync(~0u, before)), unit - __reduce_max_sync(~0u, before ? end : 0));
+  };
+  const Position first = share(worker), last = share(worker + 1);
+  return {first.tile, first.block, last.tile, last.block};
 }
 
 }  // namespace flux::cuda

@@ -17,23 +17,40 @@ struct InlineScratch {
   TileView views[kInlineTiles];
 };
 
-// A block's share of a problem that plans_inline.
+// A block's share of a problem that plans_inline, from before the wait on. (The next kernel may start only after it:
+// combine reads lengths and routes before it waits for this one.)
 template <typename Body>
 __device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials,
                               WorkerState& shared) {
-  static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
-  auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
-  const int32_t num_tiles = line_up<Body::kThreads>(p.shape, tile, scratch.line,
-                                                    [&](int32_t t, const TileView& view) { scratch.views[t] = view; });
-  const int32_t sharing = sharing_workers(scratch.line.begin[num_tiles], gridDim.x), worker = blockIdx.x;
-  if (worker >= sharing) return;
-  const WorkRange range = share_of(scratch.line, num_tiles, worker, sharing);
-  if (empty(range)) return;
-  int32_t t = range.tile;
-  if (threadIdx.x == 0) {
+  const int32_t num_tiles = p.shape.batch * p.shape.num_kv_heads, worker = blockIdx.x;
+  WorkRange range;
+  const auto begin_with = [&](const TileView& view) {
     shared.plan.range = range;  // costs no registers there
-    shared.piece = piece_of(scratch.views[t], range, worker, t);
+    shared.piece = piece_of(view, range, worker, range.tile);
+  };
+  if (num_tiles <= kWarpTiles) {
+    const int32_t lane = threadIdx.x % 32;
+    const Tile lane_tile = inline_tile(p.shape, lane);
+    work_out(lane_tile.seq);
+    wait_for_previous();
+    let_next_start();
+    TileView view;
+    if (lane < num_tiles) view = view_tile(p.shape, tile, lane_tile);
+    range = share_of_warp(tile_cost(view), num_tiles, worker, gridDim.x);
+    if (empty(range)) return;
+    if (int32_t(threadIdx.x) == range.tile) begin_with(view);
+  } else {
+    wait_for_previous();
+    let_next_start();
+    static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
+    auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
+    line_up<Body::kThreads>(p.shape, tile, scratch.line,
+                            [&](int32_t t, const TileView& view) { scratch.views[t] = view; });
+    range = share_of(scratch.line, num_tiles, worker, gridDim.x);
+    if (empty(range)) return;
+    if (threadIdx.x == 0) begin_with(scratch.views[range.tile]);
   }
+  int32_t t = range.tile;
   for (;;) {
     __syncthreads();
     Body::run(p, partials, shared.piece, shared_address(shared_memory()));
@@ -52,14 +69,14 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   __shared__ __align__(16) unsigned char worker[sizeof(WorkerState)];  // its members have initial values
   auto& state = *reinterpret_cast<WorkerState*>(worker);
   touch(p, plan, partials);
-  wait_for_previous();
-  let_next_start();  // not before: the combine kernel reads lengths and routes before it waits for this one
   if constexpr (Body::kRows == kDecodeRows) {
     if (inline_plan) {
       attend_inline<Body>(p, tile, partials, state);
       return;
     }
   }
+  wait_for_previous();
+  let_next_start();
   if (threadIdx.x == 0) {
     const PlanHeader header = *plan.header;
     state.plan = {header, first_range(plan, header)};
