@@ -200,8 +200,8 @@ TEST_F(Plan, OfAWarp) {
     CUDA_OK(launch(warp_plan_kernel, dim3(num_workers), 32, 0, nullptr, false, own.data(), num_tiles, ranges.data()));
     const int32_t sharing = sharing_workers(cost.back(), num_workers);
     for (int32_t w = 0; w < num_workers; ++w) {
-      const WorkRange expected = w < sharing ? work_range(cost.data(), num_tiles, w, sharing)
-                                             : WorkRange{num_tiles, 0, num_tiles, 0};
+      const WorkRange expected =
+          w < sharing ? work_range(cost.data(), num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
       ASSERT_EQ(ranges[w].tile, expected.tile) << w;
       ASSERT_EQ(ranges[w].block, expected.block) << w;
       ASSERT_EQ(ranges[w].end_tile, expected.end_tile) << w;
