@@ -238,7 +238,7 @@ MANY_TILES = [  # of 192 rows: at least eight per multiprocessor
         Case((800, 191), layout="left", heads=128, kv_heads=128, dim=40, sparse=Triangle(16, 32, 20)),
         Case((400, 400), (900, 431), layout="paged", heads=256, kv_heads=64, dim=64),
         Case((600, 600), (90, 0), layout="cache", heads=256, kv_heads=64, dim=64),  # rows and tiles without keys
-        Case((700, 700), (777, 701), layout="paged_heads", page_size=256, heads=128, kv_heads=128, dim=48),
+        Case((800, 800), (877, 801), layout="paged_heads", page_size=256, heads=128, kv_heads=128, dim=48),
     )
 ]
 

@@ -186,11 +186,12 @@ FLUX_HD bool ends_late(const int64_t* cost, int32_t num_tiles, int32_t tile, Spa
   return before + own * num_workers > total + total / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
-// If any tile would end late, the line is split evenly, over no more workers than have `kMinShare` units each to do.
-constexpr int32_t kMinShare = 2;
-FLUX_HD int32_t sharing_workers(int64_t total_cost, int32_t num_workers) {
-  const int64_t n = total_cost / kMinShare;
-  return n < 1 ? 1 : n < num_workers ? int32_t(n) : num_workers;
+// If any tile would end late, the line is split evenly, over no more workers than have two units each to do, or one
+// where half of them suffice for that.
+template <typename Int>  // of 32 or 64 bits
+FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_workers) {
+  const Int workers = num_workers, most = total_cost <= workers / 2 ? total_cost : total_cost / 2;
+  return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
 
 // Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
