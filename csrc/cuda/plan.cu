@@ -81,11 +81,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool whole = !shared.any_late;
   const int32_t sharing = sharing_workers(cost[num_tiles], num_workers);
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
-  if (!whole) {
-    for (int32_t w = tid; w < num_workers; w += kThreads)
-      plan.ranges[w] = w < sharing ? work_range(cost, num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
-    return;
-  }
+  // Written where tiles are whole too: blocks ask for their first range and for the header at once.
+  for (int32_t w = tid; w < num_workers; w += kThreads)
+    plan.ranges[w] =
+        !whole && w < sharing ? work_range(cost, num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
+  if (!whole) return;
 
   // Costliest rows first; nothing to do where all cost the same.
   const int64_t first_cost = cost[begin[1]];
