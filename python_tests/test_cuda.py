@@ -276,6 +276,29 @@ def test_block_lists(width: int, kv_heads: int, q_len: int, kv_len: int, heads: 
     check(replace(case, sparse=pattern, full=Streaming(16, 32), layout="cache"))
 
 
+MILLION = 1 << 20
+
+
+@pytest.mark.parametrize("layout", ("cache", "cache_heads"))
+@pytest.mark.parametrize("q_len", (1, 20))
+def test_a_million_keys(q_len: int, layout: str) -> None:
+    """A decode step, and a chunk of a prompt."""
+    check(Case((q_len,), (MILLION,), layout=layout, sparse=Streaming(128, 2048)))
+
+
+def test_a_prompt_of_a_million_tokens() -> None:
+    """Rows from all over it, each against the reference over the keys before it."""
+    arguments = make(Case((MILLION,), sparse=Streaming(128, 2048)))
+    out, lse = ops.attend(**arguments)
+    for end in (40, MILLION // 2 + 3, MILLION):
+        part = {**arguments, "q": arguments["q"][:, end - 40 : end], "k": arguments["k"][:, :end]}
+        part["v"] = arguments["v"][:, :end]
+        exact_out, exact_lse = reference.attend(**upcast(part))
+        plain_out, _ = reference.attend(**part)
+        assert error_of(out[:, end - 40 : end], exact_out) <= 2 * error_of(plain_out, exact_out) + 1e-4
+        assert error_of(lse[..., end - 40 : end], exact_lse) <= 2e-5
+
+
 def test_large_scores() -> None:
     """Scores of thousands: the running maximum keeps every exponential finite."""
     arguments = make(Case((200,), route="none", dim=64))
