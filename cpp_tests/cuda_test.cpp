@@ -51,7 +51,7 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
     const Span row = tiles_of_row[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
     whole &= !ends_late(cost.data(), num_tiles, t, row, num_workers);
   }
-  const int32_t sharing = sharing_workers(cost.back(), num_workers);
+  const int32_t sharing = sharing_workers(cost.back(), num_tiles, num_workers);
   p.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   if (!whole) {
     for (int32_t w = 0; w < sharing; ++w) p.ranges.push_back(work_range(cost.data(), num_tiles, w, sharing));
@@ -198,7 +198,7 @@ TEST_F(Plan, OfAWarp) {
     }
     std::vector<WorkRange> ranges(num_workers);
     CUDA_OK(launch(warp_plan_kernel, dim3(num_workers), 32, 0, nullptr, false, own.data(), num_tiles, ranges.data()));
-    const int32_t sharing = sharing_workers(cost.back(), num_workers);
+    const int32_t sharing = sharing_workers(cost.back(), num_tiles, num_workers);
     for (int32_t w = 0; w < num_workers; ++w) {
       const WorkRange expected =
           w < sharing ? work_range(cost.data(), num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
@@ -290,7 +290,8 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
     test::random_attend(random, dtype, kind, dim, 8, o, c);
     ProblemShape& shape = c.params.forward.shape;
     if (shape.total_q_rows == 0) continue;
-    if (!decode && random.chance(50)) shape.max_q_len = 1 << 18, shape.total_q_rows = 1 << 20;  // so: large tiles
+    if (!decode && random.chance(50))
+      shape.max_q_len = 1 << 18, shape.total_q_rows = 1 << 20;  // bounds that call for large tiles
     const auto poison = c.out.bytes;
     attend_on_device(c);
     test::expect_attended(c, test::expected(c));

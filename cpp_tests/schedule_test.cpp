@@ -140,7 +140,7 @@ TEST(Schedule, PiecesOfATileAreFoundWithoutTheRanges) {
     Planned s;
     random_plan(random, s);
     const auto n = int32_t(s.plan.tiles.size());
-    const int32_t workers = sharing_workers(s.plan.cost.back(), s.workers);
+    const int32_t workers = sharing_workers(s.plan.cost.back(), n, s.workers);
     std::vector<std::vector<int32_t>> slots(n);
     for (int32_t w = 0; w < workers && n > 0; ++w) {
       const WorkRange r = work_range(s.plan.cost.data(), n, w, workers);

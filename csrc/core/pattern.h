@@ -34,7 +34,7 @@ struct Pattern {
 
   // First key inside the window of a query at q_pos >= 0 (may be negative).
   FLUX_HD int32_t window_begin(int32_t q_pos) const {
-    return align * int32_t(uint32_t(q_pos) / uint32_t(align) + 1) - window;  // unsigned: fewer instructions
+    return int32_t(uint32_t(align) * (uint32_t(q_pos) / uint32_t(align) + 1)) - window;  // unsigned: fewer instructions
   }
 };
 

@@ -150,7 +150,7 @@ FLUX_HD int32_t partial_slot(const WorkRange& r, int32_t worker, int32_t tile) {
   return 2 * worker + (tile == r.tile ? 0 : 1);
 }
 
-// The pieces that even shares cut a tile into, in order; one: the tile is whole. No share may be empty.
+// The pieces that even shares cut a tile into, in order; one: the tile is whole. Every share has a unit.
 struct TilePieces {
   int32_t count;
   int32_t leader;       // the worker that holds the first
@@ -186,11 +186,14 @@ FLUX_HD bool ends_late(const int64_t* cost, int32_t num_tiles, int32_t tile, Spa
   return before + own * num_workers > total + total / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
-// If any tile would end late, the line is split evenly, over no more workers than have two units each to do, or one
-// where half of them suffice for that.
+// If any tile would end late, the line is split evenly. Two units for each worker at least; one where that takes at
+// most half of them, and leaves no more pieces of a tile (on average) than combine merges at once.
+constexpr int32_t kPiecesAtOnce = 24;
 template <typename Int>  // of 32 or 64 bits
-FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_workers) {
-  const Int workers = num_workers, most = total_cost <= workers / 2 ? total_cost : total_cost / 2;
+FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_workers) {
+  const Int workers = num_workers;
+  const bool few = total_cost <= workers / 2 && total_cost <= Int(num_tiles) * kPiecesAtOnce;
+  const Int most = few ? total_cost : total_cost / 2;
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
 

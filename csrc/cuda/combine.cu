@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
     if (t == tile) view = v;
   });
   const TilePieces pieces =
-      tile_pieces(line.begin, num_tiles, tile, sharing_workers(line.begin[num_tiles], num_workers));
+      tile_pieces(line.begin, num_tiles, tile, sharing_workers(line.begin[num_tiles], num_tiles, num_workers));
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
     wait_for_previous();  // even so: whatever waits for this kernel counts on the one before it too
     let_next_start();
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
     const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
     if (first_dim > 0) __syncthreads();
-    sums[threadIdx.x] = from.merge<6>(d);  // a window of 2K is cut into at most 19 pieces: one round
+    sums[threadIdx.x] = from.merge<kPiecesAtOnce / kWarps>(d);
     __syncthreads();
     if (warp == 0) {
       Sum parts[kWarps];

@@ -31,7 +31,7 @@ struct PlanHeader {
 struct PlanView {
   PlanHeader* header = nullptr;
   Tile* tiles = nullptr;        // [max_tiles]
-  WorkRange* ranges = nullptr;  // [num_workers], split only
+  WorkRange* ranges = nullptr;  // [num_workers], empty where tiles are whole
   // Scratch of the plan stage, where shared memory is too small.
   int64_t* cost = nullptr;        // [max_tiles + 1]
   int64_t* row_keys = nullptr;    // [rows, up to a power of two]

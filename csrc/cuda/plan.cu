@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const bool whole = !shared.any_late;
-  const int32_t sharing = sharing_workers(cost[num_tiles], num_workers);
+  const int32_t sharing = sharing_workers(cost[num_tiles], num_tiles, num_workers);
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
   for (int32_t w = tid; w < num_workers; w += kThreads)

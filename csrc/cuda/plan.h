@@ -96,7 +96,7 @@ __device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineL
 
 // The even share of a worker; empty for those that share nothing.
 __device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker, int32_t num_workers) {
-  const int32_t sharing = sharing_workers(line.begin[num_tiles], num_workers);
+  const int32_t sharing = sharing_workers(line.begin[num_tiles], num_tiles, num_workers);
   if (worker >= sharing) return {num_tiles, 0, num_tiles, 0};
   // Even lanes find where it begins, odd ones where it ends.
   const Position p = share_begin(line.begin, num_tiles, worker + int32_t(threadIdx.x % 2), sharing);
@@ -111,7 +111,7 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   const uint32_t own = lane < num_tiles ? cost : 0;
   const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
   const uint32_t end = sum_up_to_lane(own);
-  const int32_t sharing = sharing_workers(total, num_workers);
+  const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
   const auto share = [&](int32_t w) {
     const uint32_t unit = share_unit(total, uint32_t(min_of(w, sharing)), uint32_t(sharing));
     const bool before = lane < num_tiles && end <= unit;

@@ -26,6 +26,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
       shared.work[ring.index] = piece;
       shared.work_full[ring.index].arrive();
     }
+    __syncwarp();  // no lane lags so far behind that it misses a phase
     ring.advance();
   };
   wait_for_previous();

@@ -127,7 +127,7 @@ class Consumer {
         softmax.rescale(o);
       }
       release(shared_.q_empty[tile_ % T::kQStages]);
-      const bool cleared = blocks_left() > 0;
+      const bool cleared = blocks_left() > 0;  // read again: no register is free for it meanwhile
 
       ++tile_;
       const bool more = await_tile();

@@ -7,9 +7,18 @@
 
 namespace flux::cuda::sm90 {
 
-// row / group for the rows of a tile, by a multiplication.
-constexpr uint32_t inverse_of(int32_t group) { return (1u << 16) / uint32_t(group) + 1; }
-FLUX_HD int32_t quotient(int32_t row, uint32_t inverse) { return int32_t(uint32_t(row) * inverse >> 16); }
+// The query token that a row of a tile belongs to, row / group, by a multiplication.
+constexpr uint32_t inverse_of_group(int32_t group) { return (1u << 16) / uint32_t(group) + 1; }
+FLUX_HD constexpr int32_t token_of_row(int32_t row, uint32_t group_inverse) {
+  return int32_t(uint32_t(row) * group_inverse >> 16);
+}
+constexpr bool token_of_row_is_exact() {
+  for (int32_t group = 1; group <= 192; ++group)
+    for (int32_t row = 0; row < 192; ++row)
+      if (token_of_row(row, inverse_of_group(group)) != row / group) return false;
+  return true;
+}
+static_assert(token_of_row_is_exact());
 
 struct KernelParams {
   // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,

@@ -27,7 +27,7 @@ CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inve
   const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    const RowMask row = row_mask(v, quotient(thread_row(warpgroup, r), group_inverse));
+    const RowMask row = row_mask(v, token_of_row(thread_row(warpgroup, r), group_inverse));
     const int32_t begin = row.begin - base, last = row.last - base, sink = row.sink - base;
     CUTE_UNROLL
     for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL

@@ -22,26 +22,29 @@ constexpr Instance kInstances[] = {
     instance<DType::kFloat16, 64, 64>(),   instance<DType::kFloat16, 96, 64>(),
     instance<DType::kFloat16, 128, 64>(),  instance<DType::kFloat16, 256, 64>(),
 };
-constexpr int32_t kWideRows = 192;
+constexpr int32_t kRows = 128, kWideRows = 192;
 
 int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
 
 // The smallest head dimension that holds the problem's, of those with this key block and so many rows.
-const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t tile_rows = 128) {
+const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t tile_rows = kRows) {
   for (const Instance& i : kInstances)
     if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.kv_block == kv_block && i.tile_rows == tile_rows)
       return &i;
   return nullptr;
 }
 
-// Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 10 % at 128K),
-// but larger tiles end more raggedly (4K: 26 % slower), and with block lists a third of the rows would lie idle.
-constexpr int32_t kWideWaves = 8;
+// Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 12 % at 128K),
+// but larger tiles end more raggedly (4K: 26 % slower), and hold more padding where sequences are short, groups large,
+// or tiles end with the blocks of a list.
+constexpr int32_t kWideTilesPerSm = 8, kWideTilesPerHead = 4;
 const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
   const ProblemShape& s = p.shape;
-  if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kWideRows) return nullptr;
+  if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kRows) return nullptr;
+  const int32_t tokens = q_tokens_of(s, kWideRows);
+  if (2 * tokens < 3 * q_tokens_of(s, kRows) || s.max_q_len < kWideTilesPerHead * tokens) return nullptr;
   const Instance* i = find_instance(p, 128, kWideRows);
-  return i && max_tiles(s, {q_tokens_of(s, kWideRows), 128}) >= int64_t(kWideWaves) * num_sms ? i : nullptr;
+  return i && max_tiles(s, {tokens, 128}) >= int64_t(kWideTilesPerSm) * num_sms ? i : nullptr;
 }
 
 const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
@@ -155,7 +158,7 @@ cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace
   k.tile = c.tile;
   k.plan = w.plan;
   k.partials = w.partials;
-  k.group_inverse = inverse_of(p.shape.group());
+  k.group_inverse = inverse_of_group(p.shape.group());
   k.kv_box_rows = p.page_table ? min_of(p.page_size, i->kv_block) : i->kv_block;
   const int32_t slab = slab_columns(*i);
   cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.shape.group(), c.tile.q_tokens}, &k.q_map);
