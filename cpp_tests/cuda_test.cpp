@@ -177,37 +177,89 @@ TEST_F(Plan, Prefill) {
 }
 
 #ifdef FLUX_SIMT
-__global__ void warp_plan_kernel(const int32_t* cost, int32_t num_tiles, WorkRange* ranges) {
-  const int32_t lane = threadIdx.x, own = lane < num_tiles ? cost[lane] : 1234;
-  const WorkRange range = share_of_warp(own, num_tiles, blockIdx.x, gridDim.x);
-  if (lane == 0) ranges[blockIdx.x] = range;
+struct Shared {
+  WorkRange of_warp, of_block;
+};
+
+__global__ void share_kernel(const int32_t* cost, int32_t num_tiles, Shared* shared, TilePieces* pieces) {
+  __shared__ InlineLine line;
+  const int32_t lane = threadIdx.x, worker = blockIdx.x;
+  for (int32_t t = lane; t < num_tiles; t += 32) line.cost[t] = cost[t];
+  __syncwarp();
+  share_out(line, num_tiles, gridDim.x);
+  __syncwarp();
+  const WorkRange of_block = share_of(line, num_tiles, worker);
+  WorkRange of_warp = of_block;
+  if (num_tiles <= kWarpTiles)
+    of_warp = share_of_warp(lane < num_tiles ? cost[lane] : 1234, num_tiles, worker, gridDim.x);
+  if (lane == 0) shared[worker] = {of_warp, of_block};
+  for (int32_t t = worker; lane == 0 && t < num_tiles; t += gridDim.x)
+    pieces[t] = tile_pieces(line.begin, num_tiles, t, line.workers);
 }
 
-TEST_F(Plan, OfAWarp) {
+// The line of work, where every tile has as many whole shares as it needs: one worker each.
+std::vector<WorkRange> whole_shares(const std::vector<int32_t>& cost, int64_t share) {
+  std::vector<WorkRange> ranges;
+  for (int32_t t = 0; t < int32_t(cost.size()); ++t)
+    for (int64_t unit = 0; unit < cost[t]; unit += share) {
+      const Position begin = position_in(t, int32_t(unit));
+      const bool last = unit + share >= cost[t];
+      ranges.push_back({t, begin.block, last ? t + 1 : t, last ? 0 : position_in(t, int32_t(unit + share)).block});
+    }
+  return ranges;
+}
+
+TEST_F(Plan, OfADecodeStep) {
   std::minstd_rand random(1);
   const auto up_to = [&](int32_t n) { return int32_t(random() % (uint32_t(n) + 1)); };
   constexpr int32_t kLongest = (1 << 26) + kTileOverhead;  // 2^31 keys
-  for (int i = 0; i < 300; ++i) {
-    const int32_t num_tiles = i % 3 ? up_to(kWarpTiles) : kWarpTiles, num_workers = 1 + up_to(300);
-    const int32_t longest = i % 4 ? 1 + up_to(100) : kLongest;
-    std::vector<int32_t> own(kWarpTiles, longest);
-    std::vector<int64_t> cost{0};
-    for (int32_t t = 0; t < num_tiles; ++t) {
-      if (i % 5) own[t] = 1 + up_to(longest - 1);
-      cost.push_back(cost.back() + own[t]);
+  int rounded = 0;
+  for (int i = 0; i < 180; ++i) {
+    SCOPED_TRACE(i);
+    const int32_t num_tiles = i % 3 == 0 ? kWarpTiles : 1 + up_to(i % 3 == 1 ? kWarpTiles - 1 : kInlineTiles - 1);
+    const int32_t num_workers = 1 + up_to(300), longest = i % 4 ? 1 + up_to(100) : kLongest;
+    std::vector<int32_t> cost(num_tiles, longest);
+    std::vector<int64_t> begin{0};
+    for (int32_t& c : cost) {
+      if (i % 5 == 1) c = up_to(1) ? longest : 1 + up_to(3);  // full and streaming heads
+      if (i % 5 > 1) c = 1 + up_to(longest - 1);
+      begin.push_back(begin.back() + c);
     }
-    std::vector<WorkRange> ranges(num_workers);
-    CUDA_OK(launch(warp_plan_kernel, dim3(num_workers), 32, 0, nullptr, false, own.data(), num_tiles, ranges.data()));
-    const int32_t sharing = sharing_workers(cost.back(), num_tiles, num_workers);
+    const int32_t workers = sharing_workers(begin.back(), num_tiles, num_workers);
+    const int64_t share = shares_of(begin.back(), workers);
+    const bool alike = std::count(cost.begin(), cost.end(), cost[0]) == num_tiles;
+    std::vector<WorkRange> expected = whole_shares(cost, share);
+    if (alike || int32_t(expected.size()) > workers) {
+      expected.clear();
+      for (int32_t w = 0; w < workers; ++w) expected.push_back(work_range(begin.data(), num_tiles, w, workers));
+    } else {
+      ++rounded;
+    }
+    const auto sharing = int32_t(expected.size());
+    expected.resize(num_workers, {num_tiles, 0, num_tiles, 0});
+
+    std::vector<Shared> shared(num_workers);
+    std::vector<TilePieces> pieces(num_tiles);
+    CUDA_OK(launch(share_kernel, dim3(num_workers), 32, 0, nullptr, false, cost.data(), num_tiles, shared.data(),
+                   pieces.data()));
+    std::vector<std::vector<int32_t>> slots(num_tiles);
     for (int32_t w = 0; w < num_workers; ++w) {
-      const WorkRange expected =
-          w < sharing ? work_range(cost.data(), num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
-      ASSERT_EQ(ranges[w].tile, expected.tile) << w;
-      ASSERT_EQ(ranges[w].block, expected.block) << w;
-      ASSERT_EQ(ranges[w].end_tile, expected.end_tile) << w;
-      ASSERT_EQ(ranges[w].end_block, expected.end_block) << w;
+      for (const WorkRange& range : {shared[w].of_warp, shared[w].of_block}) {
+        ASSERT_EQ(range.tile, expected[w].tile) << w;
+        ASSERT_EQ(range.block, expected[w].block) << w;
+        ASSERT_EQ(range.end_tile, expected[w].end_tile) << w;
+        ASSERT_EQ(range.end_block, expected[w].end_block) << w;
+      }
+      for (int32_t t = expected[w].tile; w < sharing && t < tiles_end(expected[w]); ++t)
+        slots[t].push_back(partial_slot(expected[w], w, t));
+    }
+    for (int32_t t = 0; t < num_tiles; ++t) {
+      ASSERT_EQ(size_t(pieces[t].count), slots[t].size()) << t;
+      for (int32_t p = 0; p < pieces[t].count; ++p) ASSERT_EQ(pieces[t].slot(p), slots[t][p]) << t;
     }
   }
+  EXPECT_GT(rounded, 18);
+  EXPECT_LT(rounded, 162);
 }
 #endif
 

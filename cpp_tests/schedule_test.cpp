@@ -154,17 +154,6 @@ TEST(Schedule, PiecesOfATileAreFoundWithoutTheRanges) {
   }
 }
 
-TEST(Schedule, ThirtyTwoBitsShareTheSame) {
-  Random random(17);
-  for (int i = 0; i < 10000; ++i) {
-    const int32_t workers = random.chance(10) ? 65535 : random.integer(1, 1000);
-    const uint32_t total = random.chance(10) ? UINT32_MAX : random.integer(0, random.chance(50) ? 1000 : INT32_MAX);
-    for (const int32_t w : {0, random.integer(0, workers), workers})
-      ASSERT_EQ(share_unit(total, uint32_t(w), uint32_t(workers)), share_unit(int64_t(total), w, workers))
-          << total << " units, worker " << w << " of " << workers;
-  }
-}
-
 TEST(Schedule, LoadIsEven) {
   Random random(14);
   for (int i = 0; i < 500; ++i) {

@@ -113,10 +113,6 @@ FLUX_HD Position locate(const int64_t* cost, int32_t num_tiles, int64_t unit) {
 FLUX_HD int64_t share_unit(int64_t total_cost, int32_t worker, int32_t num_workers) {
   return total_cost * worker / num_workers;  // the product would overflow only beyond 2^63 / 2^20 units
 }
-// The same in 32 bits, for fewer than 2^16 workers: no branch, where 64-bit divisions have one.
-FLUX_HD uint32_t share_unit(uint32_t total_cost, uint32_t worker, uint32_t num_workers) {
-  return total_cost / num_workers * worker + total_cost % num_workers * worker / num_workers;
-}
 FLUX_HD Position share_begin(const int64_t* cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
   return locate(cost, num_tiles, share_unit(cost[num_tiles], worker, num_workers));
 }
@@ -196,6 +192,11 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
   const Int most = few ? total_cost : total_cost / 2;
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
+
+// Rounding every tile up to whole shares keeps the end of one tile and the beginning of another out of the same share,
+// whose worker would pay for both in turn. A decode step is shared out so where tiles differ and that makes no share
+// larger and takes no more workers. (Tiles that are alike mostly fall into whole shares by themselves.)
+FLUX_HD int64_t shares_of(int64_t tile_cost, int64_t share) { return (tile_cost + share - 1) / share; }
 
 // Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
 constexpr int kRowBits = 22;

@@ -144,11 +144,11 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   auto* sums = reinterpret_cast<Sum*>(sum_memory);  // [kWarps, 32]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t tile = blockIdx.x, row = blockIdx.y;
-  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, line, [&](int32_t t, const TileView& v) {
+  const auto keep = [&](int32_t t, const TileView& v) {
     if (t == tile) view = v;
-  });
-  const TilePieces pieces =
-      tile_pieces(line.begin, num_tiles, tile, sharing_workers(line.begin[num_tiles], num_tiles, num_workers));
+  };
+  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, num_workers, line, keep);
+  const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
     wait_for_previous();  // even so: whatever waits for this kernel counts on the one before it too
     let_next_start();

@@ -61,15 +61,55 @@ __device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t cou
 struct InlineLine {
   int64_t begin[kInlineTiles + 1];  // cost of the tiles before each; of all
   int32_t cost[kInlineTiles];
+  int32_t workers;  // that have a share
 };
 
 __device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
   return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
 }
 
+// From the costs of the tiles, by one warp: who shares them, and where each begins.
+__device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
+  const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
+  const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
+  int64_t own = 0;
+  int32_t longest = 0;
+#pragma unroll 1
+  for (int32_t t = first; t < last; ++t) {
+    own += line.cost[t];
+    longest = max_of(longest, line.cost[t]);
+  }
+  const int64_t end = sum_up_to_lane(own), total = __shfl_sync(~0u, end, 31);
+  int32_t workers = sharing_workers(total, num_tiles, num_workers);
+  int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
+  if (int64_t(__reduce_max_sync(~0u, longest)) * num_tiles != total) {
+    share = shares_of(total, workers);
+    int32_t own_shares = 0;
+#pragma unroll 1
+    for (int32_t t = first; t < last; ++t) own_shares += int32_t(shares_of(line.cost[t], share));
+    const int32_t shares_end = sum_up_to_lane(own_shares), shares = __shfl_sync(~0u, shares_end, 31);
+    if (shares <= workers) {
+      workers = shares;
+      begin = (shares_end - own_shares) * share;
+    } else {
+      share = 0;
+    }
+  }
+#pragma unroll 1
+  for (int32_t t = first; t < last; ++t) {
+    line.begin[t] = begin;
+    begin += share > 0 ? shares_of(line.cost[t], share) * share : line.cost[t];
+  }
+  if (lane == 31) {
+    line.begin[num_tiles] = begin;
+    line.workers = workers;
+  }
+}
+
 // Fills the line, in shared memory, and returns how many tiles it has. Each is shown to keep(t, view) by one thread.
 template <int kThreads, typename Keep>
-__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineLine& line, Keep keep) {
+__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, int32_t num_workers, InlineLine& line,
+                           Keep keep) {
   const int32_t num_tiles = s.batch * s.num_kv_heads;
   for (int32_t t = threadIdx.x; t < num_tiles; t += kThreads) {
     const TileView view = view_tile(s, tile, inline_tile(s, t));
@@ -77,29 +117,16 @@ __device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, InlineL
     keep(t, view);
   }
   __syncthreads();
-  if (const int lane = threadIdx.x; lane < 32) {
-    const int32_t count = ceil_div(num_tiles, 32), first = lane * count, last = min_of(first + count, num_tiles);
-    int64_t own = 0;
-#pragma unroll 1
-    for (int32_t t = first; t < last; ++t) own += line.cost[t];
-    int64_t before = sum_up_to_lane(own) - own;
-#pragma unroll 1
-    for (int32_t t = first; t < last; ++t) {
-      line.begin[t] = before;
-      before += line.cost[t];
-    }
-    if (lane == 31) line.begin[num_tiles] = before;
-  }
+  if (threadIdx.x < 32) share_out(line, num_tiles, num_workers);
   __syncthreads();
   return num_tiles;
 }
 
-// The even share of a worker; empty for those that share nothing.
-__device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker, int32_t num_workers) {
-  const int32_t sharing = sharing_workers(line.begin[num_tiles], num_tiles, num_workers);
-  if (worker >= sharing) return {num_tiles, 0, num_tiles, 0};
+// The share of a worker; empty for those that share nothing.
+__device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, int32_t worker) {
+  if (worker >= line.workers) return {num_tiles, 0, num_tiles, 0};
   // Even lanes find where it begins, odd ones where it ends.
-  const Position p = share_begin(line.begin, num_tiles, worker + int32_t(threadIdx.x % 2), sharing);
+  const Position p = share_begin(line.begin, num_tiles, worker + int32_t(threadIdx.x % 2), line.workers);
   return {__shfl_sync(~0u, p.tile, 0), __shfl_sync(~0u, p.block, 0), __shfl_sync(~0u, p.tile, 1),
           __shfl_sync(~0u, p.block, 1)};
 }
@@ -108,16 +135,25 @@ __device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, 
 constexpr int32_t kWarpTiles = 32;
 __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32;
-  const uint32_t own = lane < num_tiles ? cost : 0;
+  uint32_t own = lane < num_tiles ? cost : 0;
   const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
+  uint32_t workers = sharing_workers(total, num_tiles, num_workers);  // fewer than 2^16
+  uint32_t share = total / workers, rest = total % workers;           // rest: units that make some shares larger
+  if (__reduce_max_sync(~0u, own) * num_tiles != total) {
+    const uint32_t largest = share + (rest > 0), own_shares = (own + largest - 1) / largest;
+    if (const uint32_t shares = __reduce_add_sync(~0u, own_shares); shares <= workers) {
+      own = own_shares * largest;
+      workers = shares, share = largest, rest = 0;
+    }
+  }
   const uint32_t end = sum_up_to_lane(own);
-  const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
-  const auto share = [&](int32_t w) {
-    const uint32_t unit = share_unit(total, uint32_t(min_of(w, sharing)), uint32_t(sharing));
+  const auto position = [&](uint32_t w) {
+    if (w > workers) w = workers;
+    const uint32_t unit = share * w + rest * w / workers;
     const bool before = lane < num_tiles && end <= unit;
     return position_in(__popc(__ballot_sync(~0u, before)), unit - __reduce_max_sync(~0u, before ? end : 0));
   };
-  const Position first = share(worker), last = share(worker + 1);
+  const Position first = position(worker), last = position(worker + 1);
   return {first.tile, first.block, last.tile, last.block};
 }
 

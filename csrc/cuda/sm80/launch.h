@@ -44,9 +44,9 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
     let_next_start();
     static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
     auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
-    line_up<Body::kThreads>(p.shape, tile, scratch.line,
+    line_up<Body::kThreads>(p.shape, tile, gridDim.x, scratch.line,
                             [&](int32_t t, const TileView& view) { scratch.views[t] = view; });
-    range = share_of(scratch.line, num_tiles, worker, gridDim.x);
+    range = share_of(scratch.line, num_tiles, worker);
     if (empty(range)) return;
     if (threadIdx.x == 0) begin_with(scratch.views[range.tile]);
   }

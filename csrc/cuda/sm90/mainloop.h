@@ -92,7 +92,7 @@ class Consumer {
     // Scores to probabilities, relative to the running maximum.
     const auto absorb_scores = [&](ThreadSoftmax& into, int k_buffer) {
       const typename T::BlockInfo info = shared_.info[k_buffer];
-      release(shared_.kv_empty[k_buffer]);
+      shared_.kv_empty[k_buffer].arrive();
       if (info.masked) apply_mask(s, piece().view, p_.group_inverse, warpgroup_, info.kv_begin);
       into.update(s, scale_log2_);
     };
@@ -122,11 +122,11 @@ class Consumer {
         // second product up before the softmax that is to run beside it.
         if (left > 1) k_buffer = await_next();
         finish<0>(o);
-        release(shared_.kv_empty[v_buffer]);
+        shared_.kv_empty[v_buffer].arrive();
         convert_probs();
         softmax.rescale(o);
       }
-      release(shared_.q_empty[tile_ % T::kQStages]);
+      shared_.q_empty[tile_ % T::kQStages].arrive();
       const bool cleared = blocks_left() > 0;  // read again: no register is free for it meanwhile
 
       ++tile_;
@@ -144,10 +144,10 @@ class Consumer {
       absorb_scores(next_softmax, k_buffer);
       if (blocks_left() > 0) k_buffer = await_next();
       finish<0>(o);
-      release(shared_.kv_empty[v_buffer]);
+      shared_.kv_empty[v_buffer].arrive();
       convert_probs();
       store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
-      release(shared_.work_empty[slot(-1)]);
+      shared_.work_empty[slot(-1)].arrive();
       softmax = next_softmax;
     }
     start_output(await_next());
@@ -177,12 +177,6 @@ class Consumer {
     shared_.kv_full[i].wait(ring_.phase);
     ring_.advance();
     return i;
-  }
-
-  // Every warp says for itself that it is done with a buffer.
-  CUTLASS_DEVICE static void release(Barrier& empty) {
-    __syncwarp();
-    if (cutlass::canonical_lane_idx() == 0) empty.arrive();
   }
 
   // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Only the last key block,
