@@ -57,7 +57,8 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
 // Feeds Q, K and V of every tile. Called by one thread.
 //
 // From the last key block (the diagonal) to the first; the order in the ring is K0, K1, V0, K2, V1, ...: V comes one
-// block behind K, as the consumers use it, across the end of a tile too.
+// block behind K, as the consumers use it, across the end of a tile too. Before the last V of all stands an empty
+// buffer: the consumers need not ask whether there is a next K.
 template <class T>
 class Loader {
  public:
@@ -91,7 +92,9 @@ class Loader {
       }
       shared_.work_empty[ring.index].arrive();
     }
-    if (block >= 0) load_v(last, block);
+    if (block < 0) return;
+    skip_block();
+    load_v(last, block);
   }
 
  private:
@@ -131,6 +134,12 @@ class Loader {
   CUTLASS_DEVICE void load_v(const Keys& keys, int32_t block) {
     shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
     load_block(p_.v_map, p_.attend.v_stride, keys, block);
+  }
+
+  CUTLASS_DEVICE void skip_block() {
+    shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
+    shared_.kv_full[ring_.index].arrive();
+    ring_.advance();
   }
 
   // Fills the next buffer, which is empty.

@@ -103,13 +103,13 @@ class Consumer {
     start_scores(k_buffer);
     finish<0>(s);
     absorb_scores(softmax, k_buffer);
-    if (blocks_left() > 0) k_buffer = await_next();
+    k_buffer = await_next();
     convert_probs();
 
     for (;;) {
       clear(o);
       int32_t left = blocks_left();
-      if (left > 0) clear_past(slot(), 0);
+      if (left > 0) clear_past(slot());
       for (; left > 0; --left) {
         turns_.begin();
         start_scores(k_buffer);
@@ -119,8 +119,8 @@ class Consumer {
         finish<1>(s);
         absorb_scores(softmax, k_buffer);
         // Waiting for the next keys here, not where they are used, also keeps the compiler from moving the wait for the
-        // second product up before the softmax that is to run beside it.
-        if (left > 1) k_buffer = await_next();
+        // second product up before the softmax that is to run beside it. (The next tile's after the last of this one.)
+        k_buffer = await_next();
         finish<0>(o);
         shared_.kv_empty[v_buffer].arrive();
         convert_probs();
@@ -131,9 +131,8 @@ class Consumer {
 
       ++tile_;
       const bool more = await_tile();
-      if (!cleared) clear_past(slot(-1), more ? 1 : 0);
+      if (!cleared) clear_past(slot(-1));
       if (!more) break;
-      k_buffer = await_next();
       turns_.begin();
       start_scores(k_buffer);
       const int v_buffer = await_next();
@@ -142,7 +141,7 @@ class Consumer {
       finish<1>(s);
       ThreadSoftmax next_softmax;
       absorb_scores(next_softmax, k_buffer);
-      if (blocks_left() > 0) k_buffer = await_next();
+      k_buffer = await_next();
       finish<0>(o);
       shared_.kv_empty[v_buffer].arrive();
       convert_probs();
@@ -180,16 +179,14 @@ class Consumer {
   }
 
   // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Only the last key block,
-  // which comes first, has such rows; its V is `ahead` buffers ahead. Every warpgroup clears them all for itself: no
+  // which comes first, has such rows; its V is the next in the ring. Every warpgroup clears them all for itself: no
   // need to wait for another.
-  CUTLASS_DEVICE void clear_past(int work_slot, int ahead) {
+  CUTLASS_DEVICE void clear_past(int work_slot) {
     const int32_t past = shared_.past[work_slot];
     if (past <= 0) return;
-    Ring<T::kBuffers> at = ring_;
-    if (ahead) at.advance();
-    shared_.kv_full[at.index].wait(at.phase);
+    shared_.kv_full[ring_.index].wait(ring_.phase);
     constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
-    typename T::Element* block = shared_.kv + at.index * T::kBufferElements;
+    typename T::Element* block = shared_.kv + ring_.index * T::kBufferElements;
     for (int32_t i = (T::kKvBlock - past) * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
       CUTE_UNROLL
     for (int s = 0; s < T::kSlabs; ++s)
