@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 MOST_MEGABYTES = 30
@@ -30,12 +30,17 @@ class Rule:
     pattern: str
     need: frozenset[str] = frozenset()
     forbid: frozenset[str] = SPILLS
+    most: tuple[tuple[str, int], ...] = ()  # of an instruction
     most_registers: int = 255
 
 
+SM90 = Rule(r"sm90.*attend", need=frozenset({"HGMMA", "UTMALDG"}), forbid=SPILLS | {"HMMA"}, most_registers=168)
+
 # The first rule that matches counts.
 RULES = (
-    Rule(r"sm90.*attend", need=frozenset({"HGMMA", "UTMALDG"}), forbid=SPILLS | {"HMMA"}, most_registers=168),
+    replace(SM90, pattern=SM90.pattern + ".*Li256E"),
+    # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels.md, v8).
+    replace(SM90, most=(("R2UR", 120),)),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
@@ -59,6 +64,7 @@ class Kernel:
         rule = next(r for r in RULES if re.search(r.pattern, self.name))
         found = [f"lacks {op}" for op in sorted(rule.need) if not self.ops[op]]
         found += [f"has {self.ops[op]} {op}" for op in sorted(rule.forbid) if self.ops[op]]
+        found += [f"has {self.ops[op]} {op}, more than {n}" for op, n in rule.most if self.ops[op] > n]
         if self.registers > rule.most_registers:
             found.append(f"more than {rule.most_registers} registers")
         if self.stack:
