@@ -226,7 +226,7 @@ TEST_F(Plan, OfADecodeStep) {
       begin.push_back(begin.back() + c);
     }
     const int32_t workers = sharing_workers(begin.back(), num_tiles, num_workers);
-    const int64_t share = shares_of(begin.back(), workers);
+    const int64_t share = ceil_div_64(begin.back(), workers);
     const bool alike = std::count(cost.begin(), cost.end(), cost[0]) == num_tiles;
     std::vector<WorkRange> expected = whole_shares(cost, share);
     if (alike || int32_t(expected.size()) > workers) {

@@ -18,6 +18,7 @@ constexpr int32_t kUnlimited = 1 << 30;
 FLUX_HD constexpr int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 FLUX_HD constexpr int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 FLUX_HD constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+FLUX_HD constexpr int64_t ceil_div_64(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The key blocks one query block may see, ascending, `width` keys each. No list: every block.
 struct BlockList {

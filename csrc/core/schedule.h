@@ -157,7 +157,7 @@ struct TilePieces {
 };
 FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t tile, int32_t num_workers) {
   const int64_t total = cost[num_tiles], blocks_begin = cost[tile] + kTileOverhead, end = cost[tile + 1];
-  const bool has_blocks = end > blocks_begin;
+  const bool has_blocks = end > blocks_begin;  // or is rounded up, to one share: a single piece either way
   TilePieces p{1, worker_of(has_blocks ? blocks_begin : cost[tile], total, num_workers), 0};
   if (has_blocks) p.count = worker_of(end - 1, total, num_workers) - p.leader + 1;
   p.leader_slot = 2 * p.leader + (share_begin(cost, num_tiles, p.leader, num_workers).tile == tile ? 0 : 1);
@@ -192,11 +192,6 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
   const Int most = few ? total_cost : total_cost / 2;
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
-
-// Rounding every tile up to whole shares keeps the end of one tile and the beginning of another out of the same share,
-// whose worker would pay for both in turn. A decode step is shared out so where tiles differ and that makes no share
-// larger and takes no more workers. (Tiles that are alike mostly fall into whole shares by themselves.)
-FLUX_HD int64_t shares_of(int64_t tile_cost, int64_t share) { return (tile_cost + share - 1) / share; }
 
 // Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
 constexpr int kRowBits = 22;

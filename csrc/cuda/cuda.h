@@ -64,7 +64,7 @@ struct AttendConfig {
 // up at a time then sum to 31 bits.
 constexpr int32_t kMaxRowTiles = 1 << 20;
 
-// A problem so small that every block may plan it for itself: one tile per row. It is always split evenly.
+// A problem so small that every block may plan it for itself: one tile per row. It is always split.
 constexpr int32_t kInlineTiles = 256;
 inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
   return s.max_q_len <= c.tile.q_tokens && int64_t(s.batch) * s.num_kv_heads <= kInlineTiles;

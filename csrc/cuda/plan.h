@@ -59,7 +59,7 @@ __device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t cou
 
 // The line of work of a problem that plans_inline: tile t is row t, which has no other.
 struct InlineLine {
-  int64_t begin[kInlineTiles + 1];  // cost of the tiles before each; of all
+  int64_t begin[kInlineTiles + 1];  // cost of the tiles before each, as shared out; of all
   int32_t cost[kInlineTiles];
   int32_t workers;  // that have a share
 };
@@ -68,7 +68,10 @@ __device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
   return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
 }
 
-// From the costs of the tiles, by one warp: who shares them, and where each begins.
+// From the costs of the tiles, by one warp: who shares them, and where each begins. Rounding every tile up to whole
+// shares keeps the end of one tile and the beginning of another out of the same share, whose worker would pay for both
+// in turn; it is done where tiles differ and it makes no share larger than the largest and takes no more workers.
+// (Tiles that are alike mostly fall into whole shares by themselves.)
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
@@ -83,10 +86,10 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
   int32_t workers = sharing_workers(total, num_tiles, num_workers);
   int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
   if (int64_t(__reduce_max_sync(~0u, longest)) * num_tiles != total) {
-    share = shares_of(total, workers);
+    share = ceil_div_64(total, workers);
     int32_t own_shares = 0;
 #pragma unroll 1
-    for (int32_t t = first; t < last; ++t) own_shares += int32_t(shares_of(line.cost[t], share));
+    for (int32_t t = first; t < last; ++t) own_shares += int32_t(ceil_div_64(line.cost[t], share));
     const int32_t shares_end = sum_up_to_lane(own_shares), shares = __shfl_sync(~0u, shares_end, 31);
     if (shares <= workers) {
       workers = shares;
@@ -98,7 +101,7 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
 #pragma unroll 1
   for (int32_t t = first; t < last; ++t) {
     line.begin[t] = begin;
-    begin += share > 0 ? shares_of(line.cost[t], share) * share : line.cost[t];
+    begin += share > 0 ? ceil_div_64(line.cost[t], share) * share : line.cost[t];
   }
   if (lane == 31) {
     line.begin[num_tiles] = begin;

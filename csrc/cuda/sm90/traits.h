@@ -78,7 +78,9 @@ struct Traits {
     bool masked;
   };
 
-  static constexpr int kWorkSlots = 4;  // the tile that ends, the one that begins, and more (a power of two)
+  // The tile whose output is to be stored, the one that ends, the one whose first K the consumers wait for; a power of
+  // two.
+  static constexpr int kWorkSlots = 4;
   // A thread block takes its next tile when so many key blocks of the one at hand are still to be loaded: enough to
   // find the tile meanwhile. Taking it any earlier would leave other thread blocks idle at the end.
   static constexpr int kBlocksAhead = 2;
