@@ -93,7 +93,7 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ca
     if packed and batch_size > 1:
         raise ValueError(f"cu_seq_lens_q bounds sequences packed into one row, got a batch of {batch_size} rows")
     if packed and cache is not None:
-        raise ValueError("cu_seq_lens_q: sequences packed into one row have no cache, leave past_key_values out")
+        raise ValueError("cu_seq_lens_q: sequences packed into one row have no cache, leave it out")
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # prepared per layer type by generate; ours are all the same padding mask
         mask = mask.get("full_attention")

@@ -227,6 +227,8 @@ def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from .transformers_seam import cache_of
+
     prompt = args.prompt_file.read_text(encoding="utf-8")
     if not prompt:
         raise ValueError(f"{args.prompt_file} is empty")
@@ -240,7 +242,7 @@ def _generate(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     print(tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True))
-    routes = out.past_key_values.routes[0].float()  # [L, Hkv]
+    routes = cache_of(out).routes[0].float()  # [L, Hkv]
     modes = "".join("F" if s == 0 else "s" if s == 1 else "m" for s in routes.mean(1).tolist())
     print(
         f"[{length} + {out.sequences.shape[1] - length} tokens in {seconds:.1f} s; "

@@ -23,6 +23,7 @@ from .evaluation.runner import MODES, Score, evaluate, format_table
 from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from .training.config import ObjectiveName
 from .training.trainer import set_initial_bias
+from .transformers_seam import cache_of
 
 BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
 
@@ -204,7 +205,7 @@ def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> No
             **inputs, max_new_tokens=len(example.answer), do_sample=False, return_dict_in_generate=True
         )
     text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    modes = "".join("F" if s == 0 else "s" for s in out.past_key_values.routes[0].float().mean(1).tolist())
+    modes = "".join("F" if s == 0 else "s" for s in cache_of(out).routes[0].float().mean(1).tolist())
     print(f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated")
     print(f"{example.prompt[-160:]}[{text}]")
     print(f"--- right: [{example.answer}]")

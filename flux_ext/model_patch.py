@@ -19,6 +19,7 @@ from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
+from .transformers_seam import CACHE, cache_name, cache_of, take_cache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -82,7 +83,7 @@ class PatchedLayer:
         batch = kwargs.pop(BATCH, None)
         if batch is None:
             raise RuntimeError("the layers of a patched model run only inside its decoder's forward")
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         layer = None if cache is None else cache.layers[self.index]
         local.batch, local.cache = batch, None
         if isinstance(layer, FluxLayer):
@@ -176,6 +177,7 @@ class Patch:
             routers = FluxRouters(self.config)
         self.routers = routers
         self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
+        self.cache_name = cache_name(self.decoder.forward)
         self._install(attentions, windows)
         routers.config = self.config
 
@@ -311,7 +313,7 @@ class Patch:
             )
         if kwargs.get("output_attentions") or self.text_config.output_attentions:
             raise ValueError("output_attentions=True: a patched model computes no attention weights to give back")
-        cache = kwargs.get("past_key_values")
+        cache = take_cache(kwargs)
         self.check_cache(cache)
         self.check_checkpointing()
         batch = make_batch(self.local.policy, kwargs, tokens, cache)
@@ -328,7 +330,8 @@ class Patch:
                 use_cache = self.text_config.use_cache and not module.training
             kwargs["use_cache"] = use_cache
             if use_cache:
-                kwargs["past_key_values"] = self.new_cache()
+                cache = self.new_cache()
+        kwargs[self.cache_name] = cache
         kwargs[BATCH] = batch
         self.local.decisions = batch.decisions
         return (), kwargs
@@ -345,7 +348,7 @@ class Patch:
     def check_cache(self, cache: Any) -> None:
         if cache is not None and not isinstance(cache, FluxCache):
             raise TypeError(
-                f"a patched model needs a flux_ext.FluxCache as past_key_values, got {type(cache).__name__}"
+                f"a patched model needs a flux_ext.FluxCache as its cache, got {type(cache).__name__}"
             )
 
     def check_checkpointing(self) -> None:
@@ -376,13 +379,13 @@ class Patch:
                 'prefill_chunk_size splits the prompt, but FluxConfig(route_on="prompt") decides from all of it; '
                 'patch with route_on="first_chunk"'
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         self.check_cache(cache)
         if cache is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic", "static"):
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} is not supported by a "
-                    "patched model; leave it out, or pass past_key_values=flux_ext.FluxCache(...)"
+                    "patched model; leave it out, or pass a flux_ext.FluxCache"
                 )
             if generation_config.cache_implementation == "static":
                 stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
@@ -390,7 +393,7 @@ class Patch:
                 cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
             else:
                 cache = self.new_cache()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         else:
@@ -401,7 +404,7 @@ class Patch:
         if self.config.pattern == "triangle":
             raise ValueError('assisted decoding needs pattern="streaming": a triangle ends with the prompt')
         call = inspect.signature(type(self.model)._get_candidate_generator).bind(self.model, *args, **kwargs).arguments
-        cache = call["model_kwargs"]["past_key_values"]
+        cache = cache_of(call["model_kwargs"])
         if cache.get_seq_length() == 0:
             cache.prompt_len = call["input_ids"].shape[1]
         return type(self.model)._get_candidate_generator(self.model, *args, **kwargs)

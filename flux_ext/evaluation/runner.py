@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import patching
+from ..transformers_seam import CACHE, cache_of
 from .tasks import Example
 
 Mode = Literal["dense", "sparse", "routed"]
@@ -160,7 +161,7 @@ def _continue(
 ) -> tuple[float, int, Tensor]:
     """Nats of the answers, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
     out = model(prompt, attention_mask=mask, use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
+    cache = cache_of(out)
     kept, routes = cache.nbytes(), cache.routes.clone()
     longest = max(map(len, answers))
     tokens = torch.tensor([[*a] + [0] * (longest - len(a)) for a in answers], device=prompt.device)
@@ -169,7 +170,7 @@ def _continue(
     if longest > 1:
         fed = tokens[:, :-1]
         grown = torch.cat([mask, torch.ones_like(fed)], 1)
-        more = model(fed, attention_mask=grown, past_key_values=cache, use_cache=True).logits
+        more = model(fed, attention_mask=grown, use_cache=True, **{CACHE: cache}).logits
         logits = torch.cat([logits, more], 1)
     nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
     return float((nats * counted.flatten()).sum()), kept, routes
@@ -189,7 +190,8 @@ def _generated(
     )
     new = out.sequences[:, prompt.shape[1] :]
     texts = [tokenizer.decode(row[: len(a)]) for row, a in zip(new, answers, strict=True)]
-    return texts, out.past_key_values.nbytes(), out.past_key_values.routes
+    cache = cache_of(out)
+    return texts, cache.nbytes(), cache.routes
 
 
 def format_table(scores: Sequence[Score]) -> str:
