@@ -7,10 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import ops
 from .patterns import Streaming
+from .transformers_seam import (
+    ATTENTION_TERMS,
+    UNKNOWN_KEYWORDS,
+    AttentionInterface,
+    AttentionMaskInterface,
+    attends_ahead,
+)
 
 NAME = "flux_ext"
 
@@ -22,10 +28,7 @@ def flux_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: query ``[B, Hq, S, D]``, key and value ``[B, Hkv, T, D]`` -> ``[B, S, Hq, D]``.
@@ -35,17 +38,15 @@ def flux_attention(
     layer = getattr(module, "_flux_ext", None)
     if layer is None:
         raise RuntimeError(f"{type(module).__name__} has attn_implementation={NAME!r} but was not patched")
-    for name, given in (("softcap", softcap), ("s_aux", s_aux), ("dropout", dropout)):
-        if given is not None and (isinstance(given, Tensor) or given):
-            raise ValueError(f"{name} is not supported by flux_ext, {type(module).__name__} asks for {given}")
+    refuse_terms(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, cache, route = layer.current()
-    if batch.probe is not None:
-        batch.probe[layer.index]["given"] = query if layer.kind == "query" else key
     if torch.is_autocast_enabled(value.device.type):  # the rotary embedding of an fp32 model gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if layer.window is not None:
+        if sliding_window not in (None, layer.window):
+            raise ValueError(f"layer {layer.index} asks for a window of {sliding_window}, its cache has {layer.window}")
         return _sliding(q, k, v, scaling, batch, layer.window), None
     if sliding_window is not None:
         raise ValueError(f"layer {layer.index} has a sliding window of its own ({sliding_window}): it is not routed")
@@ -58,6 +59,17 @@ def flux_attention(
         q, k, v, route, sparse=layer.pattern, scale=scaling, seq_start=batch.seq_start, seq_end=batch.seq_end
     )
     return out, None
+
+
+def refuse_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """ValueError where a module asks its attention function for something that the kernels do not compute."""
+    for name in (*ATTENTION_TERMS, *UNKNOWN_KEYWORDS):
+        given = kwargs.get(name)
+        if given is not None and (isinstance(given, Tensor) or given):
+            what = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else given
+            raise ValueError(f"{name} is not supported by flux_ext, {type(module).__name__} asks for {what}")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{type(module).__name__} asks for attention in both directions (is_causal=False)")
 
 
 def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: int) -> Tensor:
@@ -84,9 +96,18 @@ def flux_mask(
     """The padding mask ``[B, kv_length]`` or None: never a dense one. A static cache's has one shape for all steps."""
     if use_vmap:
         raise ValueError("flux_ext attention is causal: mask functions of a model's own are not supported")
+    if attends_ahead(mask_function) and _some_attend_ahead(mask_function, batch_size, q_length, q_offset):
+        raise ValueError("flux_ext attention is causal: tokens that see later ones, as an image's, are not supported")
     if attention_mask is not None and attention_mask.shape[1] < kv_offset + kv_length:
         return F.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))
     return attention_mask
+
+
+def _some_attend_ahead(mask_function: Any, batch_size: int, q_length: int, q_offset: int) -> bool:
+    """Whether some query sees the key after it. Waits for the device; only few mask functions could allow it."""
+    q = torch.arange(q_length - 1) + q_offset
+    rows = torch.arange(batch_size)[:, None]
+    return bool(torch.as_tensor(mask_function(rows, 0, q, q + 1)).any())
 
 
 def register() -> None:

@@ -38,7 +38,6 @@ class Batch:
     prompt_len: int | None = None
     prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
-    probe: dict[int, dict[str, Any]] | None = None
     _host: list[np.ndarray] = field(default_factory=list)  # shared by copies on other devices
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> Batch:

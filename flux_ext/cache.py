@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import ops
 from .batch import Batch
 from .config import FluxConfig
 from .pages import PagedRows
 from .patterns import Full
+from .transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 class FluxLayer(CacheLayerMixin):

@@ -7,84 +7,114 @@ one tiny forward, so an unknown family either works or is refused.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .transformers_seam import offloaded_to, tensor_parallel_size
+
 NORMS = {"query": ("q_norm", "q_layernorm", "query_layernorm"), "key": ("k_norm", "k_layernorm", "key_layernorm")}
 PROJECTIONS = {"query": "q_proj", "key": "k_proj"}
-FUSED = "qkv_proj"
-"""One projection for queries, keys and values in this order (Phi-3)."""
+FUSED = ("qkv_proj", "query_key_value")
+"""One projection for queries, keys and values."""
 
 
 @dataclass
 class Tap:
-    """The submodule whose output holds the states, and how they lie in it."""
+    """The submodule ``name`` whose output holds the states of one ``kind``, and how they lie in it.
 
+    ``fused`` outputs hold all of ``[Q | K | V]`` ("flat"; Phi-3) or the same group by group ("grouped": the queries
+    of a KV head, its key, its value; GPT-NeoX). ``norm`` is a submodule still to be applied: families that norm what
+    the rotary embedding gives (Hunyuan).
+    """
+
+    kind: str
     name: str
-    begin: int | None = None
-    end: int | None = None
-    layout: str | None = None  # "flat" [B, S, H * D], "bshd", "bhsd"; settled by the probe
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    fused: str | None = None
+    norm: str | None = None
+    layout: str | None = None  # "flat" [B, S, H * D], "bshd", "bhsd"
 
-    def states(self, output: Tensor, head_dim: int) -> Tensor:
+    def states(self, output: Tensor, attention: nn.Module) -> Tensor:
         """The states as ``[B, S, H, D]``."""
-        return _arrange(output[..., self.begin : self.end], self.layout, head_dim)
+        q, kv = self.num_q_heads, self.num_kv_heads
+        if self.fused == "grouped":
+            groups = output.unflatten(-1, (kv, q // kv + 2, self.head_dim))
+            states = groups[..., : q // kv, :].flatten(2, 3) if self.kind == "query" else groups[..., q // kv, :]
+        elif self.layout == "flat":
+            states = output.unflatten(-1, (-1, self.head_dim))
+            if self.fused:
+                states = states[..., :q, :] if self.kind == "query" else states[..., q : q + kv, :]
+        else:
+            states = output.transpose(1, 2) if self.layout == "bhsd" else output
+        return states if self.norm is None else getattr(attention, self.norm)(states)
 
-    def settle(self, output: Tensor, head_dim: int, given: Tensor, rotated: Any) -> bool:
-        """Finds the layout in which the output, rotated or not, is what the attention was ``given``.
+    def sees(self, output: Tensor, given: Tensor, attention: nn.Module) -> bool:
+        """Whether the states are what attention was ``given``, ``[2, H, S, D]``, where :func:`flux_ext.proof.look`
+        looked: at position 0 in the first row, and the same states at another position in the second.
 
-        given ``[B, H, S, D]``; rotated: function of states of that shape.
+        A rotary embedding may scale the features it rotates (YaRN), by one factor, also at position 0.
         """
-        output = output[..., self.begin : self.end]
-        for layout in ("flat",) if output.dim() == 3 else ("bhsd", "bshd"):
-            if output.dim() == 3 and output.shape[-1] % head_dim:
-                return False
-            states = _arrange(output, layout, head_dim).transpose(1, 2)
-            if states.shape == given.shape and any(_close(x, given) for x in (rotated(states), states)):
-                self.layout = layout
-                return True
-        return False
-
-
-def _arrange(output: Tensor, layout: str | None, head_dim: int) -> Tensor:
-    if layout == "flat":
-        return output.unflatten(-1, (-1, head_dim))
-    return output.transpose(1, 2) if layout == "bhsd" else output
+        try:
+            states = self.states(output, attention).transpose(1, 2)
+        except (RuntimeError, IndexError):  # another shape
+            return False
+        if states.shape != given.shape or not _close(states[1], states[0]):
+            return False
+        states, given = states[0].float(), given[0].float()
+        factor = (states * given).sum((0, 1)) / (states * states).sum((0, 1)).clamp_min(1e-30)
+        plain = (factor - 1).abs() <= 2e-2
+        return _close(states * torch.where(plain, torch.ones_like(factor), factor[0]), given)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= 2e-2 * b.abs().max())
 
 
-def find_tap(attention: nn.Module, kind: str, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Tap | None:
-    """Where ``kind`` ("query" or "key") states leave a submodule, before the rotary embedding."""
-    for name in (*NORMS[kind], PROJECTIONS[kind]):
-        if isinstance(getattr(attention, name, None), nn.Module):
-            return Tap(name)
-    if isinstance(getattr(attention, FUSED, None), nn.Module):
-        queries, keys = num_q_heads * head_dim, (num_q_heads + num_kv_heads) * head_dim
-        return Tap(FUSED, 0, queries) if kind == "query" else Tap(FUSED, queries, keys)
-    return None
+def tapped_names(attention: nn.Module) -> list[str]:
+    """Submodules that may make queries or keys."""
+    names = [*NORMS["query"], *NORMS["key"], *PROJECTIONS.values(), *FUSED]
+    return [name for name in names if isinstance(getattr(attention, name, None), nn.Module)]
 
 
-def rotary(attention: nn.Module, cos_sin: tuple[Tensor, Tensor]):
-    """The family's own rotary embedding as a function of states ``[B, H, S, D]``."""
-    apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, int, int], outputs: Any) -> Tap:
+    """Where ``kind`` ("query" or "key") states leave a submodule before the rotary embedding, after their norm.
 
-    def rotated(states: Tensor) -> Tensor:
-        if apply is None:
-            return states
-        return apply(states, states, *(x.to(states.device) for x in cos_sin))[0]
+    Args:
+        given: the states that attention was given, ``[2, H, S, D]``, and
+        outputs: those of the submodules, by name, where :func:`flux_ext.proof.look` looked.
+        heads: num_q_heads, num_kv_heads, head_dim.
 
-    return rotated
+    Raises:
+        ValueError: none is known that does; the message names those tried.
+    """
+    norms = [name for name in NORMS[kind] if name in outputs]
+    taps = [Tap(kind, name, *heads, layout=layout) for name in norms for layout in ("flat", "bhsd", "bshd")]
+    for norm in (None, *(n for n in NORMS[kind] if isinstance(getattr(attention, n, None), nn.Module))):
+        taps.append(Tap(kind, PROJECTIONS[kind], *heads, norm=norm, layout="flat"))
+        for name in FUSED:
+            taps += [Tap(kind, name, *heads, fused=how, norm=norm, layout="flat") for how in ("flat", "grouped")]
+    for tap in taps:
+        if tap.name in outputs and tap.sees(outputs[tap.name], given, attention):
+            return tap
+    tried = ", ".join(dict.fromkeys(tap.name for tap in taps if tap.name in outputs)) or "none is known"
+    raise ValueError(
+        f"{type(attention).__name__}: no submodule gives its {kind} states before the rotary embedding (tried: {tried})"
+    )
 
 
 def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -> None:
     """Raises ValueError, naming the reason, for models whose attention this package cannot compute."""
     name = type(model).__name__
+    if (size := tensor_parallel_size(model)) > 1:
+        raise ValueError(
+            f"{name} is sharded by a tensor-parallel plan over {size} processes, so that each has some of the heads: "
+            "it cannot be patched"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model: only decoder-only models can be patched")
     if getattr(text_config, "kv_lora_rank", None):
@@ -103,11 +133,7 @@ def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -
 
 def attention_of(layer: nn.Module, index: int) -> nn.Module:
     """The self-attention of one decoder layer."""
-    found = [
-        m
-        for m in layer.modules()
-        if getattr(m, "layer_idx", None) == index and (hasattr(m, PROJECTIONS["query"]) or hasattr(m, FUSED))
-    ]
+    found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == index and tapped_names(m)]
     if len(found) != 1:
         raise ValueError(f"layer {index} ({type(layer).__name__}) has {len(found)} known attention modules, not 1")
     attention = found[0]
@@ -123,13 +149,7 @@ def device_of(module: nn.Module) -> torch.device:
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
-    hooks: list[Any] = [getattr(m, "_hf_hook", None) for m in module.modules()]
-    places = [place for h in hooks if (place := getattr(h, "execution_device", None)) is not None]
+    places = offloaded_to(module)
     if not places:
         raise ValueError(f"{type(module).__name__} has no weights yet (device meta): load them before patching")
     return torch.device(places[0])
-
-
-def probe_tokens(text_config: Any, device: torch.device) -> Tensor:
-    """A few tokens ``[1, 9]`` for the forward with which ``patch`` checks itself."""
-    return (torch.arange(9, device=device) * 7919 % text_config.vocab_size)[None]

@@ -9,20 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
-from . import attention_function, families
+from . import attention_function, families, proof, transformers_seam
 from .batch import Batch, Decision, Policy, make_batch
 from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
-from .transformers_seam import CACHE, cache_name, cache_of, take_cache
+from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
+
+
+REPLACEMENTS = {
+    "_prepare_cache_for_generation": "prepare_cache",
+    "_get_candidate_generator": "candidate_generator",
+    "generate_batch": "refuse_continuous_batching",
+    "init_continuous_batching": "refuse_continuous_batching",
+    "continuous_batching_context_manager": "refuse_continuous_batching",
+}
+"""Methods of the model that a patch replaces, all that ``transformers_seam.REPLACED`` names, by methods of Patch."""
 
 
 class _Local(threading.local):
@@ -48,11 +56,18 @@ class PatchedLayer:
     sliding window, if it has one.
     """
 
-    def __init__(self, patch: Patch, index: int, attention: nn.Module, slot: int | None, window: int | None) -> None:
+    def __init__(
+        self,
+        patch: Patch,
+        index: int,
+        attention: nn.Module,
+        slot: int | None,
+        window: int | None,
+        tap: families.Tap | None,
+    ) -> None:
         self.patch, self.index, self.attention, self.slot, self.window = patch, index, attention, slot, window
         self.pattern = patch.config.sparse_pattern()
-        self.kind = "query" if patch.config.granularity == "layer" else "key"
-        self.tap: families.Tap | None = None
+        self.tap = tap
         self.tapped: nn.Module | None = None
         self.tap_handle: Any = None
         self.handles = [
@@ -60,6 +75,8 @@ class PatchedLayer:
             attention.register_forward_hook(self.after, always_call=True),
         ]
         attention._flux_ext = self  # type: ignore[assignment]
+        if tap is not None:
+            self.attach_tap()
 
     def remove(self) -> None:
         for handle in (*self.handles, self.tap_handle):
@@ -71,9 +88,9 @@ class PatchedLayer:
         """Batch, cache layer and route of the forward in flight; called by the attention function."""
         local = self.patch.local
         route = None
-        if self.slot is not None and local.batch.probe is None:
+        if self.slot is not None:
             if self.slot not in local.batch.decisions:
-                raise RuntimeError(f"layer {self.index}: the router did not see its {self.kind} states")
+                raise RuntimeError(f"layer {self.index}: the router did not see its states")
             route = local.batch.decisions[self.slot].route
         return local.batch, local.cache, route
 
@@ -92,8 +109,6 @@ class PatchedLayer:
                 h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 layer.set_route(h.new_zeros((h.shape[0], self.patch.num_kv_heads), dtype=torch.int32))
             local.cache = layer
-        if batch.probe is not None:
-            batch.probe[self.index] = {"cos_sin": kwargs.get("position_embeddings")}
         if self.tap is not None and getattr(module, self.tap.name) is not self.tapped:
             self.attach_tap()  # the submodule was replaced, by a LoRA adapter for one
         return args, kwargs
@@ -117,13 +132,10 @@ class PatchedLayer:
         assert self.slot is not None and self.tap is not None
         if batch is None:
             return  # called from outside the attention module
-        if batch.probe is not None:
-            batch.probe[self.index]["tapped"] = output
-            return
         if cache is not None and cache.route is not None and not cache.waiting:
             batch.decisions[self.slot] = Decision(None, cache.route)
             return
-        x = self.tap.states(output, self.patch.head_dim)
+        x = self.tap.states(output, self.attention)
         seq_start, seq_end = batch.seq_start, batch.seq_end
         if batch.cu_seqlens is not None:
             x, seq_start, seq_end = x[0], batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
@@ -149,20 +161,16 @@ class Patch:
     """All that was changed in one model."""
 
     def __init__(self, model: PreTrainedModel, routers: FluxRouters | FluxConfig) -> None:
+        transformers_seam.check_installed()
         self.model: Any = model
         self.source: str | None = None  # the folder or repository that the routers are from
         self.decoder: Any = model.get_decoder()
         self.text_config = model.config.get_text_config(decoder=True)
         families.refuse_unsupported(model, self.decoder, self.text_config)
-        self.num_q_heads: int = self.text_config.num_attention_heads
-        self.num_kv_heads: int = getattr(self.text_config, "num_key_value_heads", None) or self.num_q_heads
         self.local = _Local()
         stock = stock_layers(model.config)
         self.full_layers = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         windows = {i: layer.sliding_window for i, layer in enumerate(stock) if getattr(layer, "is_sliding", False)}
-        types = getattr(self.text_config, "layer_types", None) or []
-        if chunked := [i for i, t in enumerate(types) if t == "chunked_attention"]:
-            raise ValueError(f"layers {chunked} attend in chunks (chunked_attention): the model cannot be patched")
         if not self.full_layers:
             raise ValueError(
                 f"no layer of {type(model).__name__} has full attention (sliding windows: "
@@ -171,15 +179,42 @@ class Patch:
         attentions: dict[int, Any] = {
             i: families.attention_of(self.decoder.layers[i], i) for i in sorted({*self.full_layers, *windows})
         }
-        self.head_dim: int = attentions[self.full_layers[0]].head_dim
+        self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
+        self.cache_name = cache_name(self.decoder.forward)
+        evidence = proof.Proof(model, self.decoder, attentions, self.text_config)
+        self.previous_implementation = self.text_config._attn_implementation
+        try:
+            views = proof.look(model, self.decoder, attentions, self.text_config, windows, self._set_implementation)
+        finally:
+            self._set_implementation(self.previous_implementation)
+        self._count_heads({i: views[i] for i in self.full_layers})
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
+        taps = self._find_taps(attentions, views)
         if isinstance(routers, FluxConfig):
             routers = FluxRouters(self.config)
         self.routers = routers
-        self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
-        self.cache_name = cache_name(self.decoder.forward)
-        self._install(attentions, windows)
+        self._install(attentions, windows, taps, evidence)
         routers.config = self.config
+
+    def _count_heads(self, views: dict[int, proof.View]) -> None:
+        """Heads and their width, as attention is given them."""
+        name, shapes = type(self.model).__name__, {i: view.heads for i, view in views.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(
+                f"{name} cannot be patched: (query heads, KV heads, head_dim) differ among its layers with full "
+                f"attention, {shapes}"
+            )
+        self.num_q_heads, self.num_kv_heads, self.head_dim = next(iter(shapes.values()))
+        if (heads := getattr(self.text_config, "num_attention_heads", None)) not in (None, self.num_q_heads):
+            raise ValueError(f"{name} cannot be patched: attention is given {self.num_q_heads} of its {heads} heads")
+
+    def _find_taps(self, attentions: dict[int, nn.Module], views: dict[int, proof.View]) -> dict[int, families.Tap]:
+        heads = self.num_q_heads, self.num_kv_heads, self.head_dim
+        kind = "query" if self.config.granularity == "layer" else "key"
+        return {
+            i: families.find_tap(kind, attentions[i], getattr(views[i], kind), heads, views[i].outputs)
+            for i in self.config.routed_layers()
+        }
 
     def _fill(self, config: FluxConfig) -> FluxConfig:
         """The configuration with the model's own numbers; ValueError where it is one of another model."""
@@ -204,17 +239,16 @@ class Patch:
             base_model_name_or_path=config.base_model_name_or_path or self.model.name_or_path or None,
         )
 
-    def _install(self, attentions: dict[int, nn.Module], windows: dict[int, int]) -> None:
-        routed = self.config.routed_layers()
-        taps = {}
-        for i in routed:
-            kind = "query" if self.config.granularity == "layer" else "key"
-            taps[i] = families.find_tap(attentions[i], kind, self.num_q_heads, self.num_kv_heads, self.head_dim)
-            if taps[i] is None:
-                raise ValueError(f"{type(attentions[i]).__name__}: no submodule is known to make its {kind} states")
-        model = self.model
+    def _install(
+        self,
+        attentions: dict[int, nn.Module],
+        windows: dict[int, int],
+        taps: dict[int, families.Tap],
+        evidence: proof.Proof,
+    ) -> None:
+        routed, model = self.config.routed_layers(), self.model
+        replaced = transformers_seam.replaceable(model)
         attention_function.register()
-        self.previous_implementation = self.text_config._attn_implementation
         self._set_implementation(attention_function.NAME)
         self.layers = []
         self.handles = [
@@ -227,28 +261,31 @@ class Patch:
         try:
             for i, attention in attentions.items():
                 slot = routed.index(i) if i in routed else None
-                layer = PatchedLayer(self, i, attention, slot, windows.get(i))
-                self.layers.append(layer)
+                self.layers.append(PatchedLayer(self, i, attention, slot, windows.get(i), taps.get(i)))
                 if slot is not None:
-                    layer.tap = taps[i]
-                    layer.attach_tap()
                     attention.flux_router = self.routers.layers[slot].to(families.device_of(attention))
             own = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".flux_router." in n]
             model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
-            self._shadow("_prepare_cache_for_generation", self.prepare_cache)
-            self._shadow("_get_candidate_generator", self.candidate_generator)
-            for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
-                self._shadow(name, self.refuse_continuous_batching)
-            self._probe()
+            for name in replaced:
+                self._shadow(name, getattr(self, REPLACEMENTS[name]))
+            self._prove(evidence)
         except BaseException:
             self.remove()
             raise
 
+    def _prove(self, evidence: proof.Proof) -> None:
+        """With every route full the patched model is the model it was."""
+        local = self.local
+        local.policy = lambda slot, logits: torch.zeros(len(logits), dtype=torch.int32)
+        try:
+            evidence.compare(self.new_cache(), self.cache_name)
+        finally:
+            local.policy = local.decisions = None
+
     def _shadow(self, name: str, method: Any) -> None:
         """Replaces a method of this one instance."""
-        if hasattr(self.model, name):
-            setattr(self.model, name, method)
-            self.shadowed.append(name)
+        setattr(self.model, name, method)
+        self.shadowed.append(name)
 
     def _set_implementation(self, name: str) -> None:
         self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
@@ -269,39 +306,9 @@ class Patch:
         self._set_implementation(self.previous_implementation)
         del self.model._flux_ext
 
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """One tiny forward: every tap fires and sees what the attention gets, up to the rotary embedding."""
-        tokens = families.probe_tokens(self.text_config, families.device_of(self.decoder))
-        training = [m for m in self.decoder.modules() if m.training]
-        self.decoder.eval()
-        batch = Batch(probe={})
-        try:
-            self.decoder(input_ids=tokens, use_cache=False, **{BATCH: batch})
-        finally:
-            for module in training:
-                module.training = True
-        assert batch.probe is not None
-        for layer in self.layers:
-            if layer.tap is None:
-                continue
-            seen = batch.probe.get(layer.index, {})
-            name = type(layer.attention).__name__
-            if not {"tapped", "given"} <= seen.keys():
-                raise ValueError(f"{name}: {layer.tap.name} or the attention function was not called")
-            if seen["cos_sin"] is None:
-                raise ValueError(f"{name} is not given its rotary embedding (position_embeddings)")
-            rotated = families.rotary(layer.attention, seen["cos_sin"])
-            if not layer.tap.settle(seen["tapped"], self.head_dim, seen["given"], rotated):
-                raise ValueError(
-                    f"{name}: the output of {layer.tap.name} is not the {layer.kind} states before rotary embedding"
-                )
-
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder: the cache and the batch of this forward."""
         kwargs = {**dict(zip(self.parameter_order, args, strict=False)), **kwargs}
-        if BATCH in kwargs:  # the probe
-            return (), kwargs
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
@@ -347,17 +354,13 @@ class Patch:
 
     def check_cache(self, cache: Any) -> None:
         if cache is not None and not isinstance(cache, FluxCache):
-            raise TypeError(
-                f"a patched model needs a flux_ext.FluxCache as its cache, got {type(cache).__name__}"
-            )
+            raise TypeError(f"a patched model needs a flux_ext.FluxCache as its cache, got {type(cache).__name__}")
 
     def check_checkpointing(self) -> None:
         """Reentrant checkpointing runs the forward without a graph, so routers would silently get no gradient."""
         if not (self.decoder.training and torch.is_grad_enabled()):
             return
-        layer = self.decoder.layers[0]
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        if transformers_seam.reentrant_checkpointing(self.decoder):
             raise ValueError('gradient checkpointing must be non-reentrant: {"use_reentrant": False}')
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
@@ -388,8 +391,9 @@ class Patch:
                     "patched model; leave it out, or pass a flux_ext.FluxCache"
                 )
             if generation_config.cache_implementation == "static":
-                stock = inspect.signature(type(self.model)._prepare_cache_for_generation)
-                call = stock.bind(self.model, generation_config, model_kwargs, *args, **kwargs).arguments
+                call = transformers_seam.arguments_of(
+                    self.model, "_prepare_cache_for_generation", generation_config, model_kwargs, *args, **kwargs
+                )
                 cache = FluxStaticCache(self.model.config, self.config, call["max_cache_length"])
             else:
                 cache = self.new_cache()
@@ -403,7 +407,7 @@ class Patch:
         """In place of ``_get_candidate_generator``: the first forward will have candidates after the prompt."""
         if self.config.pattern == "triangle":
             raise ValueError('assisted decoding needs pattern="streaming": a triangle ends with the prompt')
-        call = inspect.signature(type(self.model)._get_candidate_generator).bind(self.model, *args, **kwargs).arguments
+        call = transformers_seam.arguments_of(self.model, "_get_candidate_generator", *args, **kwargs)
         cache = cache_of(call["model_kwargs"])
         if cache.get_seq_length() == 0:
             cache.prompt_len = call["input_ids"].shape[1]

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from .batch import Decision, Policy
 from .config import FluxConfig
 from .model_patch import Patch
 from .routers import FluxRouters
+from .transformers_seam import PreTrainedModel
 
 
 class Routing:

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from . import ops
 from .batch import Batch
 from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
 from .patterns import Full
+from .transformers_seam import Cache, DynamicLayer
 
 
 class FluxStaticLayer(FluxLayer):

@@ -1,7 +1,10 @@
-"""What this package takes from transformers under names that its releases change.
+"""What this package takes from transformers: the one room that knows its names, and how releases differ in them.
 
-5.24 renamed the cache: the argument ``past_key_values`` of models, decoders and attention modules, and the field of
-their outputs, is ``cache``. Modules outside transformers may still use the old name.
+Everything private, and everything public that a release has renamed before, stands here, with what is done where it
+is absent. What is needed and absent is an ImportError, when ``flux_ext.patch`` is first used or when it is called,
+that names the installed version and those tried: nothing that a patch replaces or looks for fails open.
+
+Names of modules, arguments and layers that one model family has and another has not are in :mod:`flux_ext.families`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,38 @@ import inspect
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from transformers.masking_utils import create_causal_mask
+import transformers
+from torch import nn
+
+TRIED = ("5.17.0", "5.19.0", "5.20.2", "5.23.0", "5.24.0")
+"""Releases of transformers that the tests have passed with."""
+
+
+def missing(what: str) -> ImportError:
+    """The error for something that the installed transformers does not have."""
+    return ImportError(
+        f"transformers {transformers.__version__} is installed, and has no {what}, which flux_ext needs: "
+        f"install one of the versions that were tried, {', '.join(TRIED)}"
+    )
+
+
+try:
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.generation.configuration_utils import GenerationConfig
+    from transformers.generation.utils import GenerationMixin
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, create_causal_mask, or_masks
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+except ImportError as error:
+    raise missing(f"name or module of this message: {error}") from error
+
+__all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer"]
+
+# --- The cache. 5.24 renamed it: the argument `past_key_values` of models, decoders and attention modules, and the
+# field of their outputs, is `cache`. Modules outside transformers may still use the old name.
 
 CACHE_NAMES = ("cache", "past_key_values")
 
@@ -28,8 +62,11 @@ def cache_name(function: Callable[..., Any]) -> str:
     raise ValueError(f"{function.__qualname__} takes no cache: it has no parameter {' or '.join(CACHE_NAMES)}")
 
 
-CACHE = cache_name(create_causal_mask)
-"""The keyword of the installed transformers: its models and ``generate`` take a cache by this name."""
+try:
+    CACHE = cache_name(create_causal_mask)
+    """The keyword of the installed transformers: its models and ``generate`` take a cache by this name."""
+except ValueError as error:
+    raise missing(f"cache by a known name: {error}") from None
 
 
 def cache_of(x: Any) -> Any:
@@ -46,3 +83,121 @@ def take_cache(kwargs: MutableMapping[str, Any]) -> Any:
     for name in CACHE_NAMES:
         kwargs.pop(name, None)
     return cache
+
+
+# --- The attention function. What stock ones take by name is what models may ask for.
+
+ATTENTION_TERMS = ("softcap", "s_aux", "position_bias", "dropout")
+"""Keywords that change the scores in ways the kernels do not compute; :mod:`flux_ext.attention_function` refuses."""
+ATTENTION_KEYWORDS = ("scaling", "sliding_window", "is_causal", *ATTENTION_TERMS)
+"""Keywords that an attention function is called with, beside the module, the states and the mask."""
+_GIVEN = {"module", "query", "key", "value", "attention_mask", "kwargs"}
+_taken = {
+    name
+    for stock in (sdpa_attention_forward, flash_attention_forward, flex_attention_forward)
+    for name in inspect.signature(stock).parameters
+}
+UNKNOWN_KEYWORDS = tuple(sorted(_taken - _GIVEN - set(ATTENTION_KEYWORDS)))
+"""Keywords of a newer release, and the paged cache of continuous batching: refused where a model gives them."""
+
+
+# --- The mask function.
+
+
+def attends_ahead(mask_function: Any) -> bool:
+    """Whether a mask function is a union: something beside the causal mask, as images that see all of themselves."""
+    code = getattr(mask_function, "__code__", None)
+    if code is or_masks(causal_mask_function, causal_mask_function).__code__:  # type: ignore[attr-defined]
+        return True
+    cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
+    inner = [f for x in cells for f in (x if isinstance(x, tuple) else (x,)) if inspect.isfunction(f)]
+    return any(attends_ahead(f) for f in inner)
+
+
+# --- Activation checkpointing, `gradient_checkpointing` before 5.24; the layers' attributes kept their names.
+
+
+def reentrant_checkpointing(decoder: nn.Module) -> bool:
+    """Whether some layer recomputes itself the reentrant way, in which routers get no gradient."""
+    for layer in (decoder, *decoder.layers):  # type: ignore[misc]
+        if getattr(layer, "gradient_checkpointing", False):
+            if not hasattr(layer, "_gradient_checkpointing_func"):
+                raise missing("_gradient_checkpointing_func on a checkpointed layer")
+            keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+            if keywords.get("use_reentrant", True):
+                return True
+    return False
+
+
+# --- What patch replaces on a model, and what it reads.
+
+REPLACED = {  # methods of GenerationMixin and the arguments that the replacement looks for
+    "_prepare_cache_for_generation": ("generation_config", "model_kwargs", "max_cache_length"),
+    "_get_candidate_generator": ("input_ids", "model_kwargs"),
+    "generate_batch": (),
+    "init_continuous_batching": (),
+    "continuous_batching_context_manager": (),
+}
+MODEL_NAMES = ("get_decoder", "set_attn_implementation", "_keys_to_ignore_on_save", "_set_gradient_checkpointing")
+CONFIG_NAMES = ("get_text_config", "_attn_implementation")
+GENERATION_SETTINGS = ("use_cache", "cache_implementation", "prefill_chunk_size", "is_assistant")
+
+
+def check_installed() -> None:
+    """Everything that is looked for by name only when a model runs.
+
+    Raises:
+        ImportError: something is not there.
+    """
+    for name in ATTENTION_KEYWORDS:
+        if name not in _taken:
+            raise missing(f"keyword {name} of attention functions")
+    for owner, names in (
+        (PreTrainedModel, MODEL_NAMES),
+        (transformers.PreTrainedConfig, CONFIG_NAMES),
+        (GradientCheckpointingLayer, ("gradient_checkpointing",)),
+        (GenerationConfig(), GENERATION_SETTINGS),
+        (DynamicCache(), ("layers", "is_compileable")),
+    ):
+        for name in names:
+            if not hasattr(owner, name):
+                raise missing(f"{owner.__name__ if isinstance(owner, type) else type(owner).__name__}.{name}")
+    if "gradient_checkpointing_func" not in inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters:
+        raise missing("argument gradient_checkpointing_func of PreTrainedModel._set_gradient_checkpointing")
+
+
+def replaceable(model: Any) -> list[str]:
+    """The methods of ``generate`` that a patch must replace on a model; none on a model that does not generate.
+
+    Raises:
+        ImportError: one of them is gone or takes other arguments.
+    """
+    if not isinstance(model, GenerationMixin):
+        return []
+    for name, arguments in REPLACED.items():
+        if not hasattr(model, name):
+            raise missing(f"method {name} of {type(model).__name__}")
+        parameters = inspect.signature(getattr(GenerationMixin, name)).parameters
+        for argument in arguments:
+            if argument not in parameters:
+                raise missing(f"argument {argument} of {name}")
+    return list(REPLACED)
+
+
+def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call to one of the replaced methods, by name."""
+    return dict(inspect.signature(getattr(GenerationMixin, method)).bind(model, *args, **kwargs).arguments)
+
+
+# --- Where weights are. Tensor parallelism is transformers' own, offloading is accelerate's.
+
+
+def tensor_parallel_size(model: Any) -> int:
+    """Over how many processes a model's weights are cut; 1: whole."""
+    return getattr(model, "_tp_size", None) or 1
+
+
+def offloaded_to(module: nn.Module) -> list[Any]:
+    """The devices that accelerate brings a module's weights to when it runs."""
+    hooks: list[Any] = [getattr(m, "_hf_hook", None) for m in module.modules()]
+    return [place for h in hooks if (place := getattr(h, "execution_device", None)) is not None]
