@@ -5,6 +5,7 @@ The schemas are in ``csrc/torch/library.cpp``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from .block_sparse import select_blocks
 from .patterns import BlockSparse, Full, Pattern, Streaming
 
 _ops = torch.ops.flux_ext
+_BROKEN_RULE = "invalid argument: "
+"""How the operators' messages begin where an argument breaks a rule (csrc/core/broken_rule.h)."""
+
+
+def _call(operator: Callable[..., Any], *args: Any) -> Any:
+    """What an operator returns; its broken rules as ValueError, which torch 2.15 and later report as RuntimeError."""
+    try:
+        return operator(*args)
+    except (RuntimeError, ValueError) as error:
+        message = str(error)
+        if not message.startswith(_BROKEN_RULE):
+            raise
+        raise ValueError(message.removeprefix(_BROKEN_RULE)) from None
 
 
 @torch.library.register_fake("flux_ext::attend")
@@ -62,7 +76,9 @@ def _attend_backward(ctx, grad_out, _grad_lse):
             "attention has no gradient on CUDA yet: train with the counterfactual objective, which needs none, "
             "or on the CPU"
         )
-    grads = _ops.attend_backward(grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans)
+    grads = _call(
+        _ops.attend_backward, grad_out, q, k, v, out, lse, route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans
+    )
     return (*grads, *(None,) * 12)
 
 
@@ -193,7 +209,7 @@ def attend(
         else:
             patterns += [*pattern.numbers(), 0]
             lists += [None, None]
-    return _ops.attend(q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+    return _call(_ops.attend, q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
 
 
 def row_spans(
@@ -351,7 +367,7 @@ def route(
         ValueError: an argument breaks a rule; on the CPU also a pooled value that is not finite.
     """
     _check_devices("x", x, weights=weights[0] if weights else None, begin=begin, end=end)
-    _, logits, decision = _ops.route(x, weights, pool_size, per_head, begin, end)
+    _, logits, decision = _call(_ops.route, x, weights, pool_size, per_head, begin, end)
     return logits, decision
 
 
@@ -412,7 +428,8 @@ def append(
         seen=seen,
         slots=slots,
     )
-    _ops.append(
+    _call(
+        _ops.append,
         k.detach(),
         v.detach(),
         k_pool,

@@ -382,5 +382,5 @@ def test_refuses_a_pattern_of_other_numbers() -> None:
         ([4, 0, 0, 1], r"pattern.window must be a positive multiple of align \(1\), got 0"),
         ([4, 24, 0, 0], r"pattern.align must be >= 1, got 0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, RuntimeError), match=message):  # the type depends on torch (flux_ext/ops.py)
             torch.ops.flux_ext.append(*[pattern if name == "pattern" else t for name, t in x.items()])

@@ -183,7 +183,7 @@ def test_backward_checks_what_the_forward_left():
         ((out, q, q, q, out.half(), lse), r"out must have the dtype of q"),
         ((out, q, q, q, out, lse[..., :4]), r"lse must be float32 \[B, Hq, S\]"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, RuntimeError), match=message):  # the type depends on torch (flux_ext/ops.py)
             backward(*args, *rest)
 
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/broken_rule.h"
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 
@@ -60,7 +61,8 @@ const Kernels& choose() {
     if (best == all.end()) {
       std::string names;
       for (const Build& b : all) names += std::string(names.empty() ? "" : ", ") + b.kernels.isa;
-      throw std::invalid_argument("the environment variable FLUX_EXT_ISA must be one of " + names + ", got " + limit);
+      throw std::invalid_argument(kBrokenRule + ("the environment variable FLUX_EXT_ISA must be one of " + names) +
+                                  ", got " + limit);
     }
   }
   return std::find_if(best, all.end(), [](const Build& b) { return b.runs_here; })->kernels;  // portable at the latest

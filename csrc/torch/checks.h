@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/broken_rule.h"
+
 namespace flux::torch_ops {
 
 using torch::headeronly::ScalarType;
@@ -50,8 +52,9 @@ inline std::string device_of(const Tensor& t) {
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream s;
+  s << kBrokenRule;
   (s << ... << parts);
-  throw std::invalid_argument(s.str());  // a ValueError in Python
+  throw std::invalid_argument(s.str());
 }
 
 #define FLUX_CHECK(condition, ...)                          \
