@@ -1,0 +1,93 @@
+"""The ranges in pyproject.toml, the pins in constraints.txt and the table in docs/compatibility.md agree."""
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+if not (ROOT / "pyproject.toml").exists():
+    pytest.skip("pyproject.toml is not beside the tests", allow_module_level=True)
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIRED = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+OPTIONAL = {extra: [*map(Requirement, names)] for extra, names in PROJECT["optional-dependencies"].items()}
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.lstrip().startswith("#")
+]
+COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+
+
+def pins(python: str) -> dict[str, Version]:
+    """What constraints.txt installs on Linux with that Python."""
+    machine = {
+        "python_version": python,
+        "python_full_version": f"{python}.4",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "os_name": "posix",
+    }
+    chosen = {}
+    for pin in PINS:
+        if pin.marker is None or pin.marker.evaluate(machine):
+            name = canonicalize_name(pin.name)
+            assert name not in chosen, f"two pins of {name} for Python {python}"
+            chosen[name] = Version(str(pin.specifier).removeprefix("=="))
+    return chosen
+
+
+def tried(package: str) -> list[Version]:
+    """The versions in the first column of a package's table in docs/compatibility.md."""
+    section = COMPATIBILITY.split(f"## {package}\n")[1].split("\n## ")[0]
+    return [Version(v.split("+")[0]) for v in re.findall(r"^\| (\d[\w.+]*) \|", section, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_is_pinned_within_its_range(python):
+    chosen = pins(python)
+    for requirement in [*REQUIRED.values(), *(r for extra in OPTIONAL.values() for r in extra)]:
+        pin = chosen[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement} does not allow the pinned {pin}"
+
+
+def test_every_requirement_has_a_lower_bound():
+    """The oldest leg of .ci/run installs exactly these."""
+    for requirement in [*REQUIRED.values(), *OPTIONAL["test"], *OPTIONAL["parquet"]]:
+        assert {s.operator for s in requirement.specifier} & {">=", "=="}, requirement
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_the_ends_of_the_range_and_the_pins_were_tried(package):
+    versions = tried(package)
+    bounds = {s.operator: Version(s.version) for s in REQUIRED[package].specifier}
+    assert min(versions).release[:2] == bounds[">="].release[:2]
+    assert all(pins(python)[package] in versions for python in PYTHONS)
+    if package == "transformers":  # one may ask for the next minor release when it was tried
+        last = max(versions)
+        assert bounds["<"] == Version(f"{last.major}.{last.minor + 1}"), f"{last} is the last that was tried"
+
+
+def test_one_lower_bound_of_torch():
+    """Where the build names torch, it asks for what the package asks for."""
+    for name in ["Makefile", "tools/flux_build.py"]:
+        asked = re.findall(r'"(torch[<>=][^"]*)"', (ROOT / name).read_text())
+        assert asked == [str(REQUIRED["torch"])], name
+
+
+def test_what_is_installed_is_allowed():
+    for name, requirement in REQUIRED.items():
+        assert requirement.specifier.contains(Version(importlib.metadata.version(name)).base_version), name
