@@ -107,6 +107,12 @@ def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, i
     )
 
 
+def decoder_of(model: Any) -> nn.Module:
+    """The module that has the layers. ``get_decoder`` gives another one where a head is called decoder, for one."""
+    found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
+    return next((m for m in found if isinstance(getattr(m, "layers", None), nn.ModuleList)), found[0])
+
+
 def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -> None:
     """Raises ValueError, naming the reason, for models whose attention this package cannot compute."""
     name = type(model).__name__

@@ -46,7 +46,8 @@ __all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerM
 # --- The cache. 5.24 renamed it: the argument `past_key_values` of models, decoders and attention modules, and the
 # field of their outputs, is `cache`. Modules outside transformers may still use the old name.
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""The last one is only of some families' attention modules (GPT-NeoX)."""
 
 
 def cache_name(function: Callable[..., Any]) -> str:
@@ -117,16 +118,20 @@ def attends_ahead(mask_function: Any) -> bool:
 # --- Activation checkpointing, `gradient_checkpointing` before 5.24; the layers' attributes kept their names.
 
 
-def reentrant_checkpointing(decoder: nn.Module) -> bool:
-    """Whether some layer recomputes itself the reentrant way, in which routers get no gradient."""
-    for layer in (decoder, *decoder.layers):  # type: ignore[misc]
+def checkpointing(decoder: Any) -> list[Any]:
+    """The functions with which a decoder's layers recompute themselves in backward; none where they do not."""
+    functions = []
+    for layer in (decoder, *decoder.layers):
         if getattr(layer, "gradient_checkpointing", False):
             if not hasattr(layer, "_gradient_checkpointing_func"):
                 raise missing("_gradient_checkpointing_func on a checkpointed layer")
-            keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
-            if keywords.get("use_reentrant", True):
-                return True
-    return False
+            functions.append(layer._gradient_checkpointing_func)
+    return functions
+
+
+def reentrant_checkpointing(decoder: Any) -> bool:
+    """Whether some layer recomputes itself the reentrant way, in which routers get no gradient."""
+    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in checkpointing(decoder))
 
 
 # --- What patch replaces on a model, and what it reads.
