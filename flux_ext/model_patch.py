@@ -17,7 +17,7 @@ from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
-from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
+from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, setting, take_cache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -174,7 +174,8 @@ class Patch:
         families.refuse_unsupported(model, self.decoder, self.text_config)
         self.local = _Local()
         self.hands_on_keywords = True  # the layers, to their attention; the proof sees it
-        stock = stock_layers(model.config)
+        with proof.refusing(type(model).__name__, "no cache can be made for it"):
+            stock = stock_layers(model.config)
         self.full_layers = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         windows = {i: layer.sliding_window for i, layer in enumerate(stock) if getattr(layer, "is_sliding", False)}
         kinds = [type(layer).__name__ for layer in stock]
@@ -214,7 +215,7 @@ class Patch:
                 f"attention, {shapes}"
             )
         self.num_q_heads, self.num_kv_heads, self.head_dim = next(iter(shapes.values()))
-        if (heads := getattr(self.text_config, "num_attention_heads", None)) not in (None, self.num_q_heads):
+        if (heads := setting(self.text_config, "num_attention_heads")) not in (None, self.num_q_heads):
             raise ValueError(f"{name} cannot be patched: attention is given {self.num_q_heads} of its {heads} heads")
 
     def _find_taps(self, attentions: dict[int, nn.Module], views: dict[int, proof.View]) -> dict[int, families.Tap]:
@@ -299,7 +300,10 @@ class Patch:
     def _set_implementation(self, name: str) -> None:
         self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
         if self.text_config._attn_implementation != name:
-            raise ValueError(f"{type(self.model).__name__} refused attn_implementation={name!r}")
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be patched: it does not call its attention through transformers' "
+                f"AttentionInterface (it refused attn_implementation={name!r})"
+            )
 
     def remove(self) -> None:
         """Undoes everything."""

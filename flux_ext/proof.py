@@ -74,12 +74,12 @@ class Proof:
 
     def __init__(self, model: Any, decoder: Any, attentions: dict[int, nn.Module], text_config: Any) -> None:
         self.name, self.decoder, self.attentions = type(model).__name__, decoder, attentions
-        self.tokens = _tokens(text_config, families.device_of(decoder))
-        self.mask = torch.ones_like(self.tokens)
-        self.mask[1, :PADDING] = 0
         self.tolerance = {i: _coarseness(m) for i, m in attentions.items()}
         self.seen: dict[int, list[Tensor]] = {i: [] for i in attentions}
         with refusing(self.name, "the unpatched model fails on a few tokens"):
+            self.tokens = _tokens(text_config, families.device_of(decoder))
+            self.mask = torch.ones_like(self.tokens)
+            self.mask[1, :PADDING] = 0
             self.outputs = self._run(self._record)
 
     def compare(self, cache: Any, name: str) -> None:

@@ -44,7 +44,7 @@ TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 LARGEST = 100_000_000
 """Parameters of the largest model that is tried: more means that :data:`SMALL` lacks a name."""
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "dim"), 64),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embed_dim", "emb_dim", "dim"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
@@ -83,6 +83,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {"moe_k": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": MIXED},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": RECURRENT, "mamba_n_heads": 8},
@@ -121,6 +122,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """What single families need beside that, or instead; ``...``: the configuration's own."""
+OWN["qwen4_exp"] = OWN["qwen4_exp_text"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, no soft-capping": ("gemma2", {"attn_logit_softcapping": None}),
     "mistral, sliding window": ("mistral", {"sliding_window": 8}),
@@ -186,9 +188,11 @@ def ragged() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def attempt(family: str) -> tuple[str, str]:
-    """Verdict ("works", "refused", "fault" or "not made") and reason."""
+    """Verdict ("works", "refused", "not tried", "fault" or "not made") and reason."""
     try:
         model = tiny_model(family)
+    except ImportError as error:
+        return "not tried", str(error).partition(".")[0]
     except Exception as error:
         return "not made", f"{type(error).__name__}: {error}"
     ids, mask = ragged()
