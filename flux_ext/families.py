@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .transformers_seam import offloaded_to, tensor_parallel_size
+from .transformers_seam import offloaded_to, setting, tensor_parallel_size
 
 NORMS = {"query": ("q_norm", "q_layernorm", "query_layernorm"), "key": ("k_norm", "k_layernorm", "key_layernorm")}
 PROJECTIONS = {"query": "q_proj", "key": "k_proj"}
@@ -103,8 +103,15 @@ def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, i
             return tap
     tried = ", ".join(dict.fromkeys(tap.name for tap in taps if tap.name in outputs)) or "none is known"
     raise ValueError(
-        f"{type(attention).__name__}: no submodule gives its {kind} states before the rotary embedding (tried: {tried})"
+        f"{type(attention).__name__}: no submodule gives its {kind} states before a rotary embedding, the same at every "
+        f"position (tried: {tried})"
     )
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that has the layers. ``get_decoder`` gives another one where a head is called decoder, for one."""
+    found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
+    return next((m for m in found if isinstance(getattr(m, "layers", None), nn.ModuleList)), found[0])
 
 
 def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -> None:
@@ -117,17 +124,16 @@ def refuse_unsupported(model: nn.Module, decoder: nn.Module, text_config: Any) -
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model: only decoder-only models can be patched")
-    if getattr(text_config, "kv_lora_rank", None):
+    if setting(text_config, "kv_lora_rank"):
         raise ValueError(f"{name} uses multi-head latent attention (kv_lora_rank): it cannot be patched")
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise ValueError(f"{name} has no decoder layers of a known form ({type(decoder).__name__}.layers)")
-    if getattr(text_config, "attn_logit_softcapping", None):
+    if softcap := setting(text_config, "attn_logit_softcapping"):
         raise ValueError(
-            f"{name} soft-caps its attention scores (attn_logit_softcapping="
-            f"{text_config.attn_logit_softcapping}), which the kernels do not compute; "
-            "set config.attn_logit_softcapping = None before patching to go without"
+            f"{name} soft-caps its attention scores (attn_logit_softcapping={softcap}), which the kernels do not "
+            "compute; set config.attn_logit_softcapping = None before patching to go without"
         )
-    if getattr(text_config, "use_bidirectional_attention", False):
+    if setting(text_config, "use_bidirectional_attention"):
         raise ValueError(f"{name} attends in both directions (use_bidirectional_attention): it cannot be patched")
 
 
@@ -135,7 +141,10 @@ def attention_of(layer: nn.Module, index: int) -> nn.Module:
     """The self-attention of one decoder layer."""
     found = [m for m in layer.modules() if getattr(m, "layer_idx", None) == index and tapped_names(m)]
     if len(found) != 1:
-        raise ValueError(f"layer {index} ({type(layer).__name__}) has {len(found)} known attention modules, not 1")
+        names = ", ".join(type(m).__name__ for m in found)
+        raise ValueError(
+            f"layer {index} ({type(layer).__name__}) has {len(found)} attention modules of a known form, not 1: {names}"
+        )
     attention = found[0]
     if getattr(attention, "sinks", None) is not None:
         raise ValueError(f"{type(attention).__name__} has learned attention sinks (s_aux): it cannot be patched")

@@ -17,7 +17,7 @@ from .config import FluxConfig
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
-from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
+from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, setting, take_cache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -36,7 +36,8 @@ REPLACEMENTS = {
 class _Local(threading.local):
     """State of the forward in flight in this thread; copies start empty."""
 
-    batch: Any = None  # Batch
+    forward: Any = None  # Batch of the decoder's forward
+    batch: Any = None  # the same in an attention module, on its device
     cache: FluxLayer | None = None
     policy: Policy | None = None
     prompt_lengths: Tensor | None = None
@@ -99,7 +100,11 @@ class PatchedLayer:
         local = self.patch.local
         batch = kwargs.pop(BATCH, None)
         if batch is None:
-            raise RuntimeError("the layers of a patched model run only inside its decoder's forward")
+            if local.forward is None:
+                raise RuntimeError("the layers of a patched model run only inside its decoder's forward")
+            self.patch.hands_on_keywords = False
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            batch = local.forward.to(hidden.device)
         cache = cache_of(kwargs)
         layer = None if cache is None else cache.layers[self.index]
         local.batch, local.cache = batch, None
@@ -164,17 +169,20 @@ class Patch:
         transformers_seam.check_installed()
         self.model: Any = model
         self.source: str | None = None  # the folder or repository that the routers are from
-        self.decoder: Any = model.get_decoder()
+        self.decoder: Any = families.decoder_of(model)
         self.text_config = model.config.get_text_config(decoder=True)
         families.refuse_unsupported(model, self.decoder, self.text_config)
         self.local = _Local()
-        stock = stock_layers(model.config)
+        self.hands_on_keywords = True  # the layers, to their attention; the proof sees it
+        with proof.refusing(type(model).__name__, "no cache can be made for it"):
+            stock = stock_layers(model.config)
         self.full_layers = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
         windows = {i: layer.sliding_window for i, layer in enumerate(stock) if getattr(layer, "is_sliding", False)}
+        kinds = [type(layer).__name__ for layer in stock]
         if not self.full_layers:
             raise ValueError(
-                f"no layer of {type(model).__name__} has full attention (sliding windows: "
-                f"{sorted(set(windows.values()))}): there is nothing to route"
+                f"no layer of {type(model).__name__} has full attention: there is nothing to route (sliding windows: "
+                f"{sorted(set(windows.values()))}; cache layers: {sorted(set(kinds))})"
             )
         attentions: dict[int, Any] = {
             i: families.attention_of(self.decoder.layers[i], i) for i in sorted({*self.full_layers, *windows})
@@ -184,7 +192,9 @@ class Patch:
         evidence = proof.Proof(model, self.decoder, attentions, self.text_config)
         self.previous_implementation = self.text_config._attn_implementation
         try:
-            views = proof.look(model, self.decoder, attentions, self.text_config, windows, self._set_implementation)
+            views = proof.look(
+                model, self.decoder, attentions, self.text_config, windows, kinds, self._set_implementation
+            )
         finally:
             self._set_implementation(self.previous_implementation)
         self._count_heads({i: views[i] for i in self.full_layers})
@@ -205,7 +215,7 @@ class Patch:
                 f"attention, {shapes}"
             )
         self.num_q_heads, self.num_kv_heads, self.head_dim = next(iter(shapes.values()))
-        if (heads := getattr(self.text_config, "num_attention_heads", None)) not in (None, self.num_q_heads):
+        if (heads := setting(self.text_config, "num_attention_heads")) not in (None, self.num_q_heads):
             raise ValueError(f"{name} cannot be patched: attention is given {self.num_q_heads} of its {heads} heads")
 
     def _find_taps(self, attentions: dict[int, nn.Module], views: dict[int, proof.View]) -> dict[int, families.Tap]:
@@ -290,7 +300,10 @@ class Patch:
     def _set_implementation(self, name: str) -> None:
         self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
         if self.text_config._attn_implementation != name:
-            raise ValueError(f"{type(self.model).__name__} refused attn_implementation={name!r}")
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be patched: it does not call its attention through transformers' "
+                f"AttentionInterface (it refused attn_implementation={name!r})"
+            )
 
     def remove(self) -> None:
         """Undoes everything."""
@@ -340,11 +353,12 @@ class Patch:
                 cache = self.new_cache()
         kwargs[self.cache_name] = cache
         kwargs[BATCH] = batch
-        self.local.decisions = batch.decisions
+        self.local.forward, self.local.decisions = batch, batch.decisions
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the decoder: a forward that failed leaves no decisions."""
+        self.local.forward = None
         if output is None:
             self.local.decisions = None
 
@@ -362,6 +376,11 @@ class Patch:
             return
         if transformers_seam.reentrant_checkpointing(self.decoder):
             raise ValueError('gradient checkpointing must be non-reentrant: {"use_reentrant": False}')
+        if not self.hands_on_keywords and transformers_seam.checkpointing(self.decoder):
+            raise ValueError(
+                f"{type(self.decoder.layers[0]).__name__} does not hand keywords on to its attention: a patched "
+                f"{type(self.model).__name__} cannot train with gradient checkpointing"
+            )
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
         """A policy's answer as ``[B, Hkv]``, int32 or floating."""

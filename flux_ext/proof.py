@@ -74,12 +74,12 @@ class Proof:
 
     def __init__(self, model: Any, decoder: Any, attentions: dict[int, nn.Module], text_config: Any) -> None:
         self.name, self.decoder, self.attentions = type(model).__name__, decoder, attentions
-        self.tokens = _tokens(text_config, families.device_of(decoder))
-        self.mask = torch.ones_like(self.tokens)
-        self.mask[1, :PADDING] = 0
         self.tolerance = {i: _coarseness(m) for i, m in attentions.items()}
         self.seen: dict[int, list[Tensor]] = {i: [] for i in attentions}
         with refusing(self.name, "the unpatched model fails on a few tokens"):
+            self.tokens = _tokens(text_config, families.device_of(decoder))
+            self.mask = torch.ones_like(self.tokens)
+            self.mask[1, :PADDING] = 0
             self.outputs = self._run(self._record)
 
     def compare(self, cache: Any, name: str) -> None:
@@ -184,9 +184,18 @@ class View:
 class _Looker:
     """One run of :func:`look`; modules find it by themselves: ``module._flux_look``."""
 
-    def __init__(self, windows: dict[int, int], views: dict[int, View]) -> None:
-        self.windows, self.views = windows, views
+    def __init__(self, windows: dict[int, int], views: dict[int, View], kinds: list[str]) -> None:
+        self.windows, self.views, self.kinds = windows, views, kinds
         self.masks: list[tuple[Tensor, Any]] = []
+
+    def stranger(self, module: nn.Module) -> str:
+        """What to say of a module that attends in no layer that is known to."""
+        index = getattr(module, "layer_idx", None)
+        kind = self.kinds[index] if isinstance(index, int) and index < len(self.kinds) else "none"
+        return (
+            f"{type(module).__name__} attends too (layer {index}), with a cache layer that is neither for full "
+            f"attention nor for a sliding window ({kind})"
+        )
 
     def attend(self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Any, window: Any) -> None:
         view = self.views[index]
@@ -225,10 +234,7 @@ def _look_attention(
     """Looks, and gives each token its own value."""
     index = getattr(module, "_flux_look", None)
     if index is None:
-        raise ValueError(
-            f"{type(module).__name__} attends too, in a layer whose cache is not of the known kinds "
-            "(full attention or a sliding window, one per layer)"
-        )
+        raise ValueError(_local.looker.stranger(module))
     refuse_terms(module, kwargs)
     _local.looker.attend(index, module, query, key, attention_mask, kwargs.get("sliding_window"))
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
@@ -248,6 +254,7 @@ def look(
     attentions: dict[int, nn.Module],
     text_config: Any,
     windows: dict[int, int],
+    kinds: list[str],
     set_implementation: Callable[[str], None],
 ) -> dict[int, View]:
     """What every layer's attention is given, in a forward of two equal rows at the positions 0 and 7 throughout.
@@ -257,6 +264,7 @@ def look(
 
     Args:
         windows: sliding windows, of the layers that have one.
+        kinds: the class of every layer's stock cache.
         set_implementation: sets the model's attention implementation; the caller sets it back.
     """
     name = type(model).__name__
@@ -268,7 +276,7 @@ def look(
     tokens = _tokens(text_config, families.device_of(decoder))[:1, :-1].expand(2, -1).contiguous()
     position_ids = torch.tensor([[0], [7]], device=tokens.device).expand(2, PROMPT)
     handles = []
-    _local.looker = _Looker(windows, views)
+    _local.looker = _Looker(windows, views, kinds)
     try:
         for i, attention in attentions.items():
             for tapped in families.tapped_names(attention):

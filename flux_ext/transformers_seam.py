@@ -23,13 +23,14 @@ TRIED = ("5.17.0", "5.19.0", "5.20.2", "5.23.0", "5.24.0")
 def missing(what: str) -> ImportError:
     """The error for something that the installed transformers does not have."""
     return ImportError(
-        f"transformers {transformers.__version__} is installed, and has no {what}, which flux_ext needs: "
+        f"transformers {transformers.__version__} is installed and lacks what flux_ext needs, {what}: "
         f"install one of the versions that were tried, {', '.join(TRIED)}"
     )
 
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.generation.configuration_utils import GenerationConfig
     from transformers.generation.utils import GenerationMixin
     from transformers.integrations.flash_attention import flash_attention_forward
@@ -39,14 +40,15 @@ try:
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 except ImportError as error:
-    raise missing(f"name or module of this message: {error}") from error
+    raise missing(str(error)) from error
 
 __all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer"]
 
 # --- The cache. 5.24 renamed it: the argument `past_key_values` of models, decoders and attention modules, and the
 # field of their outputs, is `cache`. Modules outside transformers may still use the old name.
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""The last one is only of some families' attention modules (GPT-NeoX)."""
 
 
 def cache_name(function: Callable[..., Any]) -> str:
@@ -66,7 +68,7 @@ try:
     CACHE = cache_name(create_causal_mask)
     """The keyword of the installed transformers: its models and ``generate`` take a cache by this name."""
 except ValueError as error:
-    raise missing(f"cache by a known name: {error}") from None
+    raise missing(str(error)) from None
 
 
 def cache_of(x: Any) -> Any:
@@ -117,16 +119,20 @@ def attends_ahead(mask_function: Any) -> bool:
 # --- Activation checkpointing, `gradient_checkpointing` before 5.24; the layers' attributes kept their names.
 
 
-def reentrant_checkpointing(decoder: nn.Module) -> bool:
-    """Whether some layer recomputes itself the reentrant way, in which routers get no gradient."""
-    for layer in (decoder, *decoder.layers):  # type: ignore[misc]
+def checkpointing(decoder: Any) -> list[Any]:
+    """The functions with which a decoder's layers recompute themselves in backward; none where they do not."""
+    functions = []
+    for layer in (decoder, *decoder.layers):
         if getattr(layer, "gradient_checkpointing", False):
             if not hasattr(layer, "_gradient_checkpointing_func"):
                 raise missing("_gradient_checkpointing_func on a checkpointed layer")
-            keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
-            if keywords.get("use_reentrant", True):
-                return True
-    return False
+            functions.append(layer._gradient_checkpointing_func)
+    return functions
+
+
+def reentrant_checkpointing(decoder: Any) -> bool:
+    """Whether some layer recomputes itself the reentrant way, in which routers get no gradient."""
+    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in checkpointing(decoder))
 
 
 # --- What patch replaces on a model, and what it reads.
@@ -138,27 +144,25 @@ REPLACED = {  # methods of GenerationMixin and the arguments that the replacemen
     "init_continuous_batching": (),
     "continuous_batching_context_manager": (),
 }
-MODEL_NAMES = ("get_decoder", "set_attn_implementation", "_keys_to_ignore_on_save", "_set_gradient_checkpointing")
-CONFIG_NAMES = ("get_text_config", "_attn_implementation")
+NEEDED: list[tuple[Any, tuple[str, ...]]] = [  # what is looked for by name only when a model is patched or runs
+    (PreTrainedModel, ("base_model", "get_decoder", "set_attn_implementation", "_keys_to_ignore_on_save")),
+    (PreTrainedConfig, ("get_text_config", "_attn_implementation")),
+    (GradientCheckpointingLayer, ("gradient_checkpointing",)),
+    (Cache, ("is_compileable", "get_seq_length")),
+]
 GENERATION_SETTINGS = ("use_cache", "cache_implementation", "prefill_chunk_size", "is_assistant")
 
 
 def check_installed() -> None:
-    """Everything that is looked for by name only when a model runs.
+    """That everything of :data:`NEEDED` and every keyword is there.
 
     Raises:
-        ImportError: something is not there.
+        ImportError: something is not.
     """
     for name in ATTENTION_KEYWORDS:
         if name not in _taken:
             raise missing(f"keyword {name} of attention functions")
-    for owner, names in (
-        (PreTrainedModel, MODEL_NAMES),
-        (transformers.PreTrainedConfig, CONFIG_NAMES),
-        (GradientCheckpointingLayer, ("gradient_checkpointing",)),
-        (GenerationConfig(), GENERATION_SETTINGS),
-        (DynamicCache(), ("layers", "is_compileable")),
-    ):
+    for owner, names in (*NEEDED, (GenerationConfig(), GENERATION_SETTINGS)):
         for name in names:
             if not hasattr(owner, name):
                 raise missing(f"{owner.__name__ if isinstance(owner, type) else type(owner).__name__}.{name}")
@@ -187,6 +191,14 @@ def replaceable(model: Any) -> list[str]:
 def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call to one of the replaced methods, by name."""
     return dict(inspect.signature(getattr(GenerationMixin, method)).bind(model, *args, **kwargs).arguments)
+
+
+def setting(config: Any, name: str) -> Any:
+    """A field of a configuration, None where it has none; of one that differs among layers, some layer's."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # the error of heterogeneous configurations, of another name in every release
+        return next((x for c in config.per_layer_config if (x := getattr(c, name, None))), None)
 
 
 # --- Where weights are. Tensor parallelism is transformers' own, offloading is accelerate's.

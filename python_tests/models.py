@@ -40,11 +40,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", {}),
     "mixtral": ("Mixtral", {"num_local_experts": 2, "num_experts_per_tok": 1}),
 }
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "apertus": ("Apertus", {}),
+    "arcee": ("Arcee", {}),
+    "cohere": ("Cohere", {}),
+    "cohere2": ("Cohere2", {"sliding_window": 8, "layer_types": MIXED}),
+    "ernie4_5": ("Ernie4_5", {}),
+    "exaone4": ("Exaone4", {"sliding_window": 8, "layer_types": MIXED}),
+    "gemma": ("Gemma", {}),
+    "glm": ("Glm", {}),
+    "glm4": ("Glm4", {}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "granite": ("Granite", {}),
+    "helium": ("Helium", {}),
+    "hunyuan": ("HunYuanDenseV1", {}),
+    "jamba": ("Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "ministral": ("Ministral", {"sliding_window": 8, "layer_types": MIXED}),
+    "nemotron": ("Nemotron", {}),
+    "olmo": ("Olmo", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 8, "layer_types": MIXED}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "persimmon": ("Persimmon", {}),
+    "phi": ("Phi", {}),
+    "phi, norms": ("Phi", {"qk_layernorm": True}),
+    "phi3, partial": ("Phi3", {"sliding_window": None, "partial_rotary_factor": 0.75}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}),
+    "seed_oss": ("SeedOss", {}),
+    "smollm3": ("SmolLM3", {}),
+    "stablelm": ("StableLm", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": None}),
+    "yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}),
+}
+"""Families that differ in where queries and keys can be tapped, in their rotary embedding or beside attention."""
 
 
 def tiny(family: str = "llama", **changes: Any) -> Any:
     """A model in evaluation mode whose weights are large enough that attention matters."""
-    name, own = FAMILIES[family]
+    name, own = {**FAMILIES, **OTHERS}[family]
     config_class = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
     model_class = getattr(transformers, f"{name}ForCausalLM")
     torch.manual_seed(0)

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, MIXED, SMALL, ragged, scramble, tiny
+from models import FAMILIES, MIXED, OTHERS, SMALL, ragged, scramble, tiny
 
 import flux_ext
 from flux_ext import FluxConfig
 from flux_ext.patching import last_routing, policy
+from flux_ext.transformers_seam import CACHE, cache_of
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -47,6 +48,58 @@ def test_sparse_decode_from_the_trimmed_cache(family: str) -> None:
         steps += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(50, 70)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=2e-4)
     assert torch.equal(cache.routes, routes)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, granularity: str) -> None:
+    """All full the stock model, with and without cache; sparse from the trimmed cache what it is without one."""
+    model = tiny(family)
+    ids, mask = ragged((40, 29))
+    stock = model(ids, attention_mask=mask).logits
+    flux_ext.patch(model, FluxConfig(granularity=granularity, **SMALL))
+    bound = {"rtol": 1e-4, "atol": 1e-3 * float(stock.abs().max())}
+    with flux_ext.routes(model, "full"):
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], stock[mask.bool()], **bound)
+    num_layers = len(flux_ext.get_routers(model).layers)
+    with flux_ext.routes(model, torch.arange(num_layers) % 2):
+        whole = model(ids[:1], use_cache=False).logits
+        first = model(ids[:1, :36])
+        cache = cache_of(first)
+        steps = [first.logits, *(model(ids[:1, t : t + 1], **{CACHE: cache}).logits for t in range(36, 40))]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **bound)
+
+
+TAPS = {
+    "phi": ("q_proj", "k_proj"),
+    "phi, norms": ("q_layernorm", "k_layernorm"),
+    "glm": ("q_proj", "k_proj"),
+    "glm4": ("q_proj", "k_proj"),
+    "gpt_neox": ("query_key_value", "query_key_value"),
+    "hunyuan": ("q_proj", "k_proj"),
+    "nemotron": ("q_proj", "k_proj"),
+    "olmo3": ("q_norm", "k_norm"),
+    "persimmon": ("q_layernorm", "k_layernorm"),
+    "phi3, partial": ("qkv_proj", "qkv_proj"),
+    "yarn": ("q_proj", "k_proj"),
+}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("family", TAPS)
+def test_taps_are_before_the_rotary_embedding(family: str, granularity: str) -> None:
+    """Which submodule; and that the same text gives the same logits wherever in the context it stands."""
+    model = flux_ext.patch(tiny(family), FluxConfig(granularity=granularity, **SMALL))
+    scramble(flux_ext.get_routers(model))
+    taps = [layer.tap for layer in model._flux_ext.layers if layer.tap is not None]
+    assert {tap.name for tap in taps} == {TAPS[family][granularity == "head"]}
+    assert {tap.norm for tap in taps} == ({f"{taps[0].kind}_layernorm"} if family == "hunyuan" else {None})
+    ids, logits = torch.randint(2, 128, (1, 40)), []
+    for start in (0, 300):
+        model(ids, position_ids=torch.arange(start, start + 40)[None], use_cache=False)
+        logits.append(last_routing(model).logits)
+    assert logits[0].abs().max() > 1e-3
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -168,7 +221,7 @@ def test_a_wrong_tap_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny("qwen3")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_norm.weight.mul_(2)
-    with pytest.raises(ValueError, match="q_proj is not the query states before rotary"):
+    with pytest.raises(ValueError, match=r"no submodule gives its query states before a rotary embedding.*q_proj"):
         flux_ext.patch(model)
     assert not flux_ext.is_patched(model)
     assert not any("flux" in name for name in model.state_dict()) and model.config._attn_implementation == "eager"
