@@ -16,6 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .arguments import check_devices, check_integer, check_number, check_tensors
+
 UNLIMITED = 1 << 30
 """The window of a pattern without one; ``kUnlimited`` in ``csrc/core/pattern.h``."""
 
@@ -24,6 +26,8 @@ Q_BLOCK = 128
 
 
 def _check_streaming(sink: int, window: int, align: int) -> None:
+    for name, x in (("sink", sink), ("window", window), ("align", align)):
+        check_integer(name, x)
     if sink < 0:
         raise ValueError(f"sink must be >= 0, got {sink}")
     if align < 1:
@@ -53,6 +57,7 @@ class Streaming:
             checkpoints were trained with; arXiv 2604.07394).
 
     Raises:
+        TypeError: something is not an integer.
         ValueError: a number breaks its rule.
     """
 
@@ -79,6 +84,7 @@ class Triangle:
         last_q: queries, >= 0, counted from the end of the prompt.
 
     Raises:
+        TypeError: something is not an integer.
         ValueError: a number breaks its rule.
     """
 
@@ -89,6 +95,7 @@ class Triangle:
 
     def __post_init__(self) -> None:
         _check_streaming(self.sink, self.window, self.align)
+        check_integer("last_q", self.last_q)
         if self.last_q < 0:
             raise ValueError(f"last_q must be >= 0, got {self.last_q}")
 
@@ -108,15 +115,17 @@ class BlockSparse:
     Give either ``blocks`` or a ``threshold``.
 
     Args:
-        blocks: int32 ``[B, Hkv, q_blocks, max_count]``, ascending key block indices, none beyond the
+        blocks: int32 ``[B, Hkv, q_blocks, max_count]``, contiguous, ascending key block indices, none beyond the
             diagonal; entries from the count on are ignored.
-        counts: int32 ``[B, Hkv, q_blocks]``; None: every list is full.
+        counts: int32 ``[B, Hkv, q_blocks]``, contiguous, from 0 to ``max_count``; None: every list is full.
         width: keys per block, 128 or 64.
         threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this, in (0, 1].
         stride: sub-block size of the antidiagonal scoring, in tokens; divides ``width``.
 
     Raises:
-        ValueError: both or neither are given, or a number breaks its rule.
+        TypeError: something else where a tensor or a number belongs.
+        ValueError: both or neither are given, a number breaks its rule, or dtypes, shapes or devices do not fit. What
+            stands inside the tensors is checked by the operators.
     """
 
     blocks: Tensor | None = None
@@ -128,12 +137,35 @@ class BlockSparse:
     def __post_init__(self) -> None:
         if (self.blocks is None) == (self.threshold is None):
             raise ValueError("BlockSparse takes either blocks or a threshold, not both or neither")
+        check_integer("width", self.width)
+        check_integer("stride", self.stride)
         if self.width not in (64, 128):
             raise ValueError(f"width must be 64 or 128, got {self.width}")
-        if self.threshold is not None and not 0.0 < self.threshold <= 1.0:
-            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.threshold is not None:
+            check_number("threshold", self.threshold)
+            if not 0.0 < self.threshold <= 1.0:
+                raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.stride < 1 or self.width % self.stride:
             raise ValueError(f"stride must divide width ({self.width}), got {self.stride}")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if self.blocks is None:
+            if self.counts is not None:
+                raise ValueError("counts belong to blocks: a threshold finds its own")
+            return
+        check_tensors({"blocks": self.blocks}, {"counts": self.counts})
+        check_devices("blocks", self.blocks, counts=self.counts)
+        for name, x in (("blocks", self.blocks), ("counts", self.counts)):
+            if x is not None and x.dtype != torch.int32:
+                raise ValueError(f"{name} must be int32, got {x.dtype}")
+        if self.blocks.dim() != 4:
+            raise ValueError(f"blocks must be [B, Hkv, q_blocks, max_count], got {list(self.blocks.shape)}")
+        if self.counts is not None and self.counts.shape != self.blocks.shape[:-1]:
+            raise ValueError(
+                f"counts must be [B, Hkv, q_blocks], the shape of blocks {list(self.blocks.shape)} without the last "
+                f"dimension, got {list(self.counts.shape)}"
+            )
 
     def numbers(self) -> tuple[int, int, int, int]:
         """``(sink, window, last_q, align)``, as the operators take them: the lists decide, not these."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import row_spans
+from .arguments import row_spans
 from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
@@ -33,6 +34,26 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     out = torch.where(seen, torch.softmax(scores, -1) @ v, torch.zeros_like(q[:, :1]))
     lse = torch.where(seen[:, 0], torch.logsumexp(scores, -1), -math.inf)
     return out, lse
+
+
+_Piece: TypeAlias = tuple[int, Tensor, Tensor]  # first row, out [S, D] and lse [S] of one head and sequence
+
+
+def _in_place(pieces: list[_Piece], size: int, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Pieces that share no rows at their places in ``size`` rows; 0 and ``-inf`` (``zero [D]``) between them."""
+    outs, lses, end = [], [], 0
+
+    def gap(until: int) -> None:
+        outs.append(zero.expand(until - end, -1))
+        lses.append(zero.new_full((until - end,), -math.inf))
+
+    for begin, out, lse in sorted((p for p in pieces if len(p[1])), key=lambda p: p[0]):
+        gap(begin)
+        outs.append(out)
+        lses.append(lse)
+        end = begin + len(out)
+    gap(size)
+    return torch.cat(outs), torch.cat(lses)
 
 
 def attend(
@@ -60,7 +81,7 @@ def attend(
         full, sparse: the two patterns; block lists, not a threshold.
         scale: softmax scale.
         q_begin, q_end, kv_begin, kv_end: ``[B]``, or of keys ``[B, Hkv]``; None: the whole tensor. Those of a packed
-            tensor must be given.
+            tensor must be given: both, or ``cu_seqlens [B + 1]`` as the first alone.
         page_table: ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; its rows count page after page.
 
     Returns:
@@ -71,6 +92,12 @@ def attend(
     num_q_heads = q.shape[-2]
     num_kv_heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
     group = num_q_heads // num_kv_heads
+    if packed and q_end is None:  # cu_seqlens
+        assert q_begin is not None
+        q_begin, q_end = q_begin[:-1], q_begin[1:]
+    if k.dim() == 3 and kv_end is None:
+        assert kv_begin is not None
+        kv_begin, kv_end = kv_begin[:-1], kv_begin[1:]
     batch = len(q_begin) if packed else q.shape[0]  # type: ignore[arg-type]
     capacity = page_table.shape[-1] * k.shape[1] if page_table is not None else k.shape[-3]
     device = q.device
@@ -80,9 +107,7 @@ def attend(
             return default
         return int(t[b, h] if t.dim() == 2 else t[b])
 
-    out = torch.zeros_like(q)
-    lse = torch.full((*q.shape[:-3], num_q_heads, q.shape[-3]), -math.inf, dtype=q.dtype, device=device)
-    pieces = []
+    found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else batch))]
     for b in range(batch):
         q0, q1 = bound(q_begin, b, 0, 0), bound(q_end, b, 0, q.shape[-3])
         for h in range(num_kv_heads):
@@ -101,13 +126,13 @@ def attend(
                 mask = mask[b, h]
             for g in range(h * group, (h + 1) * group):
                 rows = q[q0:q1, g] if packed else q[b, q0:q1, g]
-                pieces.append(((b, g, q0, q1), *_attend_one(rows, keys, values, mask, scale)))
-    for (b, g, q0, q1), o, l in pieces:
-        if packed:
-            out[q0:q1, g], lse[g, q0:q1] = o, l
-        else:
-            out[b, q0:q1, g], lse[b, g, q0:q1] = o, l
-    return out, lse
+                row = g if packed else b * num_q_heads + g
+                found[row].append((q0, *_attend_one(rows, keys, values, mask, scale)))
+    if not found:
+        return torch.zeros_like(q), q.new_zeros((*q.shape[:-3], num_q_heads, q.shape[-3]))
+    outs, lses = zip(*(_in_place(pieces, q.shape[-3], q.new_zeros(q.shape[-1])) for pieces in found), strict=True)
+    out = torch.stack(outs).view(*q.shape[:-3], num_q_heads, *q.shape[-3::2]).transpose(-3, -2)
+    return out, torch.stack(lses).view(*q.shape[:-3], num_q_heads, q.shape[-3])
 
 
 def _place(page: int, sink_pages: int, ring: int) -> int:
@@ -185,8 +210,9 @@ def attention(
 
 
 def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output, row by row."""
-    w = route[:, None] if route.dim() == 1 else route
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
+    w = route.where((route >= 0) & (route <= 1), torch.nan)
+    w = w[:, None] if w.dim() == 1 else w
     w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
     if cu_seqlens is None:
         return w[:, None, :, None]
@@ -218,8 +244,22 @@ def route_logits(pooled: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def decide(logits: Tensor) -> Tensor:
-    """0 (full) where ``logits[..., 1] > logits[..., 0]`` or either is NaN, else 1 (sparse). int32."""
-    return (logits[..., 0] >= logits[..., 1]).to(torch.int32)
+    """0 (full) where ``logits[..., 1] > logits[..., 0]`` or either is not finite, else 1 (sparse). int32."""
+    return ((logits[..., 0] >= logits[..., 1]) & logits.isfinite().all(-1)).to(torch.int32)
+
+
+def pool_sequences(
+    x: Tensor, pool_size: int, per_head: bool, begin: Tensor | None = None, end: Tensor | None = None
+) -> Tensor:
+    """:func:`pool` of every sequence, ``[B, D]`` (per head ``[B, H, D]``); arguments as for :func:`route`."""
+    batch = len(begin) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
+    pooled = []
+    for b in range(batch):
+        rows = x if x.dim() == 3 else x[b]
+        first = 0 if begin is None else int(begin[b])
+        last = rows.shape[0] if end is None else int(end[b])
+        pooled.append(pool(rows[first:last], pool_size, per_head))
+    return torch.stack(pooled)
 
 
 def route(
@@ -242,12 +282,5 @@ def route(
     Returns:
         logits, fp32 or better, ``[B, 2]`` (per head ``[B, H, 2]``), and the route, int32 ``[B]`` (``[B, H]``).
     """
-    batch = len(begin) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
-    pooled = []
-    for b in range(batch):
-        rows = x if x.dim() == 3 else x[b]
-        first = 0 if begin is None else int(begin[b])
-        last = rows.shape[0] if end is None else int(end[b])
-        pooled.append(pool(rows[first:last], pool_size, per_head))
-    logits = route_logits(torch.stack(pooled), weights)
+    logits = route_logits(pool_sequences(x, pool_size, per_head, begin, end), weights)
     return logits, decide(logits)

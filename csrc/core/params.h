@@ -1,6 +1,7 @@
 // What the stages take: pointers with their shapes, sizes, strides in elements. No torch, no CUDA.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/pattern.h"
@@ -103,6 +104,11 @@ struct Linear {
 // Encoder: 2 layers with SiLU between; classifier: 3 layers with SiLU between.
 constexpr int kRouterLayers = 5;
 constexpr int kEncoderLayers = 2;
+
+// The decision. What is not finite chooses full: where the states of a prompt have overflowed nothing is left out.
+FLUX_HD int32_t decide_route(float sparse, float full) {
+  return sparse >= full && sparse < INFINITY && full > -INFINITY;
+}
 
 struct RouteParams {
   DType dtype = DType::kFloat32, weight_dtype = DType::kFloat32;

@@ -61,7 +61,7 @@ void route(const RouteParams& p, const Executor& executor) {
       pool<std::remove_pointer_t<decltype(x)>>(p, b, h, p.per_head ? h + 1 : p.num_heads, pooled);
     });
     dispatch(p.weight_dtype, [&](auto* w) { score<std::remove_pointer_t<decltype(w)>>(p, pooled, logits); });
-    p.route[i] = logits[0] >= logits[1] ? 1 : 0;  // a NaN chooses full
+    p.route[i] = decide_route(logits[0], logits[1]);
   });
 }
 

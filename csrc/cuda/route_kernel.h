@@ -359,7 +359,7 @@ __device__ void decide(const RouteParams& p, const RouteLayout& at, unsigned cha
     const float sparse = logits[0] + float(bias[0]), full = logits[1] + float(bias[1]);
     p.logits[2 * (int64_t(first) + j)] = sparse;
     p.logits[2 * (int64_t(first) + j) + 1] = full;
-    p.route[first + j] = sparse >= full ? 1 : 0;  // a NaN chooses full
+    p.route[first + j] = decide_route(sparse, full);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -16,20 +17,48 @@ namespace flux::torch_ops {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// The kernels find an entry of the routes and row bounds by offsets of 32 bits. A view that reaches further than that
+// into its memory is copied: these tensors are tiny.
+inline OptionalTensor near(const OptionalTensor& t) {
+  if (!t) return t;
+  constexpr int64_t kReach = std::numeric_limits<int32_t>::max();
+  int64_t reach = 0;
+  for (int64_t d = 0; d < t->dim() && reach <= kReach; ++d)
+    if (t->size(d) > 1) reach = t->stride(d) > kReach ? t->stride(d) : reach + (t->size(d) - 1) * t->stride(d);
+  if (reach <= kReach) return t;
+  Tensor copy = torch::stable::new_empty(*t, t->sizes());
+  return torch::stable::copy_(copy, *t);
+}
+
 // The arguments of `attend` after q, k, v, in the order of the schema.
 struct AttendArgs {
-  const OptionalTensor& route;
+  OptionalTensor route;
   const std::vector<int64_t>& patterns;
   const OptionalTensor& full_blocks;
   const OptionalTensor& full_counts;
   const OptionalTensor& sparse_blocks;
   const OptionalTensor& sparse_counts;
   double scale;
-  const OptionalTensor& q_begin;
-  const OptionalTensor& q_end;
-  const OptionalTensor& kv_begin;
-  const OptionalTensor& kv_end;
+  OptionalTensor q_begin, q_end, kv_begin, kv_end;
   const OptionalTensor& page_table;
+
+  AttendArgs(const OptionalTensor& route, const std::vector<int64_t>& patterns, const OptionalTensor& full_blocks,
+             const OptionalTensor& full_counts, const OptionalTensor& sparse_blocks,
+             const OptionalTensor& sparse_counts, double scale, const OptionalTensor& q_begin,
+             const OptionalTensor& q_end, const OptionalTensor& kv_begin, const OptionalTensor& kv_end,
+             const OptionalTensor& page_table)
+      : route(near(route)),
+        patterns(patterns),
+        full_blocks(full_blocks),
+        full_counts(full_counts),
+        sparse_blocks(sparse_blocks),
+        sparse_counts(sparse_counts),
+        scale(scale),
+        q_begin(near(q_begin)),
+        q_end(near(q_end)),
+        kv_begin(near(kv_begin)),
+        kv_end(near(kv_end)),
+        page_table(page_table) {}
 };
 
 constexpr int kMaxHeadDim = 256;
@@ -70,10 +99,29 @@ inline void check_bounds_shape(const Tensor& t, int64_t batch, int64_t heads, bo
       per_head ? " or [" + std::to_string(batch) + ", " + std::to_string(heads) + "]" : "", ", got ", shape_of(t));
 }
 
-inline RowSpans to_spans(const OptionalTensor& begin, const OptionalTensor& end, const Tensor& q, int64_t batch,
-                         int64_t heads, int64_t capacity, bool per_head, const char* begin_name, const char* end_name) {
+// Rows are counted, and positions compared with windows that have no end, in 32 bits.
+inline int32_t to_rows(int64_t rows, const char* name) {
+  FLUX_CHECK(rows <= kUnlimited, name, " must have at most ", kUnlimited, " rows, got ", rows);
+  return int32_t(rows);
+}
+
+// Bounds of packed sequences that follow each other: sequence b has the rows [cu_seqlens[b], cu_seqlens[b + 1]).
+inline RowSpans to_spans(const Tensor& cu_seqlens, const Tensor& q, int64_t batch, int32_t capacity) {
+  check_index_tensor(cu_seqlens, q, "cu_seqlens");
+  FLUX_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) == batch + 1, "cu_seqlens must be [", batch + 1, "], got ",
+             shape_of(cu_seqlens));
   RowSpans s;
-  s.capacity = to_int32(capacity, "the number of rows");
+  s.capacity = capacity;
+  s.begin = cu_seqlens.const_data_ptr<int32_t>();
+  s.begin_stride_b = s.end_stride_b = int32_t(cu_seqlens.stride(0));
+  s.end = s.begin + s.begin_stride_b;
+  return s;
+}
+
+inline RowSpans to_spans(const OptionalTensor& begin, const OptionalTensor& end, const Tensor& q, int64_t batch,
+                         int64_t heads, int32_t capacity, bool per_head, const char* begin_name, const char* end_name) {
+  RowSpans s;
+  s.capacity = capacity;
   if (begin) {
     check_index_tensor(*begin, q, begin_name);
     check_bounds_shape(*begin, batch, heads, per_head, begin_name);
@@ -127,7 +175,7 @@ inline Pattern to_pattern(const int64_t* n, const char* name) {
              n[1]);
   FLUX_CHECK(n[2] >= 0, name, ".last_q must be >= 0, got ", n[2]);
   const auto clamp = [](int64_t x) { return int32_t(x < kUnlimited ? x : kUnlimited); };
-  // A window may be clamped only where that keeps it a multiple of align: beyond every length anyway.
+  if (n[1] >= kUnlimited) return {clamp(n[0]), kUnlimited, clamp(n[2]), 1};  // reaches every key, wherever it begins
   return {clamp(n[0]), clamp(n[1]), clamp(n[2]), clamp(n[3])};
 }
 
@@ -161,11 +209,13 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   FLUX_CHECK(k.size(want - 1) == dim, "k must have the head_dim of q (", dim, "), got ", k.size(want - 1));
   int64_t kv_heads = k.size(want - 2);
   if (packed) {
-    FLUX_CHECK(a.q_begin && a.q_end, "a packed q [T, Hq, D] needs the row bounds of its sequences (cu_seqlens)");
-    FLUX_CHECK(a.q_begin->dim() == 1, "q_begin must be [B], got ", shape_of(*a.q_begin));
+    FLUX_CHECK(a.q_begin, "a packed q [T, Hq, D] needs the row bounds of its sequences (cu_seqlens)");
+    FLUX_CHECK(a.q_begin->dim() == 1, a.q_end ? "q_begin must be [B], got " : "cu_seqlens must be [B + 1], got ",
+               shape_of(*a.q_begin));
+    FLUX_CHECK(a.q_end || a.q_begin->size(0) >= 1, "cu_seqlens must be [B + 1], got ", shape_of(*a.q_begin));
   }
-  FLUX_CHECK(!packed_kv || (a.kv_begin && a.kv_end), "a packed k [T, Hkv, D] needs the row bounds of its sequences");
-  const int64_t batch = packed ? a.q_begin->size(0) : q.size(0);
+  FLUX_CHECK(!packed_kv || a.kv_begin, "a packed k [T, Hkv, D] needs the row bounds of its sequences");
+  const int64_t batch = packed ? a.q_begin->size(0) - (a.q_end ? 0 : 1) : q.size(0);
   if (paged) {
     const Tensor& t = *a.page_table;
     check_index_tensor(t, q, "page_table");
@@ -190,19 +240,25 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
     FLUX_CHECK(k.size(0) == batch, "k must have the batch of q (", batch, "), got ", k.size(0));
   }
   FLUX_CHECK(kv_heads >= 1, "k must have at least one head, got ", kv_heads);
-  FLUX_CHECK(heads % kv_heads == 0, "the query heads (", heads, ") must be a multiple of the key heads (", kv_heads,
-             ")");
+  FLUX_CHECK(heads >= 1 && heads % kv_heads == 0, "the query heads (", heads,
+             ") must be a multiple of the key heads (", kv_heads, "), one each at least");
 
   s.batch = to_int32(batch, "batch");
   s.num_q_heads = to_int32(heads, "the number of query heads");
   s.num_kv_heads = int32_t(kv_heads);
+  to_int32(batch * kv_heads, "batch times key heads");
   s.head_dim = int32_t(dim);
   const int64_t rows = q.size(q.dim() - 3);
-  s.max_q_len = to_int32(rows, "q_len");
+  s.max_q_len = to_rows(rows, "q");
   s.total_q_rows = packed ? rows : batch * rows;
   const int64_t kv_rows = paged ? a.page_table->size(a.page_table->dim() - 1) * k.size(1) : k.size(want - 3);
-  s.q_rows = to_spans(a.q_begin, a.q_end, q, batch, kv_heads, rows, false, "q_begin", "q_end");
-  s.kv_rows = to_spans(a.kv_begin, a.kv_end, q, batch, kv_heads, kv_rows, true, "kv_begin", "kv_len");
+  const int32_t capacity = to_rows(kv_rows, paged ? "the pages of page_table" : "k");
+  s.q_rows = packed && !a.q_end
+                 ? to_spans(*a.q_begin, q, batch, s.max_q_len)
+                 : to_spans(a.q_begin, a.q_end, q, batch, kv_heads, s.max_q_len, false, "q_begin", "q_end");
+  s.kv_rows = packed_kv && !a.kv_end
+                  ? to_spans(*a.kv_begin, q, batch, capacity)
+                  : to_spans(a.kv_begin, a.kv_end, q, batch, kv_heads, capacity, true, "kv_begin", "kv_len");
 
   if (a.route) {
     const Tensor& r = *a.route;
@@ -227,6 +283,7 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
   p.k_stride = strides_of(k);
   p.v_stride = strides_of(v);
   p.scale = float(a.scale);
+  FLUX_CHECK(std::isfinite(p.scale), "scale must be a finite number in 32 bits, got ", a.scale);
   return p;
 }
 
@@ -293,15 +350,18 @@ inline RouteParams to_route_params(const Tensor& x, const std::vector<Tensor>& w
   const int64_t batch = packed ? begin->size(0) : x.size(0);
   p.batch = to_int32(batch, "batch");
   p.num_heads = to_int32(x.size(n - 2), "the number of heads");
+  to_int32(batch * p.num_heads, "batch times heads");
   p.head_dim = to_int32(x.size(n - 1), "head_dim");
   FLUX_CHECK(p.head_dim >= 1, "x must have a head_dim of at least 1, got ", shape_of(x));
   FLUX_CHECK(p.num_heads >= 1, "x must have at least one head, got ", shape_of(x));
   FLUX_CHECK(pool_size >= 1, "pool_size must be >= 1, got ", pool_size);
-  p.pool_size = to_int32(pool_size, "pool_size");
+  const int32_t rows = to_rows(x.size(n - 3), "x");
+  p.pool_size = int32_t(pool_size < kUnlimited ? pool_size : kUnlimited);
+  to_int32(int64_t(2) * min_of(p.pool_size, rows) * p.num_heads, "the number of pooled rows of all heads");
   p.per_head = per_head;
   p.x = x.const_data_ptr();
   p.x_stride = strides_of(x);
-  p.rows = to_spans(begin, end, x, batch, 1, x.size(n - 3), false, "begin", "end");
+  p.rows = to_spans(begin, end, x, batch, 1, rows, false, "begin", "end");
   FLUX_CHECK(weights.size() == 2 * kRouterLayers, "weights must be ", 2 * kRouterLayers,
              " tensors (weight and bias of five layers), got ", weights.size());
   p.weight_dtype = to_dtype(weights[0], "weights[0]");

@@ -27,10 +27,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
                                   OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
                                   OptionalTensor kv_end, OptionalTensor page_table) {
-  AttendParams p = to_attend_params(q, k, v,
-                                    {route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts, scale,
-                                     q_begin, q_end, kv_begin, kv_end, page_table});
-  check_values(p);
+  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
+                        scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
+  AttendParams p = to_attend_params(q, k, v, args);
+  check_values(p, q, k, args);
   if (q.dim() == 3)
     check_disjoint(p.shape.q_rows, p.shape.batch, 1, "q_begin and q_end: sequences must not share rows of q");
   auto [out, lse] = make_outputs(q, q_begin || q_end);
@@ -52,12 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const
   Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
   Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
   const Tensor grad = torch::stable::contiguous(grad_out);  // autograd may hand over an expanded one
-  const AttendBackwardParams p = to_backward_params(grad, q, k, v, out, lse,
-                                                    {route, patterns, full_blocks, full_counts, sparse_blocks,
-                                                     sparse_counts, scale, q_begin, q_end, kv_begin, kv_end, no_pages},
-                                                    grad_q, grad_k, grad_v);
+  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
+                        scale, q_begin,  q_end,       kv_begin,    kv_end,        no_pages};
+  const AttendBackwardParams p = to_backward_params(grad, q, k, v, out, lse, args, grad_q, grad_k, grad_v);
   const ProblemShape& s = p.forward.shape;
-  check_values(p.forward);
+  check_values(p.forward, q, k, args);
   if (q.dim() == 3) check_disjoint(s.q_rows, s.batch, 1, "q_begin and q_end: sequences must not share rows of q");
   if (k.dim() == 3)
     check_disjoint(s.kv_rows, s.batch, s.num_kv_heads,
@@ -68,11 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const
 
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
                                          OptionalTensor begin, OptionalTensor end) {
-  RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
+  const OptionalTensor near_begin = near(begin), near_end = near(end);
+  RouteParams p = to_route_params(x, weights, pool_size, per_head, near_begin, near_end);
   check_spans(p.rows, p.batch, 1, "begin", "end");
   auto outputs = make_route_outputs(p, x);
   cpu::route(p, TorchThreads());
-  check_finite(p);
   return outputs;
 }
 

@@ -5,9 +5,12 @@
 // registered, and torch says so by name.
 #include "cuda/cuda.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+
+#include <atomic>
 
 #include "torch/append.h"
 #include "torch/convert.h"
@@ -27,6 +30,11 @@ cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// The dispatcher comes here as soon as one tensor is on CUDA.
+void check_on_cuda(const Tensor& t, const char* name) {
+  FLUX_CHECK(t.is_cuda(), name, " must be on CUDA as another tensor is, got ", device_of(t));
+}
+
 void check_cuda(cudaError_t error, const char* stage) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // do not leave it to the next caller
@@ -36,12 +44,21 @@ void check_cuda(cudaError_t error, const char* stage) {
   throw std::runtime_error(std::string("flux_ext: ") + stage + ": " + cudaGetErrorString(error));
 }
 
-// Kernels read 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied first.
-Tensor aligned(const Tensor& t) {
+// Kernels read 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied first, which of a
+// cache costs more than the attention to it. Said once for each argument.
+Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
   const int64_t vector = 16 / int64_t(t.element_size());
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) ok &= t.size(d) <= 1 || t.stride(d) % vector == 0;
   if (ok) return t;
+  if (!said.test_and_set()) {
+    std::ostringstream s;
+    s << "flux_ext::attend copies " << name << " at every call, as its rows do not start at multiples of 16 bytes: "
+      << "storage offset " << t.storage_offset() << ", strides [";
+    for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.stride(d);
+    s << "]. Make the storage offset and all strides but the last multiples of " << vector << " elements to avoid this.";
+    aoti_torch_warn(__func__, __FILE__, __LINE__, s.str().c_str());
+  }
   Tensor copy = torch::stable::new_empty(t, t.sizes());
   return torch::stable::copy_(copy, t);
 }
@@ -51,12 +68,14 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
                                   OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
                                   OptionalTensor kv_end, OptionalTensor page_table) {
+  check_on_cuda(q_any, "q");
   const DeviceGuard guard(q_any.get_device_index());
   const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
                         scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
   to_attend_params(q_any, k_any, v_any, args);  // the checks come before any copy
   FLUX_CHECK(q_any.scalar_type() != ScalarType::Float, "q must be float16 or bfloat16 on CUDA, got float32");
-  const Tensor q = aligned(q_any), k = aligned(k_any), v = aligned(v_any);
+  static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
+  const Tensor q = aligned(q_any, "q", said_q), k = aligned(k_any, "k", said_k), v = aligned(v_any, "v", said_v);
   AttendParams p = to_attend_params(q, k, v, args);
   if (p.page_table && p.num_pages == 0) p.shape.kv_rows.capacity = 0;
   auto [out, lse] = make_outputs(q, q_begin || q_end);
@@ -80,8 +99,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
                                          OptionalTensor begin, OptionalTensor end) {
   constexpr int32_t kMaxRouterDim = 512;
+  check_on_cuda(x, "x");
   const DeviceGuard guard(x.get_device_index());
-  RouteParams p = to_route_params(x, weights, pool_size, per_head, begin, end);
+  const OptionalTensor near_begin = near(begin), near_end = near(end);
+  RouteParams p = to_route_params(x, weights, pool_size, per_head, near_begin, near_end);
   FLUX_CHECK(p.head_dim <= kMaxRouterDim, "x must have a head_dim of at most ", kMaxRouterDim, " on CUDA, got ",
              p.head_dim);
   auto outputs = make_route_outputs(p, x);
@@ -97,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
             const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
             std::vector<int64_t> pattern, int64_t max_cache_len) {
+  check_on_cuda(k, "k");
   const DeviceGuard guard(k.get_device_index());
   const AppendParams p =
       to_append_params(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len);

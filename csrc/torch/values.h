@@ -3,11 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "core/params.h"
-#include "torch/checks.h"
+#include "torch/convert.h"
 
 namespace flux::torch_ops {
 
@@ -19,15 +18,33 @@ inline void check_spans(const RowSpans& s, int32_t batch, int32_t heads, const c
       FLUX_CHECK(lo >= 0, begin_name, " must not be negative, got ", lo, " for sequence ", b);
       FLUX_CHECK(hi <= s.capacity, end_name, " must not exceed the ", s.capacity, " rows there are, got ", hi,
                  " for sequence ", b);
-      FLUX_CHECK(lo <= hi, begin_name, " and ", end_name, " (or cu_seqlens) must not decrease, got ", lo, " and ", hi,
-                 " for sequence ", b);
+      FLUX_CHECK(lo <= hi, begin_name, " and ", end_name, " must not decrease, got ", lo, " and ", hi, " for sequence ",
+                 b);
     }
 }
 
-inline void check_values(const AttendParams& p) {
+inline void check_cu_seqlens(const RowSpans& s, int32_t batch) {
+  int32_t begin = *s.begin;
+  FLUX_CHECK(begin == 0, "cu_seqlens must begin at 0, got ", begin);
+  for (int32_t b = 0; b < batch; ++b) {
+    const int32_t end = s.end[b * s.end_stride_b];
+    FLUX_CHECK(begin <= end, "cu_seqlens must not decrease, got ", begin, " and ", end, " for sequence ", b);
+    FLUX_CHECK(end <= s.capacity, "cu_seqlens must not exceed the ", s.capacity, " rows there are, got ", end,
+               " for sequence ", b);
+    begin = end;
+  }
+}
+
+inline void check_values(const AttendParams& p, const Tensor& q, const Tensor& k, const AttendArgs& a) {
   const ProblemShape& s = p.shape;
-  check_spans(s.q_rows, s.batch, 1, "q_begin", "q_end");
-  check_spans(s.kv_rows, s.batch, s.num_kv_heads, "kv_begin", "kv_len");
+  if (q.dim() == 3 && !a.q_end)
+    check_cu_seqlens(s.q_rows, s.batch);
+  else
+    check_spans(s.q_rows, s.batch, 1, "q_begin", "q_end");
+  if (k.dim() == 3 && !a.kv_end)
+    check_cu_seqlens(s.kv_rows, s.batch);
+  else
+    check_spans(s.kv_rows, s.batch, s.num_kv_heads, "kv_begin", "kv_len");
   for (int32_t b = 0; b < s.batch; ++b)
     for (int32_t h = 0; h < s.num_kv_heads; ++h) {
       if (s.route) {
@@ -47,6 +64,9 @@ inline void check_values(const AttendParams& p) {
         const int32_t offset = s.kv_rows(b, h).size() - s.q_rows(b, h).size();
         const int32_t rows = s.q_rows(b, h).size();
         for (int32_t i = 0; i < ceil_div(rows, t.q_width); ++i) {
+          const int32_t count = t.counts[(int64_t(b) * s.num_kv_heads + h) * t.q_blocks + i];
+          FLUX_CHECK(count >= 0 && count <= t.max_count, "counts must be from 0 to the ", t.max_count,
+                     " entries of a block list, got ", count, " for query block ", i, " of sequence ", b, ", head ", h);
           const BlockList list = t(b, h, s.num_kv_heads, i * t.q_width);
           const int32_t last = offset + min_of((i + 1) * t.q_width, rows) - 1;
           for (int32_t n = 0; n < list.count; ++n)
@@ -71,12 +91,6 @@ inline void check_disjoint(const RowSpans& s, int32_t batch, int32_t heads, cons
         std::adjacent_find(spans.begin(), end, [](const Span& x, const Span& y) { return y.begin < x.end; });
     FLUX_CHECK(two == end, rule, ", got [", two->begin, ", ", two->end, ") and [", two[1].begin, ", ", two[1].end, ")");
   }
-}
-
-inline void check_finite(const RouteParams& p) {
-  const int64_t n = int64_t(p.batch) * (p.per_head ? p.num_heads : 1) * p.head_dim;
-  for (int64_t i = 0; i < n; ++i)
-    FLUX_CHECK(std::isfinite(p.pooled[i]), "x must be finite where the router pools it, got ", p.pooled[i]);
 }
 
 }  // namespace flux::torch_ops
