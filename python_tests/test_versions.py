@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from flux_ext.transformers_seam import TRIED
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -76,7 +78,8 @@ def test_the_ends_of_the_range_and_the_pins_were_tried(package):
     bounds = {s.operator: Version(s.version) for s in REQUIRED[package].specifier}
     assert min(versions).release[:2] == bounds[">="].release[:2]
     assert all(pins(python)[package] in versions for python in PYTHONS)
-    if package == "transformers":  # one may ask for the next minor release when it was tried
+    if package == "transformers":
+        assert [Version(v) for v in TRIED] == versions, "the table and flux_ext/transformers_seam.py"
         last = max(versions)
         assert bounds["<"] == Version(f"{last.major}.{last.minor + 1}"), f"{last} is the last that was tried"
 
