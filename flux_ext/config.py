@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import operator
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from .patterns import Streaming, Triangle
+
+FORMAT_VERSION = 1
+"""Of saved routers: 1 has files of its own names; files without a version are 0, fields alone in ``config.json``."""
 
 _CHOICES = {
     "pattern": ("streaming", "triangle"),
@@ -58,9 +64,10 @@ class FluxConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("sink", "window", "align", "last_q", "pool_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be an integer, got {value!r}")
+            check_integer(name, getattr(self, name))
+        for name in ("model_type", "base_model_name_or_path"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}")
         self.sparse_pattern()  # checks sink, window, align and last_q
         if self.pool_size < 1:
             raise ValueError(f"pool_size must be >= 1, got {self.pool_size}")
@@ -68,16 +75,49 @@ class FluxConfig:
             raise ValueError('pattern="triangle" needs the whole prompt at once: route_on must be "prompt"')
         for name in ("num_layers", "head_dim", "num_kv_heads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and check_integer(name, value) < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.layers_to_route is not None:
-            layers = self.layers_to_route = [int(i) for i in self.layers_to_route]
+            layers = self.layers_to_route = _layer_indices(self.layers_to_route)
             if not layers:
                 raise ValueError("layers_to_route is empty: nothing would be routed")
             if layers != sorted(set(layers)) or layers[0] < 0:
                 raise ValueError(f"layers_to_route must be ascending layer indices from 0, got {layers}")
             if self.num_layers is not None and layers[-1] >= self.num_layers:
                 raise ValueError(f"layers_to_route has layer {layers[-1]}, the model {self.num_layers} layers")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, the version of the format and that of the package, as they are saved."""
+        from . import __version__
+
+        return {"format_version": FORMAT_VERSION, "flux_ext_version": __version__, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any, source: str = "the configuration") -> FluxConfig:
+        """The configuration that :meth:`to_dict` gave; fields that an older version lacked have their defaults.
+
+        Args:
+            source: the file, for errors.
+
+        Raises:
+            ValueError: a newer version, an unknown field, or a field that breaks a rule.
+        """
+        from . import __version__
+
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{source} must hold a JSON object, got {type(values).__name__}")
+        values = dict(values)
+        writer = values.pop("flux_ext_version", None)
+        needs = f"use flux_ext {writer} or newer, this is {__version__}"
+        version = check_integer("format_version", values.pop("format_version", 0), f"{source}: ")
+        if version > FORMAT_VERSION:
+            raise ValueError(f"{source} has format_version {version}, above {FORMAT_VERSION}: {needs}")
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
+            raise ValueError(f"{source} has unknown fields ({', '.join(unknown)}): {needs}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     def sparse_pattern(self) -> Streaming | Triangle:
         """The sparse mode over a prompt."""
@@ -106,3 +146,20 @@ class FluxConfig:
             and (a := getattr(self, f.name)) != (b := getattr(other, f.name))
             and not (f.name in (*_FILLED_BY_PATCH, "layers_to_route") and None in (a, b))
         )
+
+
+def check_integer(name: str, value: Any, where: str = "") -> int:
+    """The value; ValueError with its name where it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}{name} must be an integer, got {value!r}")
+    return value
+
+
+def _layer_indices(layers: Any) -> list[int]:
+    """Layers as a list of ints, from any sequence of integers."""
+    try:
+        if isinstance(layers, str) or any(isinstance(i, bool) for i in layers):
+            raise TypeError
+        return [operator.index(i) for i in layers]
+    except TypeError:
+        raise ValueError(f"layers_to_route must be a list of integers or None, got {layers!r}") from None

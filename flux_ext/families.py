@@ -7,6 +7,7 @@ one tiny forward, so an unknown family either works or is refused.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,12 +154,21 @@ def attention_of(layer: nn.Module, index: int) -> nn.Module:
     return attention
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: of its weights, or where accelerate brings offloaded ones."""
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        return device
-    places = offloaded_to(module)
-    if not places:
+def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device:
+    """Where a module computes: of its weights, or where accelerate brings offloaded ones.
+
+    A module whose weights are no tensors that torch knows (packed int8) is where its ``model`` is.
+    """
+    first: Tensor | None = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if first is not None and first.device.type != "meta":
+        return first.device
+    if places := offloaded_to(module):
+        return torch.device(places[0])
+    if first is not None or model is None:
         raise ValueError(f"{type(module).__name__} has no weights yet (device meta): load them before patching")
-    return torch.device(places[0])
+    return device_of(model)
+
+
+def is_on(module: nn.Module, device: torch.device) -> bool:
+    """Whether all parameters of a module are on a device (any of its type where it has no index)."""
+    return all(p.device.type == device.type and device.index in (None, p.device.index) for p in module.parameters())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
+import os
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from . import attention_function, families, proof, transformers_seam
 from .batch import Batch, Decision, Policy, make_batch
 from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
+from .config_view import Views
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
@@ -31,6 +35,9 @@ REPLACEMENTS = {
     "continuous_batching_context_manager": "refuse_continuous_batching",
 }
 """Methods of the model that a patch replaces, all that ``transformers_seam.REPLACED`` names, by methods of Patch."""
+
+_PATCHES: weakref.WeakSet[Patch] = weakref.WeakSet()
+"""All that are in force, to know which routers are in use."""
 
 
 class _Local(threading.local):
@@ -190,13 +197,11 @@ class Patch:
         self.parameter_order = list(inspect.signature(self.decoder.forward).parameters)
         self.cache_name = cache_name(self.decoder.forward)
         evidence = proof.Proof(model, self.decoder, attentions, self.text_config)
-        self.previous_implementation = self.text_config._attn_implementation
+        self.configs = Views(model, self.decoder, self.text_config)
         try:
-            views = proof.look(
-                model, self.decoder, attentions, self.text_config, windows, kinds, self._set_implementation
-            )
+            views = proof.look(model, self.decoder, attentions, self.text_config, windows, kinds, self.configs.show)
         finally:
-            self._set_implementation(self.previous_implementation)
+            self.configs.hide()
         self._count_heads({i: views[i] for i in self.full_layers})
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
         taps = self._find_taps(attentions, views)
@@ -259,7 +264,7 @@ class Patch:
         routed, model = self.config.routed_layers(), self.model
         replaced = transformers_seam.replaceable(model)
         attention_function.register()
-        self._set_implementation(attention_function.NAME)
+        self.configs.show(attention_function.NAME)
         self.layers = []
         self.handles = [
             self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
@@ -273,15 +278,59 @@ class Patch:
                 slot = routed.index(i) if i in routed else None
                 self.layers.append(PatchedLayer(self, i, attention, slot, windows.get(i), taps.get(i)))
                 if slot is not None:
-                    attention.flux_router = self.routers.layers[slot].to(families.device_of(attention))
-            own = [n for n, _ in model.named_parameters(remove_duplicate=False) if ".flux_router." in n]
-            model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
+                    attention.flux_router = self.routers.layers[slot]
+            self._place_routers()
+            self._keep_out_of(model.state_dict())
             for name in replaced:
                 self._shadow(name, getattr(self, REPLACEMENTS[name]))
+            self._shadow("set_attn_implementation", self.refuse_attn_implementation)
+            self._shadow("save_pretrained", self.save_pretrained)
+            self._shadow("create_masks_for_generate", self.masks_for_generate)
             self._prove(evidence)
         except BaseException:
             self.remove()
             raise
+        _PATCHES.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one from a pickle, is in force too."""
+        self.__dict__.update(state)
+        _PATCHES.add(self)
+
+    def _place_routers(self) -> None:
+        """Each router on its attention's device; ValueError where another model uses it elsewhere."""
+        placed: list[tuple[Any, torch.device]] = [
+            (x.attention.flux_router, families.device_of(x.attention, self.model)) for _, x in self.routed_layers()
+        ]
+        moved = [(router, device) for router, device in placed if not families.is_on(router, device)]
+        if moved and self._others_use(self.routers):
+            router, device = moved[0]
+            raise ValueError(
+                f"these routers are part of another patched model, on {next(router.parameters()).device}, and this one "
+                f"is on {device}: give each a copy of its own, routers=copy.deepcopy(routers)"
+            )
+        for router, device in moved:
+            router.to(device)
+
+    def _others_use(self, routers: FluxRouters) -> bool:
+        def used() -> bool:
+            return any(patch is not self and patch.routers is routers for patch in _PATCHES)
+
+        if used():
+            gc.collect()  # a model that is no longer in use lives until then
+        return used()
+
+    def routed_layers(self) -> list[tuple[int, PatchedLayer]]:
+        """The layers that have a router, with their place among them."""
+        return [(layer.slot, layer) for layer in self.layers if layer.slot is not None]
+
+    def current_routers(self) -> FluxRouters:
+        """The routers; where PEFT trains copies of them, the active copies."""
+        for slot, layer in self.routed_layers():
+            router: Any = layer.attention.flux_router
+            copies = getattr(router, "modules_to_save", None)
+            self.routers.layers[slot] = router if copies is None else copies[router.active_adapters[0]]
+        return self.routers
 
     def _prove(self, evidence: proof.Proof) -> None:
         """With every route full the patched model is the model it was."""
@@ -297,18 +346,11 @@ class Patch:
         setattr(self.model, name, method)
         self.shadowed.append(name)
 
-    def _set_implementation(self, name: str) -> None:
-        self.model.set_attn_implementation(name if self.text_config is self.model.config else {"text_config": name})
-        if self.text_config._attn_implementation != name:
-            raise ValueError(
-                f"{type(self.model).__name__} cannot be patched: it does not call its attention through transformers' "
-                f"AttentionInterface (it refused attn_implementation={name!r})"
-            )
-
     def remove(self) -> None:
         """Undoes everything."""
         for handle in self.handles:
             handle.remove()
+        _PATCHES.discard(self)
         for layer in self.layers:
             layer.remove()
             if "flux_router" in layer.attention._modules:
@@ -316,7 +358,7 @@ class Patch:
         for name in self.shadowed:
             self.model.__dict__.pop(name, None)
         self.model._keys_to_ignore_on_save = self.ignored_on_save
-        self._set_implementation(self.previous_implementation)
+        self.configs.hide()
         del self.model._flux_ext
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -326,11 +368,6 @@ class Patch:
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if (name := self.text_config._attn_implementation) != attention_function.NAME:
-            raise ValueError(
-                f"attn_implementation of a patched model must stay {attention_function.NAME!r}, it was set to "
-                f"{name!r}: call flux_ext.unpatch(model) to use another"
-            )
         if kwargs.get("output_attentions") or self.text_config.output_attentions:
             raise ValueError("output_attentions=True: a patched model computes no attention weights to give back")
         cache = take_cache(kwargs)
@@ -434,3 +471,40 @@ class Patch:
 
     def refuse_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("continuous batching (generate_batch) does not work on a patched model: use generate")
+
+    def refuse_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"attn_implementation of a patched model must stay {attention_function.NAME!r}, not become "
+            f"{attn_implementation!r}: call flux_ext.unpatch(model) to use another"
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """In place of the model's: the plain model, and the routers beside it under names of their own.
+
+        Raises:
+            ValueError: the routers cannot be saved there, see :meth:`FluxRouters.save_pretrained`; nothing was written.
+        """
+        stock = type(self.model).save_pretrained
+        call = inspect.signature(stock).bind(self.model, save_directory, *args, **kwargs).arguments
+        routers = self.current_routers()
+        routers.check_savable(save_directory)
+        push = call.pop("push_to_hub", False)
+        more = call.pop("kwargs", {})
+        given = call.get("state_dict")
+        self._keep_out_of(self.model.state_dict() if given is None else given)
+        stock(**call, **({} if push else more))
+        if call.get("is_main_process", True):
+            routers.save_pretrained(save_directory)
+        if push:  # from a temporary folder, with the routers
+            repo_id = more.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.model.push_to_hub(repo_id, token=call.get("token"), **more)
+
+    def _keep_out_of(self, state_dict: dict[str, Any]) -> None:
+        """Tells ``save_pretrained`` to leave the routers out, whatever took the place of their layers."""
+        own = {key for key in state_dict if ".flux_router." in key}
+        self.model._keys_to_ignore_on_save = {*(self.ignored_on_save or ()), *own}
+
+    def masks_for_generate(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the model's, or transformers', ``create_masks_for_generate``: masks as this model's modules take
+        them, though ``generate`` hands over ``model.config``."""
+        return transformers_seam.masks_for_generate(self.model)(self.configs.of(config), *args, **kwargs)

@@ -145,13 +145,7 @@ def get_routers(model: Any) -> FluxRouters:
     Raises:
         ValueError: the model is not patched.
     """
-    patch = _patch_of(model)
-    for layer in patch.layers:
-        if layer.slot is not None:
-            router: Any = layer.attention.flux_router
-            copies = getattr(router, "modules_to_save", None)
-            patch.routers.layers[layer.slot] = router if copies is None else copies[router.active_adapters[0]]
-    return patch.routers
+    return _patch_of(model).current_routers()
 
 
 def last_routing(model: Any) -> Routing:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .reference import decide
 
 PUBLISHED_ENCODER = "cls_feat_extractor"
 PUBLISHED_CLASSIFIER = "cls_router_head_agnostic"
@@ -59,14 +60,38 @@ class Router(nn.Module):
     def _linears(self) -> list[nn.Linear]:
         return [m for m in (*self.encoder, *self.classifier) if isinstance(m, nn.Linear)]
 
+    def is_plain(self) -> bool:
+        """Whether both MLPs are the linear layers and SiLUs they were made of, with nothing in, around or hooked to
+        them: then the operator computes what calling them would."""
+        parts = (self.encoder, self.classifier)
+        if any(type(part) is not nn.Sequential for part in parts):
+            return False
+        layers = [layer for part in parts for layer in part]
+        return not any(map(_is_hooked, (*parts, *layers))) and all(
+            type(layer) is nn.SiLU
+            or (
+                isinstance(layer, nn.Linear)
+                and type(layer).forward is nn.Linear.forward
+                and type(layer.weight) in (Tensor, nn.Parameter)
+            )
+            for layer in layers
+        )
+
     def weights(self) -> list[Tensor]:
-        """``[w1, b1, ..., w5, b5]``, the order the operator takes."""
+        """``[w1, b1, ..., w5, b5]``, the order the operator takes.
+
+        Raises:
+            ValueError: something else (an adapter, a quantised layer) took a linear layer's place.
+        """
+        if not self.is_plain():
+            raise ValueError("a layer of this router was replaced or hooked: it has no plain weights")
         return [p for layer in self._linears() for p in (layer.weight, layer.bias)]
 
     def decide(
         self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``(logits, route)`` of the sequences in x, by one fused operator.
+        """``(logits, route)`` of the sequences in x: by one fused operator, or layer by layer where something (an
+        adapter, a quantised layer, a hook) has come into or around the linear layers.
 
         Args:
             x: ``[B, S, H, D]`` (rows ``[seq_start, seq_end)`` of each sequence count), or packed ``[T, H, D]``
@@ -79,7 +104,13 @@ class Router(nn.Module):
         Raises:
             ValueError: x, the bounds or (on the CPU) a value that is pooled break a rule.
         """
-        return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
+        if self.is_plain():
+            return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
+        pooled = pool_sequences(x, self.pool_size, self.per_head, seq_start, seq_end)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):  # as the operator, which autocast does not see
+            logits = self.classifier(self.encoder(pooled.to(dtype))).float()
+        return logits, decide(logits)
 
     def forward(self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None) -> Tensor:
         """The logits of :meth:`decide`."""
@@ -119,6 +150,36 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, pool_size={self.pool_size}"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks, or a forward of its own (accelerate's)."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+
+
+def pool_sequences(
+    x: Tensor, pool_size: int, per_head: bool, seq_start: Tensor | None = None, seq_end: Tensor | None = None
+) -> Tensor:
+    """:func:`flux_ext.reference.pool` of all sequences at once, without reading bounds back from the device.
+
+    Args:
+        x, seq_start, seq_end: as for :meth:`Router.decide`.
+
+    Returns:
+        fp32 ``[B, D]``, per head ``[B, H, D]``.
+    """
+    batch = len(seq_start) if x.dim() == 3 else x.shape[0]  # type: ignore[arg-type]
+    zero = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    begin = zero if seq_start is None else seq_start.long()
+    end = zero + x.shape[-3] if seq_end is None else seq_end.long()
+    step = torch.arange(pool_size, device=x.device)
+    rows = torch.cat([begin[:, None] + step, end[:, None] - 1 - step], 1)  # [B, 2 * pool_size]
+    seen = (begin[:, None] <= rows) & (rows < end[:, None])
+    rows = rows.clamp(0, max(x.shape[-3] - 1, 0))
+    states = x[rows] if x.dim() == 3 else x[torch.arange(batch, device=x.device)[:, None], rows]
+    states = torch.where(seen[..., None, None], states, 0).float()
+    pooled = states.sum(1) / seen.sum(1).clamp(min=1)[:, None, None]
+    return pooled if per_head else pooled.mean(1)
 
 
 class LayerRouter(Router):

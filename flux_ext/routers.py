@@ -1,20 +1,19 @@
 """All routers of one model as one module: saved, loaded and published apart from the backbone."""
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, snapshot_download
-from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
-from safetensors.torch import load_file
+import torch
+from huggingface_hub import HfApi, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .config import FluxConfig
+from . import router_files
+from .config import FluxConfig, check_integer
 from .router import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter
+from .router_files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_WEIGHTS_FILE, WEIGHTS_FILE, Place
+from .router_files import check_output as check_output  # public here
 
 # No `from __future__ import annotations` here: the Hub mixin reads the annotation of `config` as a type.
 
@@ -30,8 +29,9 @@ class FluxRouters(
 ):
     """One :class:`~flux_ext.router.LayerRouter` or :class:`~flux_ext.router.HeadRouter` per routed layer.
 
-    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face Hub's; the weights are one
-    safetensors file and ``config.json`` is the :class:`~flux_ext.FluxConfig`.
+    ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face Hub's. The files are
+    ``flux_routers.safetensors`` and ``flux_config.json``, the :class:`~flux_ext.FluxConfig`: they may lie beside a
+    model's or an adapter's.
 
     Args:
         config: with ``head_dim`` and ``num_layers`` (or ``layers_to_route``) filled in.
@@ -45,59 +45,126 @@ class FluxRouters(
         kind = LayerRouter if config.granularity == "layer" else HeadRouter
         self.layers = nn.ModuleList(kind(config.head_dim, config.pool_size) for _ in config.routed_layers())
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Writes ``config.json`` and ``model.safetensors``; see the Hub's ``save_pretrained``."""
-        kwargs.setdefault("config", asdict(self.config))
-        return super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes ``flux_config.json``, ``flux_routers.safetensors`` and, where there is no model, a model card.
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "FluxRouters":
-        """Routers from a folder or a Hub repository, also a whole published checkpoint.
+        Files of something else are never replaced, and an interrupted save leaves the earlier files, or some that
+        :meth:`from_pretrained` refuses.
+
+        Args:
+            save_directory: made where it is missing; may hold a model.
+            config: as the Hub's ``push_to_hub`` gives it; the routers' own is saved.
+            repo_id, push_to_hub, model_card_kwargs, push_to_hub_kwargs: see the Hub's ``save_pretrained``.
 
         Raises:
-            ValueError: the folder has no configuration, or its weights are damaged or do not fit it.
+            ValueError: a file of something else would be replaced, or a router's layer was (an adapter's, a
+                quantised one). Nothing was written.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"{folder} has no config.json: not a folder of saved routers")
-            if _is_published(_read_json(folder / "config.json")):
-                return cls.load_published(folder)
-        elif os.path.exists(folder) or folder.is_absolute():
-            raise ValueError(f"{folder} is not a folder of saved routers")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(save_directory)
+        router_files.write(folder, self.config.to_dict(), self._tensors())
+        if not (folder / CARD_FILE).exists() and not (folder / MODEL_CONFIG_FILE).exists():
+            self.generate_model_card(**(model_card_kwargs or {})).save(folder / CARD_FILE)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def check_savable(self, folder: str | os.PathLike[str]) -> None:
+        """ValueError where :meth:`save_pretrained` would refuse the folder or these routers."""
+        router_files.refuse_foreign(Path(folder))
+        self._tensors()
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """See the Hub's ``push_to_hub``. A repository that has a model card keeps it."""
+        api = HfApi(token=kwargs.get("token"))
+        repo_id = api.create_repo(repo_id=repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
+        if api.file_exists(repo_id, CARD_FILE, revision=kwargs.get("branch")):
+            ignored = kwargs.get("ignore_patterns") or []
+            kwargs["ignore_patterns"] = [*([ignored] if isinstance(ignored, str) else ignored), CARD_FILE]
+        return super().push_to_hub(repo_id, **kwargs)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state dict, if it is what :meth:`from_pretrained` would expect."""
+        own = self.state_dict()
+        with torch.device("meta"):
+            plain = FluxRouters(self.config).state_dict()
+        if changed := sorted(plain.keys() ^ own.keys()):
+            raise ValueError(
+                f"layers of these routers were replaced ({changed[0]} for one), by adapters or a quantisation: "
+                "merge or undo them, then save"
+            )
+        if absent := [name for name, tensor in own.items() if tensor.is_meta]:
+            raise ValueError(f"{absent[0]} of these routers is not in memory (device meta): it cannot be saved")
+        return own
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
+        subfolder: str | None = None,
         map_location: str = "cpu",
-        strict: bool = True,
-        **model_kwargs: Any,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
     ) -> "FluxRouters":
-        if not isinstance(model_kwargs.get("config"), FluxConfig):
-            raise ValueError(f"{model_id} has no usable config.json: not a repository of saved routers")
-        if os.path.isdir(model_id):
-            file = os.path.join(model_id, SAFETENSORS_SINGLE_FILE)
-        else:
-            file = hf_hub_download(
-                model_id,
-                SAFETENSORS_SINGLE_FILE,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        routers = cls(**model_kwargs)
-        routers.load_weights(_read_safetensors(file, map_location), file)
-        return routers.eval()
+        """Routers from a folder or a Hub repository, also one with a model in it, or a whole published checkpoint.
+
+        Of a Hub repository only the files with routers in them are downloaded.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository.
+            subfolder: of it.
+            map_location: device of the routers.
+            revision, cache_dir, token, local_files_only, force_download: see ``huggingface_hub.hf_hub_download``.
+
+        Raises:
+            ValueError: there are no routers, they are of a newer version, damaged, or do not fit their configuration.
+        """
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        place = Place(pretrained_model_name_or_path, subfolder, **hub)
+        if (file := place.file(CONFIG_FILE)) is not None:
+            return cls._load(place, file, WEIGHTS_FILE, map_location)
+        if (file := place.file(MODEL_CONFIG_FILE)) is not None:
+            config = router_files.read_json(file)
+            if _is_published(config):
+                return cls.load_published(pretrained_model_name_or_path, subfolder=subfolder, **hub).to(map_location)
+            if router_files.is_unversioned(config):
+                return cls._load(place, file, MODEL_WEIGHTS_FILE, map_location)
+        holds = router_files.contents(place)
+        raise ValueError(f"{place} has no {CONFIG_FILE}: no routers are there; it holds {holds}") from place.unreachable
+
+    @classmethod
+    def _load(cls, place: Place, config_file: Path, weights_name: str, device: str) -> "FluxRouters":
+        values = router_files.read_json(config_file)
+        save_id = values.pop(router_files.SAVE_ID, None) if isinstance(values, dict) else None
+        config = FluxConfig.from_dict(values, str(config_file))
+        try:
+            routers = cls(config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from None
+        file = place.needed(weights_name)
+        tensors, metadata = router_files.read_tensors(file, device=device)
+        routers.load_weights(tensors, str(file))
+        if save_id != metadata.get(router_files.SAVE_ID, save_id):
+            raise ValueError(f"{config_file} and {file} were not saved together: a save was interrupted, save again")
+        return routers.to(device).eval()
 
     def load_weights(self, tensors: Mapping[str, Tensor], name: str = "the state dict") -> None:
         """Copies tensors of exactly this module's names and shapes.
@@ -119,7 +186,12 @@ class FluxRouters(
 
     @classmethod
     def load_published(
-        cls, source: str | Path | Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        config: Mapping[str, Any] | None = None,
+        *,
+        subfolder: str | None = None,
+        **hub: Any,
     ) -> "FluxRouters":
         """The routers inside a whole ``PawLlamaForCausalLM`` or ``PawQwen3ForCausalLM`` checkpoint, bit for bit.
 
@@ -128,23 +200,26 @@ class FluxRouters(
                 dict with the published names (``...layers.N.self_attn.mask_allocator...``).
             config: the checkpoint's configuration; default: ``config.json`` of the folder, and the published
                 defaults for a state dict.
+            subfolder: of the folder or repository.
+            hub: keywords of ``huggingface_hub.hf_hub_download``, as for :meth:`from_pretrained`.
 
         Raises:
-            ValueError: no routers in it, or routers or a sparse mode this package does not have.
+            ValueError: no routers in it, or routers, a setting or a sparse mode this package does not have.
         """
+        name = "the configuration"
         if isinstance(source, Mapping):
             tensors: Mapping[str, Tensor] = source
         else:
-            folder = Path(source)
-            if not folder.is_dir():
-                folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "*.safetensors*"]))
-            tensors = _read_router_tensors(folder)
-            config = _read_json(folder / "config.json") if config is None else config
+            place = Place(source, subfolder, **hub)
+            if config is None:
+                name = str(place.needed(MODEL_CONFIG_FILE))
+                config = router_files.read_json(Path(name))
+            tensors = _read_router_tensors(place)
         layers = sorted({int(key.split("layers.")[1].split(".")[0]) for key in tensors if _is_router(key)})
         if not layers:
             raise ValueError(f"no tensor of a published router ({PUBLISHED_ENCODER}) in the checkpoint")
         first = next(v for k, v in tensors.items() if _is_router(k) and k.endswith(PUBLISHED_ENCODER + ".0.weight"))
-        routers = cls(_published_config(config or {}, layers, first))
+        routers = cls(_published_config(config or {}, layers, first, name))
         for layer, router in zip(layers, routers.layers, strict=True):
             try:
                 router.load_published(tensors, layer)  # type: ignore[operator]
@@ -153,74 +228,67 @@ class FluxRouters(
         return routers.eval()
 
 
-def _published_config(config: Mapping[str, Any], layers: list[int], weight: Tensor) -> FluxConfig:
+def _published_config(config: Any, layers: list[int], weight: Tensor, source: str) -> FluxConfig:
     """The published fields in ours; ``weight``, the first one of a router, tells head_dim and granularity."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{source} must hold a JSON object, got {type(config).__name__}")
     hidden, head_dim = weight.shape
     granularity = {8: "layer", 4: "head"}.get(hidden // head_dim)
     if granularity is None:
         raise ValueError(f"a published router of shape {list(weight.shape)} is neither by layer nor by head")
     pattern = config.get("toggle_type", "streaming")
     if pattern not in ("streaming", "triangle"):
-        raise ValueError(f'toggle_type must be "streaming" or "triangle", the checkpoint has {pattern!r}')
+        raise ValueError(f'toggle_type must be "streaming" or "triangle", {source} has {pattern!r}')
     if (retrieval := config.get("retrieval_mode", "full")) != "full":
-        raise ValueError(f'retrieval_mode must be "full", the checkpoint has {retrieval!r}')
+        raise ValueError(f'retrieval_mode must be "full", {source} has {retrieval!r}')
+
+    def integer(field: str, default: int) -> int:
+        return check_integer(field, config.get(field, default), f"{source}: ")
 
     def in_blocks(tokens: int) -> int:
-        return -(-int(tokens) // PUBLISHED_BLOCK) * PUBLISHED_BLOCK
+        return -(-tokens // PUBLISHED_BLOCK) * PUBLISHED_BLOCK
 
-    num_layers = config.get("num_hidden_layers", layers[-1] + 1)
+    num_layers = integer("num_hidden_layers", layers[-1] + 1)
     architecture = (config.get("architectures") or [""])[0]
-    return FluxConfig(
-        pattern=pattern,
-        sink=in_blocks(config.get("sink_size", 128)),
-        window=in_blocks(config.get("local_window_size", 2048)),
-        align=PUBLISHED_BLOCK,
-        last_q=int(config.get("triangle_n_last", 128)),
-        granularity=granularity,
-        pool_size=int(config.get("pool_size", 100)),
-        layers_to_route=None if layers == list(range(num_layers)) else layers,
-        num_layers=num_layers,
-        head_dim=head_dim,
-        num_kv_heads=config.get("num_key_value_heads"),
-        model_type={"PawLlamaForCausalLM": "llama", "PawQwen3ForCausalLM": "qwen3"}.get(architecture),
-        base_model_name_or_path=config.get("_name_or_path"),
-    )
+    fields: dict[str, Any] = {
+        "pattern": pattern,
+        "sink": in_blocks(integer("sink_size", 128)),
+        "window": in_blocks(integer("local_window_size", 2048)),
+        "align": PUBLISHED_BLOCK,
+        "last_q": integer("triangle_n_last", 128),
+        "granularity": granularity,
+        "pool_size": integer("pool_size", 100),
+        "layers_to_route": None if layers == list(range(num_layers)) else layers,
+        "num_layers": num_layers,
+        "head_dim": head_dim,
+        "num_kv_heads": config.get("num_key_value_heads"),
+        "model_type": {"PawLlamaForCausalLM": "llama", "PawQwen3ForCausalLM": "qwen3"}.get(architecture),
+        "base_model_name_or_path": config.get("_name_or_path"),
+    }
+    return FluxConfig.from_dict(fields, source)
 
 
-def _is_published(config: Mapping[str, Any]) -> bool:
-    return "toggle_type" in config or any(a.startswith("Paw") for a in config.get("architectures") or [])
+def _is_published(config: Any) -> bool:
+    if not isinstance(config, Mapping):
+        return False
+    return "toggle_type" in config or any(str(a).startswith("Paw") for a in config.get("architectures") or [])
 
 
 def _is_router(key: str) -> bool:
     return "layers." in key and (f".{PUBLISHED_ENCODER}." in key or f".{PUBLISHED_CLASSIFIER}." in key)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
-
-
-def _read_safetensors(file: str | Path, device: str = "cpu") -> dict[str, Tensor]:
-    try:
-        return load_file(file, device=device)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} is missing, truncated or damaged: {error}") from None
-
-
-def _read_router_tensors(folder: Path) -> dict[str, Tensor]:
-    """The routers' tensors of a checkpoint folder, nothing else of it is read."""
-    index = folder / (SAFETENSORS_SINGLE_FILE + ".index.json")
-    if index.is_file():
-        names = sorted({f for key, f in _read_json(index)["weight_map"].items() if _is_router(key)})
-    else:
-        names = [SAFETENSORS_SINGLE_FILE]
+def _read_router_tensors(place: Place) -> dict[str, Tensor]:
+    """The routers' tensors of a checkpoint; nothing else of it is read, and no shard without them is fetched."""
+    names = [MODEL_WEIGHTS_FILE]
+    index = place.file(MODEL_WEIGHTS_FILE + ".index.json")
+    if index is not None:
+        shards = router_files.read_json(index)
+        shards = shards.get("weight_map") if isinstance(shards, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
+            raise ValueError(f"{index} must have a weight_map from tensors to names of files beside it")
+        names = sorted({file for key, file in shards.items() if _is_router(key)})
     tensors: dict[str, Tensor] = {}
     for name in names:
-        try:
-            with safetensors.safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys() if _is_router(key)}  # noqa: SIM118
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{folder / name} is missing, truncated or damaged: {error}") from None
+        tensors |= router_files.read_tensors(place.needed(name), _is_router)[0]
     return tensors

@@ -36,7 +36,13 @@ try:
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, create_causal_mask, or_masks
+    from transformers.masking_utils import (
+        AttentionMaskInterface,
+        causal_mask_function,
+        create_causal_mask,
+        create_masks_for_generate,
+        or_masks,
+    )
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 except ImportError as error:
@@ -146,6 +152,7 @@ REPLACED = {  # methods of GenerationMixin and the arguments that the replacemen
 }
 NEEDED: list[tuple[Any, tuple[str, ...]]] = [  # what is looked for by name only when a model is patched or runs
     (PreTrainedModel, ("base_model", "get_decoder", "set_attn_implementation", "_keys_to_ignore_on_save")),
+    (PreTrainedModel, ("save_pretrained", "push_to_hub")),
     (PreTrainedConfig, ("get_text_config", "_attn_implementation")),
     (GradientCheckpointingLayer, ("gradient_checkpointing",)),
     (Cache, ("is_compileable", "get_seq_length")),
@@ -191,6 +198,12 @@ def replaceable(model: Any) -> list[str]:
 def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call to one of the replaced methods, by name."""
     return dict(inspect.signature(getattr(GenerationMixin, method)).bind(model, *args, **kwargs).arguments)
+
+
+def masks_for_generate(model: Any) -> Callable[..., Any]:
+    """With what ``generate`` makes the masks of a compiled step: the model's class's own, or transformers'."""
+    own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
+    return create_masks_for_generate if own is None else own.__get__(model)
 
 
 def setting(config: Any, name: str) -> Any:

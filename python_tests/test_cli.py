@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from flux_ext import FluxRouters, cli
 from flux_ext.evaluation.tasks import Example
+from flux_ext.router_files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.training import save_examples
 
 PATTERN = ["--sink", "2", "--window", "8", "--pool-size", "4"]
@@ -150,11 +151,11 @@ def test_errors_are_one_line(folder, tmp_path, args, message, capsys):
 
 
 def test_routers_of_another_model_are_refused(folder, routers, capsys):
-    config = json.loads((routers / "config.json").read_text())
+    config = json.loads((routers / CONFIG_FILE).read_text())
     other = folder / "other"
     other.mkdir()
-    (other / "model.safetensors").write_bytes((routers / "model.safetensors").read_bytes())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (other / WEIGHTS_FILE).write_bytes((routers / WEIGHTS_FILE).read_bytes())
+    (other / CONFIG_FILE).write_text(json.dumps({**config, "model_type": "llama"}))
     prompt = folder / "prompt.txt"
     assert run("generate", "--model", folder / "model", "--routers", other, "--prompt-file", prompt) == 1
     assert "model_type" in capsys.readouterr().err

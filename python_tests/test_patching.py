@@ -143,9 +143,9 @@ def test_the_same_folder_again_changes_nothing(tmp_path: Path) -> None:
 
 def test_another_attention_implementation_is_refused_until_unpatched() -> None:
     model, ids = patched_model(), torch.randint(2, 128, (1, 10))
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="must stay 'flux_ext', it was set to 'sdpa'"):
-        model(ids)
+    with pytest.raises(ValueError, match="must stay 'flux_ext', not become 'sdpa'"):
+        model.set_attn_implementation("sdpa")
+    model(ids)
     flux_ext.unpatch(model)(ids)
 
 

@@ -14,9 +14,9 @@ import flux_ext
 from flux_ext import FluxConfig, FluxRouters
 from flux_ext.patching import get_routers
 from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext.router_files import CONFIG_FILE, WEIGHTS_FILE
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
-WEIGHTS = "model.safetensors"
 
 
 def saved(folder: Path, **config: Any) -> FluxRouters:
@@ -30,7 +30,7 @@ def saved(folder: Path, **config: Any) -> FluxRouters:
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_round_trip(tmp_path: Path, granularity: str) -> None:
     routers = saved(tmp_path, granularity=granularity, layers_to_route=[0, 2, 3])
-    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", WEIGHTS}
+    assert {p.name for p in tmp_path.iterdir()} >= {CONFIG_FILE, WEIGHTS_FILE}
     loaded = FluxRouters.from_pretrained(tmp_path)
     assert loaded.config == routers.config and loaded.config.layers_to_route == [0, 2, 3]
     for (name, a), (other, b) in zip(routers.named_parameters(), loaded.named_parameters(), strict=True):
@@ -46,15 +46,16 @@ def test_round_trip(tmp_path: Path, granularity: str) -> None:
 
 def test_the_config_is_complete(tmp_path: Path) -> None:
     saved(tmp_path, align=4)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config["format_version"] == 1 and config["flux_ext_version"] == flux_ext.__version__
     assert config["num_layers"] == 4 and config["head_dim"] == 16 and config["num_kv_heads"] == 2
     assert config["model_type"] == "llama" and config["layers_to_route"] == [0, 1, 2, 3] and config["align"] == 4
 
 
 def damage(folder: Path, how: str) -> None:
-    file = folder / WEIGHTS
+    file = folder / WEIGHTS_FILE
     tensors = load_file(file)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text())
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif how == "not safetensors":
@@ -68,15 +69,15 @@ def damage(folder: Path, how: str) -> None:
     elif how == "wrong shape":
         save_file({**tensors, "layers.1.encoder.0.bias": torch.zeros(3)}, file)
     elif how == "no config":
-        (folder / "config.json").unlink()
+        (folder / CONFIG_FILE).unlink()
     elif how == "config is not JSON":
-        (folder / "config.json").write_text("{")
+        (folder / CONFIG_FILE).write_text("{")
     elif how == "bad pattern":
-        (folder / "config.json").write_text(json.dumps({**config, "pattern": "dense"}))
+        (folder / CONFIG_FILE).write_text(json.dumps({**config, "pattern": "dense"}))
     elif how == "fewer layers":
-        (folder / "config.json").write_text(json.dumps({**config, "num_layers": 3, "layers_to_route": [0, 1, 2]}))
+        (folder / CONFIG_FILE).write_text(json.dumps({**config, "num_layers": 3, "layers_to_route": [0, 1, 2]}))
     elif how == "other head_dim":
-        (folder / "config.json").write_text(json.dumps({**config, "head_dim": 32}))
+        (folder / CONFIG_FILE).write_text(json.dumps({**config, "head_dim": 32}))
 
 
 @pytest.mark.parametrize(
@@ -84,12 +85,12 @@ def damage(folder: Path, how: str) -> None:
     [
         ("truncated", "truncated or damaged"),
         ("not safetensors", "truncated or damaged"),
-        ("no weights", "missing, truncated or damaged"),
+        ("no weights", "has no flux_routers.safetensors: it is missing"),
         ("missing tensor", r"lacks 1 tensors of these routers, layers.1.encoder.0.bias"),
         ("superfluous tensor", r"has 1 tensors these routers lack, layers.9"),
         ("wrong shape", r"layers.1.encoder.0.bias has shape \[3\]"),
-        ("no config", "no config.json"),
-        ("config is not JSON", "config.json cannot be read"),
+        ("no config", "no flux_config.json: no routers are there; it holds nothing known"),
+        ("config is not JSON", "flux_config.json cannot be read"),
         ("bad pattern", "pattern must be one of"),
         ("fewer layers", "tensors these routers lack"),
         ("other head_dim", "has shape"),
@@ -176,7 +177,7 @@ def test_published_checkpoint(tmp_path: Path, sharded: bool, kind: type, granula
         index = {"weight_map": {key: name for name, part in shards.items() for key in part}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
-        save_file(tensors, tmp_path / WEIGHTS)
+        save_file(tensors, tmp_path / "model.safetensors")
     for routers in (FluxRouters.load_published(tmp_path), FluxRouters.from_pretrained(tmp_path)):
         check_same(routers, tensors)
         assert routers.config == FluxConfig(

@@ -194,8 +194,8 @@ def test_resume_gives_the_same_routers(tmp_path, objective):
     folder = tmp_path / "two" / "checkpoint-3"
     names = {f.name for f in folder.iterdir()}
     assert {
-        "config.json",
-        "model.safetensors",
+        "flux_config.json",
+        "flux_routers.safetensors",
         "objective.safetensors",
         "recipe.json",
         "optimizer.pt",
