@@ -84,6 +84,23 @@ def _differentiable(op: Any, function: Callable[..., Any], twin: Callable[..., A
         return _below(op, *args)
 
     _autograd.impl(op.name().removeprefix("flux_ext::"), kernel, "Autograd")
+    torch.library.register_vmap(op, _one_by_one(op))
+
+
+def _one_by_one(op: Any) -> Callable[..., Any]:
+    """What ``torch.func.vmap`` does with an operator: one call per entry."""
+
+    def entry(x: Any, dim: Any, i: int) -> Any:
+        if isinstance(x, list):
+            return x if dim is None else [entry(*pair, i) for pair in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i).contiguous()
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        calls = [op(*(entry(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        outputs = tuple(torch.stack(x) for x in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
 
 
 class _Attend(torch.autograd.Function):

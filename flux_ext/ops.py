@@ -89,13 +89,18 @@ def _attend(
     return call(_ops.attend, q, k, v, route, patterns, *lists, scale, *spans)
 
 
+def _values_hidden(x: Tensor) -> bool:
+    """Whether to look at values would wait for the device, or there are none yet."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or type(x) is not Tensor or not x.is_cpu
+
+
 def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
     slack = 2 * torch.finfo(route.dtype).eps  # of 1 + r - r
     outside = ~((route >= -slack) & (route <= 1 + slack))
-    if route.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        if outside.any():
-            raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
+    if not _values_hidden(route) and outside.any():
+        raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
     w = route.masked_fill(outside, torch.nan)
     w = w[:, None] if w.dim() == 1 else w
     w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
@@ -141,8 +146,9 @@ def attention(
         sparse, full: the two patterns; see :mod:`flux_ext.patterns`.
         scale: softmax scale, finite; default ``D ** -0.5``.
         cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0: of q, and of k and v where those
-            are packed too. Rows after the last give 0. Over a cache, the ``q_len`` queries of a sequence are its last tokens: their own keys
-            are in the cache already, ``kv_len`` counts them (chunked prefill, prefill after a cached prefix).
+            are packed too. Rows after the last bound give 0. Over a cache, the ``q_len`` queries of a sequence are
+            its last tokens: their own keys are in the cache already, ``kv_len`` counts them (chunked prefill, prefill
+            after a cached prefix).
         seq_start, seq_end: int32 ``[B]``, the rows ``[start, end)`` of q, k and v that belong to each sequence
             of a padded batch (left padding: ``seq_start``; right padding: ``seq_end``). Padding rows of the
             output are 0. They exclude ``cu_seqlens`` and ``kv_len``.

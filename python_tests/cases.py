@@ -66,7 +66,8 @@ def cases(head_dims: tuple[int, ...] = (8, 40, 64, 128)) -> list[Case]:
         Case((40, 9), (70, 64), "packed_paged", sparse=Triangle(4, 16, last_q=5), head_dim=d),
         # Lengths around a block, and more queries than keys.
         *(Case((n,), (n,), head_dim=d) for n in (0, 1, 63, 64, 65, 127, 128, 129)),
-        *(Case((9,), (n,), head_dim=d) for n in (0, 4, 9, 200)),
+        *(Case((9,), (n,), head_dim=d) for n in (9, 200)),
+        *(Case((9,), (n,), "cached", head_dim=d) for n in (0, 4)),
         Case(layout="batched", head_dim=d, q_lens=(16, 16), kv_lens=(70, 70)),
         # Groups and widths.
         *(Case((50,), (50,), heads=g * 2, kv_heads=2, head_dim=d) for g in (1, 3, 7, 8, 16)),

@@ -158,12 +158,13 @@ def test_any_nan_is_a_nan(bits: int) -> None:
 def test_a_row_that_sees_no_key_is_zero_whatever_the_keys_hold() -> None:
     q, kv = torch.randn(1, 6, 2, 16), torch.randn(1, 3, 2, 16)
     kv[0, 0] = torch.nan
-    assert (flux_ext.attention(q, kv, kv)[:, :3] == 0).all()
+    kv_len = torch.tensor([3], dtype=torch.int32)
+    assert (flux_ext.attention(q, kv, kv, kv_len=kv_len)[:, :3] == 0).all()
 
 
 def test_empty_rows_give_zero_and_minus_infinity() -> None:
     q, kv = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
-    out, lse = flux_ext.attention(q, kv, kv, return_lse=True)
+    out, lse = flux_ext.attention(q, kv, kv, kv_len=torch.tensor([2], dtype=torch.int32), return_lse=True)
     assert (out[:, :2] == 0).all() and (lse[..., :2] == -torch.inf).all()
     assert (out[:, 2:] != 0).all() and lse[..., 2:].isfinite().all()
 
@@ -209,3 +210,33 @@ def test_core_mask_is_the_python_mask(pattern, lens) -> None:
     core = pytest.importorskip("flux_ext._C")
     numbers = pattern.numbers()
     assert torch.equal(torch.from_numpy(core.mask(numbers, *lens)), dense_mask(pattern, *lens))
+
+
+@pytest.mark.parametrize("layout", ["batched", "packed"])
+@pytest.mark.parametrize("value", [-0.01, 1.01, torch.nan, torch.inf])
+def test_a_fractional_route_is_a_fraction(value: float, layout: str) -> None:
+    x = make(Case((20, 20), (20, 20), layout, head_dim=16))
+    w = torch.tensor([0.5, value])
+    with pytest.raises(ValueError, match=f"a fractional route must be within .0, 1., got {value}"):
+        flux_ext.attention(x.q, x.k, x.v, w, **x.kwargs)
+
+    # Where values are not read, the sequence is NaN, and only that one.
+    def attend(q, k, v, w):
+        return flux_ext.attention(q, k, v, w, **x.kwargs)
+
+    out = torch.compile(attend, backend="aot_eager", fullgraph=True)(x.q, x.k, x.v, w)
+    want = reference.attention(x.q, x.k, x.v, w, **x.kwargs)
+    torch.testing.assert_close(out, want, equal_nan=True)
+    other = (out[20:40], out[:20]) if layout == "packed" else (out[1], out[0])
+    assert other[0].isnan().all() and not other[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fraction_may_be_off_by_rounding(dtype: torch.dtype) -> None:
+    """A straight-through weight, ``1 + r - r``, is 1 but for rounding."""
+    x = make(Case((20,), (20,), head_dim=16))
+    r = torch.linspace(0, 1, 4001, dtype=dtype)
+    straight = 1 + r - r
+    assert straight.max() > 1
+    for w in (straight.max(), straight.min()):
+        flux_ext.attention(x.q, x.k, x.v, w[None], **x.kwargs)

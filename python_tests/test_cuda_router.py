@@ -107,15 +107,20 @@ def test_misaligned_tensors() -> None:
             check(x, views, 50, True, None, None)
 
 
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
 @pytest.mark.parametrize("batch", (2, 40))
-def test_nan_stays_in_its_decision(batch: int) -> None:
+def test_what_is_not_finite_stays_in_its_decision_and_is_full(batch: int, value: float) -> None:
     torch.manual_seed(0)
     weights = random_weights((64, 256, 64, 256, 64), torch.bfloat16)
     x = torch.randn(batch, 120, 8, 64, device=DEVICE, dtype=torch.bfloat16)
+    weights[-1].copy_(torch.tensor([1e4, 0.0]))  # sparse, whatever x is
     clean, route = ops.route(x, weights, 50, True)
-    x[1, 3, 5, 7] = torch.nan
+    assert route.all()
+    x[1, 3, 5, 7] = value
     logits, spoilt = ops.route(x, weights, 50, True)
-    assert logits[1, 5].isnan().all() and spoilt[1, 5] == 0
+    assert not logits[1, 5].isfinite().any() and spoilt[1, 5] == 0
+    on_cpu = ops.route(x.cpu(), [w.cpu() for w in weights], 50, True)[1]
+    assert torch.equal(on_cpu, spoilt.cpu())
     logits[1, 5], spoilt[1, 5] = clean[1, 5], route[1, 5]
     assert torch.equal(logits, clean) and torch.equal(spoilt, route)
 

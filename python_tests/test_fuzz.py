@@ -29,7 +29,8 @@ def any_case(draw):
     if layout in ("left_padded", "right_padded", "packed"):
         q_lens = kv_lens = tuple(draw(length) for _ in range(batch))
     elif layout == "batched":
-        q_lens, kv_lens = (draw(length),) * batch, (draw(length),) * batch
+        q_len = draw(length)
+        q_lens, kv_lens = (q_len,) * batch, (q_len + draw(length),) * batch
     elif layout.startswith("packed_"):
         q_lens, kv_lens = (tuple(draw(length) for _ in range(batch)) for _ in range(2))
     else:

@@ -109,5 +109,36 @@ def test_published_names_load_bit_for_bit(cls):
 
 
 def test_ties_are_sparse_and_nan_is_full():
-    logits = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [torch.nan, 0.0], [0.0, torch.nan]])
-    assert reference.decide(logits).tolist() == [1, 0, 1, 0, 0]
+    inf = torch.inf
+    logits = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [torch.nan, 0.0], [0.0, torch.nan], [inf, 0], [0, -inf]])
+    assert reference.decide(logits).tolist() == [1, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("cls", ROUTERS)
+def test_what_is_not_finite_is_routed_full(cls, value):
+    """The decision of a prompt whose states have overflowed leaves nothing out, and no other one changes."""
+    router = lively(cls)
+    with torch.no_grad():
+        router.classifier[-1].bias.copy_(torch.tensor([1e4, 0.0]))  # else sparse, whatever x is
+    x = torch.randn(3, 50, 4, 16)
+    clean, route = router.decide(x)
+    assert route.all()
+    x[1, 3, 2, 5] = value
+    logits, spoilt = router.decide(x)
+    twin, twin_route = reference.route(x, router.weights(), 10, router.per_head)
+    at = (1, 2) if router.per_head else (1,)
+    assert not logits[at].isfinite().any() and spoilt[at] == 0 and twin_route[at] == 0
+    assert not twin[at].isfinite().any()
+    logits[at], spoilt[at] = clean[at], 1
+    assert torch.equal(logits, clean) and torch.equal(spoilt, route)
+
+
+@pytest.mark.parametrize("cls", ROUTERS)
+def test_states_that_overflow_half_precision_are_routed_full(cls):
+    router = lively(cls).half()
+    with torch.no_grad():
+        router.classifier[-1].bias.copy_(torch.tensor([1e4, 0.0]))
+    x = torch.full((2, 50, 4, 16), 6e4, dtype=torch.float16)
+    assert router.decide(x)[1].all()  # large, but finite
+    assert not router.decide(x * 2)[1].any()

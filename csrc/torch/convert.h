@@ -30,7 +30,7 @@ inline OptionalTensor near(const OptionalTensor& t) {
   return torch::stable::copy_(copy, *t);
 }
 
-// The arguments of `attend` after q, k, v, in the order of the schema.
+// The arguments of `attend` after q, k, v, in the order of the schema; routes and row bounds made `near`.
 struct AttendArgs {
   OptionalTensor route;
   const std::vector<int64_t>& patterns;
@@ -41,24 +41,6 @@ struct AttendArgs {
   double scale;
   OptionalTensor q_begin, q_end, kv_begin, kv_end;
   const OptionalTensor& page_table;
-
-  AttendArgs(const OptionalTensor& route, const std::vector<int64_t>& patterns, const OptionalTensor& full_blocks,
-             const OptionalTensor& full_counts, const OptionalTensor& sparse_blocks,
-             const OptionalTensor& sparse_counts, double scale, const OptionalTensor& q_begin,
-             const OptionalTensor& q_end, const OptionalTensor& kv_begin, const OptionalTensor& kv_end,
-             const OptionalTensor& page_table)
-      : route(near(route)),
-        patterns(patterns),
-        full_blocks(full_blocks),
-        full_counts(full_counts),
-        sparse_blocks(sparse_blocks),
-        sparse_counts(sparse_counts),
-        scale(scale),
-        q_begin(near(q_begin)),
-        q_end(near(q_end)),
-        kv_begin(near(kv_begin)),
-        kv_end(near(kv_end)),
-        page_table(page_table) {}
 };
 
 constexpr int kMaxHeadDim = 256;
@@ -240,8 +222,8 @@ inline AttendParams to_attend_params(const Tensor& q, const Tensor& k, const Ten
     FLUX_CHECK(k.size(0) == batch, "k must have the batch of q (", batch, "), got ", k.size(0));
   }
   FLUX_CHECK(kv_heads >= 1, "k must have at least one head, got ", kv_heads);
-  FLUX_CHECK(heads >= 1 && heads % kv_heads == 0, "the query heads (", heads,
-             ") must be a multiple of the key heads (", kv_heads, "), one each at least");
+  FLUX_CHECK(heads >= 1 && heads % kv_heads == 0, "the query heads (", heads, ") must be a multiple of the key heads (",
+             kv_heads, "), one each at least: tensors are [B, S, H, D], tokens before heads");
 
   s.batch = to_int32(batch, "batch");
   s.num_q_heads = to_int32(heads, "the number of query heads");

@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
                                   OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
                                   OptionalTensor kv_end, OptionalTensor page_table) {
-  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
-                        scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
+  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
+                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  page_table};
   AttendParams p = to_attend_params(q, k, v, args);
   check_values(p, q, k, args);
   if (q.dim() == 3)
@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const
   Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
   Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
   const Tensor grad = torch::stable::contiguous(grad_out);  // autograd may hand over an expanded one
-  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
-                        scale, q_begin,  q_end,       kv_begin,    kv_end,        no_pages};
+  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
+                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  no_pages};
   const AttendBackwardParams p = to_backward_params(grad, q, k, v, out, lse, args, grad_q, grad_k, grad_v);
   const ProblemShape& s = p.forward.shape;
   check_values(p.forward, q, k, args);

@@ -56,7 +56,8 @@ Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
     s << "flux_ext::attend copies " << name << " at every call, as its rows do not start at multiples of 16 bytes: "
       << "storage offset " << t.storage_offset() << ", strides [";
     for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.stride(d);
-    s << "]. Make the storage offset and all strides but the last multiples of " << vector << " elements to avoid this.";
+    s << "]. Make the storage offset and all strides but the last multiples of " << vector
+      << " elements to avoid this.";
     aoti_torch_warn(__func__, __FILE__, __LINE__, s.str().c_str());
   }
   Tensor copy = torch::stable::new_empty(t, t.sizes());
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, cons
                                   OptionalTensor kv_end, OptionalTensor page_table) {
   check_on_cuda(q_any, "q");
   const DeviceGuard guard(q_any.get_device_index());
-  const AttendArgs args{route, patterns, full_blocks, full_counts, sparse_blocks, sparse_counts,
-                        scale, q_begin,  q_end,       kv_begin,    kv_end,        page_table};
+  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
+                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  page_table};
   to_attend_params(q_any, k_any, v_any, args);  // the checks come before any copy
   FLUX_CHECK(q_any.scalar_type() != ScalarType::Float, "q must be float16 or bfloat16 on CUDA, got float32");
   static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
