@@ -104,8 +104,8 @@ def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, i
             return tap
     tried = ", ".join(dict.fromkeys(tap.name for tap in taps if tap.name in outputs)) or "none is known"
     raise ValueError(
-        f"{type(attention).__name__}: no submodule gives its {kind} states before a rotary embedding, the same at every "
-        f"position (tried: {tried})"
+        f"{type(attention).__name__}: no submodule gives its {kind} states before a rotary embedding, the same at "
+        f"every position (tried: {tried})"
     )
 
 

@@ -206,7 +206,8 @@ class Patch:
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
         taps = self._find_taps(attentions, views)
         if isinstance(routers, FluxConfig):
-            routers = FluxRouters(self.config)
+            with torch.inference_mode(False):  # they are to be trained one day
+                routers = FluxRouters(self.config)
         self.routers = routers
         self._install(attentions, windows, taps, evidence)
         routers.config = self.config

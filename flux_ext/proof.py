@@ -101,7 +101,7 @@ class Proof:
         ]
         common = {"use_cache": True, "return_dict": True}
         try:
-            with quiet(self.decoder):
+            with quiet(self.decoder), _computable(self.decoder, self.tokens.device):
                 prompt = self.decoder(
                     input_ids=self.tokens[:, :-1], attention_mask=self.mask[:, :-1], **cache, **common
                 )
@@ -118,7 +118,10 @@ class Proof:
         return [prompt[0].clone(), step[0].clone()]
 
     def _record(self, index: int, output: Any) -> None:
-        self.seen[index].append(_first(output).clone())
+        own = _first(output).clone()
+        if not self._valid(own).isfinite().all():
+            raise ValueError(f"layer {index} of the unpatched model gives values that are not finite: load its weights")
+        self.seen[index].append(own)
 
     def _compare(self, index: int, output: Any) -> Any:
         call = self.calls[index]
@@ -131,23 +134,30 @@ class Proof:
         self._judge(_first(output), want, name, self.tolerance[index])
         return (want, *output[1:]) if isinstance(output, tuple) else want
 
+    def _valid(self, states: Tensor) -> Tensor:
+        """Without what stands at padding, which is of no account."""
+        return states[self.mask[:, :-1].bool().to(states.device)] if states.shape[:2] == (2, PROMPT) else states
+
     def _judge(self, got: Tensor, want: Tensor, name: str, tolerance: float) -> None:
         if got.shape != want.shape:
             raise ValueError(f"{name} gives {list(got.shape)}, unpatched {list(want.shape)}")
-        if want.shape[:2] == (2, PROMPT):  # what stands at padding is of no account
-            rows = self.mask[:, :-1].bool().to(want.device)
-            got, want = got[rows], want[rows]
         bound = max(tolerance, 1e-3, 8 * torch.finfo(want.dtype).eps)
-        want, got = want.double(), got.double()
-        known = want.isfinite()
-        size = want[known].abs().max() if known.any() else want.new_zeros(())
-        off = (got - want)[known].abs().nan_to_num(torch.inf)
-        deviation = float(off.max() / size) if off.numel() and off.max() > 0 else 0.0
+        got, want = self._valid(got).double(), self._valid(want).double()
+        off = float((got - want).abs().nan_to_num(torch.inf).max())
+        deviation = off / max(float(want.abs().max()), 1e-30) if off else 0.0
         if deviation > bound:
             raise ValueError(
                 f"{name} differs from the unpatched model by {deviation:.2g} of its largest value though every route "
                 f"is full (rounding explains {bound:.2g}): its attention is more than this package computes"
             )
+
+
+def _computable(decoder: nn.Module, device: torch.device) -> Any:
+    """On CUDA, fp32 models are patched to be run under autocast: the kernels take fp16 and bf16."""
+    single = any(p.dtype == torch.float32 for p in decoder.parameters())
+    if device.type != "cuda" or not single or torch.is_autocast_enabled("cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16)
 
 
 def _first(output: Any) -> Tensor:
