@@ -21,7 +21,7 @@ from .config_view import Views
 from .reference import decide
 from .routers import FluxRouters
 from .static_cache import FluxStaticCache
-from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, setting, take_cache
+from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
 
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
@@ -202,7 +202,8 @@ class Patch:
             views = proof.look(model, self.decoder, attentions, self.text_config, windows, kinds, self.configs.show)
         finally:
             self.configs.hide()
-        self._count_heads({i: views[i] for i in self.full_layers})
+        heads = proof.heads(type(model).__name__, {i: views[i] for i in self.full_layers}, self.text_config)
+        self.num_q_heads, self.num_kv_heads, self.head_dim = heads
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
         taps = self._find_taps(attentions, views)
         if isinstance(routers, FluxConfig):
@@ -211,18 +212,6 @@ class Patch:
         self.routers = routers
         self._install(attentions, windows, taps, evidence)
         routers.config = self.config
-
-    def _count_heads(self, views: dict[int, proof.View]) -> None:
-        """Heads and their width, as attention is given them."""
-        name, shapes = type(self.model).__name__, {i: view.heads for i, view in views.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(
-                f"{name} cannot be patched: (query heads, KV heads, head_dim) differ among its layers with full "
-                f"attention, {shapes}"
-            )
-        self.num_q_heads, self.num_kv_heads, self.head_dim = next(iter(shapes.values()))
-        if (heads := setting(self.text_config, "num_attention_heads")) not in (None, self.num_q_heads):
-            raise ValueError(f"{name} cannot be patched: attention is given {self.num_q_heads} of its {heads} heads")
 
     def _find_taps(self, attentions: dict[int, nn.Module], views: dict[int, proof.View]) -> dict[int, families.Tap]:
         heads = self.num_q_heads, self.num_kv_heads, self.head_dim

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import families
 from .attention_function import flux_mask, refuse_terms
-from .transformers_seam import AttentionInterface, AttentionMaskInterface, cache_of
+from .transformers_seam import AttentionInterface, AttentionMaskInterface, cache_of, setting
 
 LOOK = "flux_ext_look"
 PROMPT, PADDING = 9, 3
@@ -312,6 +312,20 @@ def look(
                 "through transformers' AttentionInterface"
             )
     return views
+
+
+def heads(name: str, views: dict[int, View], text_config: Any) -> tuple[int, int, int]:
+    """Query heads, KV heads and head_dim, as attention is given them, of the layers that can be routed."""
+    shapes = {i: view.heads for i, view in views.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{name} cannot be patched: (query heads, KV heads, head_dim) differ among its layers with full "
+            f"attention, {shapes}"
+        )
+    found = next(iter(shapes.values()))
+    if (named := setting(text_config, "num_attention_heads")) not in (None, found[0]):
+        raise ValueError(f"{name} cannot be patched: its attention is given {found[0]} of {named} heads")
+    return found
 
 
 def _note(outputs: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any) -> None:
