@@ -79,14 +79,21 @@ def check_integer(name: str, x: Any) -> None:
         raise ValueError(f"{name} must fit in 64 bits, got {x}")
 
 
-def check_number(name: str, x: Any) -> None:
-    """A real number; not a tensor, not a boolean.
+def to_float(name: str, x: Any) -> Any:
+    """A real number as a float (torch's symbolic ones as they are); not a tensor, not a boolean.
 
     Raises:
         TypeError: something else.
+        ValueError: it is too large.
     """
-    if not isinstance(x, (float, numbers.Real, torch.SymFloat, torch.SymInt)) or isinstance(x, bool):
+    if isinstance(x, (torch.SymFloat, torch.SymInt)):
+        return x
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
         raise TypeError(f"{name} must be a number, got {described(x)}")
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number, got {described(x)}") from None
 
 
 def row_spans(

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import gradients  # noqa: F401  (makes the operators differentiable)
-from .arguments import call, check_integer, check_number, check_tensors, described, row_spans
+from .arguments import call, check_integer, check_tensors, described, row_spans, to_float
 from .block_sparse import select_blocks
-from .patterns import BlockSparse, Full, Pattern, Streaming, Triangle
+from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming, Triangle
 
 _ops = torch.ops.flux_ext
+_CHOICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(
@@ -63,10 +65,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend`, its tensors known to be tensors of one device."""
     if type(scale) is not float:
-        check_number("scale", scale)
+        scale = to_float("scale", scale)
     if route is not None and route.dtype != torch.int32:
-        if route.is_floating_point() or route.is_complex():
-            raise ValueError(f"route must be of integers or booleans (of attention, of fractions), got {route.dtype}")
+        if route.dtype not in _CHOICES or route.layout is not torch.strided:
+            kind = route.dtype if route.layout is torch.strided else route.layout
+            raise ValueError(
+                f"route must be a dense tensor of integers or booleans, or for a mixture floats, got {kind}"
+            )
         route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
     patterns: list[int] = []
     lists: list[Tensor | None] = []
@@ -81,11 +86,12 @@ def _attend(
                 pattern = select_blocks(pattern, q, k)
             patterns += [*pattern.numbers(), pattern.width]
             lists += [pattern.blocks, pattern.full_counts()]
-        elif isinstance(pattern, (Full, Streaming, Triangle)):
+        elif isinstance(pattern, PATTERNS):
             patterns += [*pattern.numbers(), 0]
             lists += [None, None]
         else:
-            raise TypeError(f"{name} must be Full, Streaming, Triangle or BlockSparse, got {described(pattern)}")
+            kinds = ", ".join(kind.__name__ for kind in PATTERNS)
+            raise TypeError(f"{name} must be one of {kinds}, got {described(pattern)}")
     return call(_ops.attend, q, k, v, route, patterns, *lists, scale, *spans)
 
 
@@ -195,8 +201,9 @@ def attention(
     if route is not None and route.is_floating_point():
         if route.dim() not in (1, 2):
             raise ValueError(f"route must be [B] or [B, Hkv], got shape {list(route.shape)}")
-        if route.itemsize < 2:
-            raise ValueError(f"a fractional route must be float16, bfloat16, float32 or float64, got {route.dtype}")
+        if route.dtype not in _FRACTIONS or route.layout is not torch.strided:
+            kind = route.dtype if route.layout is torch.strided else route.layout
+            raise ValueError(f"a fractional route must be dense float16, bfloat16, float32 or float64, got {kind}")
         if return_lse:
             raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
         hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
@@ -230,8 +237,7 @@ def route(
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights must be a list of tensors, got {described(weights)}")
     check_tensors({"x": x}, {"begin": begin, "end": end})
-    if type(pool_size) is not int:
-        check_integer("pool_size", pool_size)
+    check_integer("pool_size", pool_size)
     try:
         _, logits, decision = call(_ops.route, x, weights, pool_size, bool(per_head), begin, end)
     except RuntimeError:  # perhaps the dispatcher's; looked into late, as there are ten weights

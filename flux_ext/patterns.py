@@ -11,12 +11,12 @@ or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from .arguments import check_devices, check_integer, check_number, check_tensors
+from .arguments import check_devices, check_integer, check_tensors, to_float
 
 UNLIMITED = 1 << 30
 """The window of a pattern without one; ``kUnlimited`` in ``csrc/core/pattern.h``."""
@@ -141,10 +141,8 @@ class BlockSparse:
         check_integer("stride", self.stride)
         if self.width not in (64, 128):
             raise ValueError(f"width must be 64 or 128, got {self.width}")
-        if self.threshold is not None:
-            check_number("threshold", self.threshold)
-            if not 0.0 < self.threshold <= 1.0:
-                raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
+        if self.threshold is not None and not 0.0 < to_float("threshold", self.threshold) <= 1.0:
+            raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
         if self.stride < 1 or self.width % self.stride:
             raise ValueError(f"stride must divide width ({self.width}), got {self.stride}")
         self._check_lists()
@@ -181,6 +179,7 @@ class BlockSparse:
 
 
 Pattern: TypeAlias = Full | Streaming | Triangle | BlockSparse
+PATTERNS = get_args(Pattern)
 
 
 def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:

@@ -99,10 +99,13 @@ class Router(nn.Module):
 
         Returns:
             logits fp32 ``[B, 2]`` (per head ``[B, H, 2]``): index 1 argues for full attention; route int32
-            ``[B]`` (``[B, H]``): 0 full where ``logits[..., 1] > logits[..., 0]``, else 1 sparse.
+            ``[B]`` (``[B, H]``): 0 full where ``logits[..., 1] > logits[..., 0]`` or either is not finite, else 1
+            sparse.
 
         Raises:
-            ValueError: x, the bounds or (on the CPU) a value that is pooled break a rule.
+            TypeError, ValueError: x or a bound breaks a rule.
+
+        Where the pooled states are not finite, neither are the logits, and the route is full.
         """
         if self.is_plain():
             return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)

@@ -3,6 +3,8 @@
 
 STABLE_TORCH_LIBRARY(flux_ext, m) {
   // q [B, S, Hq, D] (or packed [T, Hq, D]), k, v -> out like q, lse [B, Hq, S] (or [Hq, T]).
+  // Where the rows of packed sequences follow each other, cu_seqlens [B + 1] may stand for q_begin and q_end, or for
+  // kv_begin and kv_end: it is given as the first, and the second is None.
   // patterns: sink, window, last_q, align, block list width (0: no lists) of the full pattern, then of the sparse one.
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor? route, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "

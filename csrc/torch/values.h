@@ -1,5 +1,5 @@
 // Checks of what stands inside CPU tensors, before anything is computed. (CUDA tensors are not read back:
-// there, RowSpans and the kernels clamp what could lead outside a tensor.)
+// there, RowSpans, BlockTable and the kernels clamp what could lead outside a tensor.)
 #pragma once
 
 #include <algorithm>
