@@ -237,7 +237,7 @@ def test_attend(case: Case) -> None:
     check(case)
 
 
-MANY_TILES = [  # of 192 rows: at least eight per multiprocessor
+MANY_TILES = [  # of 192 rows: at least four per multiprocessor
     replace(case, dtype=dtype)
     for dtype in DTYPES
     for case in (

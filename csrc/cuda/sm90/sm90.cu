@@ -37,9 +37,9 @@ const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t t
 }
 
 // Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 12 % at 128K),
-// but larger tiles end more raggedly (4K: 26 % slower), and hold more padding where sequences are short, groups large,
-// or tiles end with the blocks of a list.
-constexpr int32_t kWideTilesPerSm = 8, kWideTilesPerHead = 4;
+// but larger tiles end more raggedly, and hold more padding where sequences are short, groups large, or tiles end with
+// the blocks of a list.
+constexpr int32_t kWideTilesPerSm = 4, kWideTilesPerHead = 4;
 const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
   const ProblemShape& s = p.shape;
   if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kRows) return nullptr;
