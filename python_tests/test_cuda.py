@@ -247,6 +247,7 @@ MANY_TILES = [  # of 192 rows: at least four per multiprocessor
         Case((400, 400), (900, 431), layout="paged", heads=256, kv_heads=64, dim=64),
         Case((600, 600), (90, 0), layout="cache", heads=256, kv_heads=64, dim=64),  # rows and tiles without keys
         Case((800, 800), (877, 801), layout="paged_heads", page_size=256, heads=128, kv_heads=128, dim=48),
+        Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)),  # rows take turns
     )
 ]
 
