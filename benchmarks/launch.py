@@ -95,6 +95,7 @@ SMALL: dict[str, Callable[[Setting], Call]] = {
     "sm90-prefill-d64": lambda s: attention(s, 200, 200, dim=64),
     "sm90-prefill-long": lambda s: attention(s, 900, 900, heads=(64, 64)),  # goes round the rings of buffers
     "sm90-prefill-d64-wide": lambda s: attention(s, 800, 800, dim=64, heads=(212, 212)),  # three warpgroups
+    "sm90-prefill-d256": lambda s: attention(s, 900, 900, dim=256, heads=(16, 8)),  # 80 keys at a time, no turns
     "sm90-prefill-split": lambda s: attention(s, 64, 3000),
     "sm90-block-lists": block_lists,
     "router-layer": lambda s: router(s, LayerRouter, 300),

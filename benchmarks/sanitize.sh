@@ -41,7 +41,7 @@ if [ $# -eq 0 ]; then
   set -- racecheck:torch:softmax racecheck:Plan.Decode:plan \
     racecheck:plan:flux racecheck:decode:flux racecheck:decode-paged:flux racecheck:sm80-prefill:flux \
     racecheck:sm80-prefill-split:flux racecheck:sm90-prefill:flux racecheck:sm90-prefill-d64:flux \
-    racecheck:sm90-prefill-d64-wide:flux racecheck:sm90-prefill-long:flux \
+    racecheck:sm90-prefill-d64-wide:flux racecheck:sm90-prefill-long:flux racecheck:sm90-prefill-d256:flux \
     racecheck:sm90-prefill-split:flux racecheck:sm90-block-lists:flux racecheck:router-layer:flux \
     racecheck:router-head:flux \
     racecheck:plan:plan_kernel racecheck:plan:attend_kernel racecheck:decode:attend_kernel \

@@ -46,15 +46,32 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
     row_cost[t.seq * s.num_kv_heads + t.kv_head] += c;
   }
   const auto num_tiles = int32_t(p.tiles.size());
+  bool in_turn = true;
+  for (int32_t row = 0; row < num_rows(s); ++row) {
+    const int32_t longest = s.kv_rows(row / s.num_kv_heads, row % s.num_kv_heads).size();
+    in_turn &= takes_turns(num_rows(s), longest, s.head_dim) && tiles_of_row[row].size() == tiles_of_row[0].size();
+  }
+  const int32_t row_tiles = tiles_of_row[0].size();
   bool whole = true;
   for (int32_t t = 0; t < num_tiles; ++t) {
     const Span row = tiles_of_row[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
-    whole &= !ends_late(cost.data(), num_tiles, t, row, num_workers);
+    int64_t before = work_before(cost.data(), num_tiles, t, row), own = cost[t + 1] - cost[t];
+    if (in_turn) {
+      const Turn turn = turn_of(cost.data(), num_rows(s), row_tiles, t - row.begin);
+      before = turn.before, own = turn.largest;
+    }
+    whole &= !ends_late(before, own, cost.back(), num_workers);
   }
   const int32_t sharing = sharing_workers(cost.back(), num_tiles, num_workers);
   p.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   if (!whole) {
     for (int32_t w = 0; w < sharing; ++w) p.ranges.push_back(work_range(cost.data(), num_tiles, w, sharing));
+    return p;
+  }
+  if (in_turn) {
+    p.tiles.clear();
+    for (int32_t i = row_tiles - 1; i >= 0; --i)
+      for (int32_t r = 0; r < num_rows(s); ++r) p.tiles.push_back({r / s.num_kv_heads, r % s.num_kv_heads, i});
     return p;
   }
   std::vector<int32_t> order(num_rows(s));
@@ -88,13 +105,13 @@ std::vector<T> to_host(const T* device, size_t count) {
 }
 
 void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t max_kv, TileShape tile,
-                        int32_t num_workers, uint32_t seed) {
+                        int32_t num_workers, uint32_t seed, bool equal_q = false) {
   SCOPED_TRACE(testing::Message() << "batch " << batch << ", heads " << kv_heads << ", q " << max_q << ", kv " << max_kv
                                   << ", workers " << num_workers << ", seed " << seed);
   std::mt19937 random(seed);
   const auto up_to = [&](int32_t n) { return int32_t(random() % uint32_t(n + 1)); };
   std::vector<int32_t> q_end(batch), kv_end(batch), route(size_t(batch) * kv_heads);
-  for (int32_t b = 0; b < batch; ++b) q_end[b] = up_to(max_q), kv_end[b] = up_to(max_kv);
+  for (int32_t b = 0; b < batch; ++b) q_end[b] = equal_q ? max_q : up_to(max_q), kv_end[b] = up_to(max_kv);
   for (int32_t& r : route) r = up_to(1);
   ProblemShape s;
   s.batch = batch;
@@ -173,6 +190,9 @@ TEST_F(Plan, Prefill) {
     expect_equal_plans(3, 4, 2000, 3000, {32, 64}, 132, seed);
     expect_equal_plans(8, 8, 20000, 20000, {32, 128}, 132, seed);  // whole tiles, sorted rows
     expect_equal_plans(200, 8, 300, 3000, {32, 64}, 132, seed);
+    expect_equal_plans(1, 8, 4096, 4096, {32, 128}, 132, seed, true);  // rows take turns
+    expect_equal_plans(4, 8, 512, 1500, {32, 64}, 40, seed, true);
+    expect_equal_plans(1, 5, 128, 3000, {32, 64}, 132, seed, true);  // would, but tiles end late
   }
 }
 

@@ -215,7 +215,8 @@ TEST(Schedule, TilesHandedOutWholeEndInTime) {
     const auto num_tiles = int32_t(cost.size()) - 1;
     bool whole = true;
     for (const Span& row : spans)
-      for (int32_t t = row.begin; t < row.end; ++t) whole &= !ends_late(cost.data(), num_tiles, t, row, workers);
+      for (int32_t t = row.begin; t < row.end; ++t)
+        whole &= !ends_late(work_before(cost.data(), num_tiles, t, row), cost[t + 1] - cost[t], cost.back(), workers);
     if (!whole) continue;
     ++whole_plans;
     for (int order = 0; order < 3; ++order) {
@@ -230,13 +231,49 @@ TEST(Schedule, TilesHandedOutWholeEndInTime) {
   EXPECT_GT(whole_plans, 300);
 }
 
+// Rows that take turns, the longest tiles first.
+TEST(Schedule, TilesOfRowsInTurnEndInTime) {
+  Random random(32);
+  int whole_plans = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const int32_t workers = random.integer(1, 40), num_rows = random.integer(2, 12), row_tiles = random.integer(1, 30);
+    std::vector<int64_t> cost{0};
+    for (int32_t r = 0; r < num_rows; ++r) {
+      std::vector<int32_t> row(row_tiles);
+      for (int32_t& c : row) c = random.integer(1, 40);
+      std::sort(row.rbegin(), row.rend());
+      for (const int32_t c : row) cost.push_back(cost.back() + c);
+    }
+    std::vector<int64_t> free(workers, 0);  // when each worker is
+    bool whole = true;
+    int64_t before = 0;
+    for (int32_t place = 0; place < row_tiles; ++place) {
+      const Turn turn = turn_of(cost.data(), num_rows, row_tiles, place);
+      whole &= !ends_late(turn.before, turn.largest, cost.back(), workers);
+      for (int32_t r = 0; r < num_rows; ++r) {
+        const int64_t c = cost[r * row_tiles + place + 1] - cost[r * row_tiles + place];
+        EXPECT_LE(c, turn.largest);
+        *std::min_element(free.begin(), free.end()) += c;
+        before += c;
+      }
+      EXPECT_EQ(turn.before + turn.largest, before);
+    }
+    EXPECT_EQ(before, cost.back());
+    if (!whole) continue;
+    ++whole_plans;
+    const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
+    EXPECT_LE(end, std::max(total + total / 8 + int64_t(kSplitBlocks) * workers, total + total / kSmallPart));
+  }
+  EXPECT_GT(whole_plans, 300);
+}
+
 // A short chunk over a long cache beside a long prompt: one long tile, in whichever place.
 TEST(Schedule, ALongTileIsNotHandedOutWhole) {
   constexpr int32_t kTiles = 2000, kWorkers = 132;
   for (const int32_t at : {0, 1000, kTiles}) {
     std::vector<int64_t> cost{0};
     for (int32_t t = 0; t <= kTiles; ++t) cost.push_back(cost.back() + (t == at ? 512 : 33));
-    EXPECT_TRUE(ends_late(cost.data(), kTiles + 1, at, {at, at + 1}, kWorkers));
+    EXPECT_TRUE(ends_late(work_before(cost.data(), kTiles + 1, at, {at, at + 1}), 512, cost.back(), kWorkers));
   }
 }
 

@@ -215,7 +215,15 @@ def cases() -> list[Case]:
     found.append(Case((80, 80), (0, 33), layout="cache_heads"))
     found.append(Case((2000, 1), layout="packed", heads=16, kv_heads=4, sparse=Streaming(128, 256)))
     found.append(Case((1,) * 40, tuple(range(0, 4000, 100)), layout="cache", heads=8, kv_heads=2))
-    found.append(Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)))  # whole tiles, sorted rows
+    sorted_rows = Case((4096, 300), layout="packed", heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512))
+    found.append(sorted_rows)  # of whole tiles
+    for dim in (160, 256):  # key blocks of 80, and of 64 where pages or lists ask for them
+        wide = Case((700, 333), layout="packed", dim=dim, heads=8, kv_heads=2, sparse=Streaming(100, 170))
+        found += [wide, replace(wide, q_lens=(500, 500), kv_lens=(720, 1111), layout="cache")]
+        for page_size in (16, 40, 64, 160):
+            paged = replace(wide, q_lens=(300, 300), kv_lens=(420, 999), layout="paged", page_size=page_size)
+            found += [paged, replace(paged, layout="paged_heads", sparse=Triangle(16, 96, 50))]
+    found.append(Case((900, 900), layout="batched", heads=16, kv_heads=4, route="heads"))  # rows take turns
     for scale in (0.0, -0.2, 1.5):
         found.append(Case((100, 100), (130, 130), scale=scale, layout="batched"))
         found.append(Case((1, 1), (130, 130), scale=scale, layout="batched"))
@@ -229,7 +237,7 @@ def test_attend(case: Case) -> None:
     check(case)
 
 
-MANY_TILES = [  # of 192 rows: at least eight per multiprocessor
+MANY_TILES = [  # of 192 rows: at least four per multiprocessor
     replace(case, dtype=dtype)
     for dtype in DTYPES
     for case in (
@@ -239,6 +247,7 @@ MANY_TILES = [  # of 192 rows: at least eight per multiprocessor
         Case((400, 400), (900, 431), layout="paged", heads=256, kv_heads=64, dim=64),
         Case((600, 600), (90, 0), layout="cache", heads=256, kv_heads=64, dim=64),  # rows and tiles without keys
         Case((800, 800), (877, 801), layout="paged_heads", page_size=256, heads=128, kv_heads=128, dim=48),
+        Case((4096,), heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512)),  # rows take turns
     )
 ]
 

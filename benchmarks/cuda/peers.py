@@ -52,24 +52,34 @@ def _flashinfer(module: Any) -> Callable[..., Any]:
     return run
 
 
-# Packages that may or may not be there: module, and what makes a call of it.
-OPTIONAL: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
-    "FlashAttention-3": ("flash_attn_interface", _flash3),
-    "FlashAttention-4": ("flash_attn.cute", _flash4),
-    "FlashInfer": ("flashinfer", _flashinfer),
+# Packages that may or may not be there: the modules that may hold them, and what makes a call of one.
+OPTIONAL: dict[str, tuple[Sequence[str], Callable[[Any], Callable[..., Any]]]] = {
+    "FlashAttention-3": (("flash_attn_interface", "fa3_fwd_interface"), _flash3),
+    "FlashAttention-4": (("flash_attn.cute",), _flash4),
+    "FlashInfer": (("flashinfer",), _flashinfer),
 }
+
+
+def _import_first(modules: Sequence[str]) -> Any:
+    """The first of the modules that is installed."""
+    for module in modules[:-1]:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError:
+            pass
+    return importlib.import_module(modules[-1])
 
 
 def optional(inputs: Inputs, causal: bool, window: int | None = None) -> Peers:
     """The packages of ``OPTIONAL`` that import; ``window``: keys before the query's own (there are no sinks)."""
     calls: dict[str, Sequence[Call]] = {}
     missing: dict[str, str] = {}
-    for name, (module, make) in OPTIONAL.items():
+    for name, (modules, make) in OPTIONAL.items():
         if inputs[0][0].device.type != "cuda":
             missing[name] = "needs CUDA"
             continue
         try:
-            run = make(importlib.import_module(module))
+            run = make(_import_first(modules))
         except Exception as error:
             missing[name] = first_line(error)
             continue

@@ -165,21 +165,45 @@ FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t t
 }
 
 // How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
-// cost no merging, but end raggedly: at worst a tile starts when all workers together are done with the other rows and
-// with the tiles before it in its own. Splitting costs every worker some kSplitBlocks and an eighth of the work
-// (docs/kernels.md), so tiles are handed out whole unless one ends later than that and is no small part of a share
-// either.
+// cost no merging, but end raggedly: at worst a tile starts when all workers together are done with what comes before
+// it. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are handed
+// out whole unless one ends later than that and is no small part of a share either.
 constexpr int32_t kSplitBlocks = 8;
 constexpr int32_t kSmallPart = 4;
 FLUX_HD bool is_small_part(int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
   return tile_cost * num_workers * kSmallPart <= total_cost;
 }
-// `row`: the tiles of this tile's row.
-FLUX_HD bool ends_late(const int64_t* cost, int32_t num_tiles, int32_t tile, Span row, int32_t num_workers) {
-  const int64_t total = cost[num_tiles], own = cost[tile + 1] - cost[tile];
-  if (is_small_part(own, total, num_workers)) return false;
-  const int64_t before = total - (cost[row.end] - cost[tile]);
-  return before + own * num_workers > total + total / 8 + int64_t(kSplitBlocks) * num_workers;
+FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
+  if (is_small_part(tile_cost, total_cost, num_workers)) return false;
+  return before + tile_cost * num_workers > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
+}
+
+// Whole tiles are handed out row after row; what comes before a tile is then at most all other rows and the tiles
+// before it in its own. `row`: the tiles of this tile's row.
+FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span row) {
+  return cost[num_tiles] - (cost[row.end] - cost[tile]);
+}
+
+// Or the rows take turns: the first tile of each, then the second of each. So the longest come first and the shortest
+// last, and the end is even. For rows with equally many tiles, few enough, whose keys the cache holds all at once.
+constexpr int32_t kRowsInTurn = 32;
+constexpr int64_t kKeysInTurn = int64_t(32) << 20;  // bytes of keys and values, two for an element
+FLUX_HD bool takes_turns(int32_t num_rows, int64_t longest_kv, int32_t head_dim) {
+  return num_rows > 1 && num_rows <= kRowsInTurn && 4 * longest_kv * head_dim * num_rows <= kKeysInTurn;
+}
+// Of the tiles with this place in their rows: the cost of the largest, and what comes before it at most.
+struct Turn {
+  int64_t before = 0, largest = 0;
+};
+FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_rows, int32_t row_tiles, int32_t place) {
+  Turn turn;
+  for (int32_t r = 0; r < num_rows; ++r) {
+    const int64_t *row = cost + r * row_tiles, own = row[place + 1] - row[place];
+    turn.before += row[place + 1] - row[0];
+    if (own > turn.largest) turn.largest = own;
+  }
+  turn.before -= turn.largest;
+  return turn;
 }
 
 // If any tile would end late, the line is split evenly. Two units for each worker at least; one where that takes at

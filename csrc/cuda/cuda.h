@@ -19,8 +19,9 @@ namespace flux::cuda {
 //
 // Work comes as items. Where no tile ends late, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
 // costliest first, the tiles of a row neighbours and longest first, so that tiles running at the same time read the
-// same keys. Else item i is an even share of all key blocks, ranges[i]. A block of the attend kernel
-// does item blockIdx.x, then what the counter `next_item` gives it.
+// same keys; or, where rows take turns (`takes_turns`), the longest tile of every row, then the second of every row.
+// Else item i is an even share of all key blocks, ranges[i]. A block of the attend kernel does item blockIdx.x, then
+// what the counter `next_item` gives it.
 struct PlanHeader {
   int32_t num_tiles;
   int32_t num_items;    // whole tiles: num_tiles; else at most num_workers

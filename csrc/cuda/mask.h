@@ -13,11 +13,16 @@ struct RowMask {
   FLUX_HD bool sees(int32_t kv_pos) const { return kv_pos <= last && (kv_pos >= begin || kv_pos < sink); }
 };
 
+// The last key that a query of the tile may see; padding rows see nothing.
+FLUX_HD int32_t last_seen(const TileView& v, int32_t token) { return token < v.q_rows.size() ? v.q_pos + token : -1; }
+
+// Do its queries see every key before their own that the tile visits?
+FLUX_HD bool sees_all_before(const TileView& v) { return v.list.blocks || v.pattern.window >= kUnlimited; }
+
 // `token` counts from the first query of the tile. Block lists are applied by visiting only listed blocks.
 FLUX_HD RowMask row_mask(const TileView& v, int32_t token) {
   RowMask m;
-  if (token >= v.q_rows.size()) return m;  // padding rows see nothing
-  m.last = v.q_pos + token;
+  m.last = last_seen(v, token);
   if (v.list.blocks || m.last < 0 || m.last >= v.kv_rows.size() - v.pattern.last_q) return m;
   m.begin = v.pattern.window_begin(m.last);
   m.sink = v.pattern.sink;

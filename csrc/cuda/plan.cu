@@ -18,6 +18,7 @@ struct Shared {
   int32_t warp_sums[32];
   int32_t any_late;
   int32_t rows_differ;
+  int32_t no_turns, perhaps_late;
 };
 
 // Bitonic network; `n` is a power of two.
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Tiles of every row.
   for (int32_t r = tid; r < rows; r += kThreads)
     begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kMaxRowTiles);
-  if (tid == 0) shared.any_late = shared.rows_differ = 0;
+  if (tid == 0) shared.any_late = shared.rows_differ = shared.no_turns = shared.perhaps_late = 0;
   __syncthreads();
   exclusive_sum<kThreads>(begin, rows, shared.warp_sums);
   if (begin[rows] > tiles_max) {  // only spans that overlap make so many
@@ -59,7 +60,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int32_t r = tid; r <= rows; r += kThreads) begin[r] = min_of(begin[r], tiles_max);
     __syncthreads();
   }
-  const int32_t num_tiles = begin[rows];
+  const int32_t num_tiles = begin[rows], row_tiles = begin[1];
+  for (int32_t r = tid; r < rows; r += kThreads) {
+    const int32_t longest_kv = s.kv_rows(r / s.num_kv_heads, r % s.num_kv_heads).size();
+    if (begin[r + 1] - begin[r] != row_tiles || !takes_turns(rows, longest_kv, s.head_dim)) shared.no_turns = 1;
+  }
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
@@ -72,20 +77,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
-  for (int32_t t = tid; t < num_tiles; t += kThreads) {
-    if (is_small_part(cost[t + 1] - cost[t], cost[num_tiles], num_workers)) continue;  // spares the search
-    const int32_t row = find_row(begin, rows, t);
-    if (ends_late(cost, num_tiles, t, {begin[row], begin[row + 1]}, num_workers)) shared.any_late = 1;
+  const int64_t total = cost[num_tiles];
+  const bool in_turn = !shared.no_turns;
+  if (in_turn) {
+    for (int32_t t = tid; t < num_tiles; t += kThreads)
+      if (ends_late(total, cost[t + 1] - cost[t], total, num_workers)) shared.perhaps_late = 1;  // behind all others
+    __syncthreads();
+    for (int32_t i = tid; i < row_tiles && shared.perhaps_late; i += kThreads) {
+      const Turn turn = turn_of(cost, rows, row_tiles, i);
+      if (ends_late(turn.before, turn.largest, total, num_workers)) shared.any_late = 1;
+    }
+  } else {
+    for (int32_t t = tid; t < num_tiles; t += kThreads) {
+      const int64_t own = cost[t + 1] - cost[t];
+      if (is_small_part(own, total, num_workers)) continue;  // spares the search
+      const int32_t row = find_row(begin, rows, t);
+      const int64_t before = work_before(cost, num_tiles, t, {begin[row], begin[row + 1]});
+      if (ends_late(before, own, total, num_workers)) shared.any_late = 1;
+    }
   }
   __syncthreads();
   const bool whole = !shared.any_late;
-  const int32_t sharing = sharing_workers(cost[num_tiles], num_tiles, num_workers);
+  const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
   for (int32_t w = tid; w < num_workers; w += kThreads)
     plan.ranges[w] =
         !whole && w < sharing ? work_range(cost, num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
   if (!whole) return;
+  if (in_turn) {
+    for (int32_t t = tid; t < num_tiles; t += kThreads) plan.tiles[t] = make_tile(s, t % rows, row_tiles, t / rows);
+    return;
+  }
 
   // Costliest rows first; nothing to do where all cost the same.
   const int64_t first_cost = cost[begin[1]];

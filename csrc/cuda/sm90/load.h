@@ -85,8 +85,9 @@ class Loader {
         shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
         shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock)};
         load_block(p_.k_map, p_.attend.k_stride, keys, next);
-        if (i == piece.span.end - 1) load_q(piece.view);
         if (block >= 0) load_v(last, block);
+        // Behind V: the consumers wait for V before they are done with the Q whose place this one may take.
+        if (i == piece.span.end - 1) load_q(piece.view);
         block = next;
         last = keys;
       }

@@ -45,11 +45,11 @@ template <class T>
 struct Turns {
   int warpgroup;
   CUTLASS_DEVICE void begin() const {
-    if constexpr (T::kWarpgroups > 1) cutlass::arch::NamedBarrier::sync(256, kFirst + warpgroup);
+    if constexpr (T::kTakesTurns) cutlass::arch::NamedBarrier::sync(256, kFirst + warpgroup);
   }
   CUTLASS_DEVICE void end() const {
     const int next = warpgroup + 1 == T::kWarpgroups ? 0 : warpgroup + 1;
-    if constexpr (T::kWarpgroups > 1) cutlass::arch::NamedBarrier::arrive(256, kFirst + next);
+    if constexpr (T::kTakesTurns) cutlass::arch::NamedBarrier::arrive(256, kFirst + next);
   }
   static constexpr int kFirst = 0;                 // named barriers: one per warpgroup,
   static constexpr int kPrivate = T::kWarpgroups;  // and one more each for itself
@@ -89,67 +89,72 @@ class Consumer {
     };
     const auto start_output = [&](int v_buffer) { issue(mma_pv, probs, v(_, _, _, v_buffer), o, GMMA::ScaleOut::One); };
     ThreadSoftmax softmax;
-    // Scores to probabilities, relative to the running maximum.
-    const auto absorb_scores = [&](ThreadSoftmax& into, int k_buffer) {
+    int k_buffer, v_buffer;  // the next block's keys, and the values of the block before it
+    const auto start_products = [&] {
+      turns_.begin();
+      start_scores(k_buffer);
+      if constexpr (T::kRescalesBetween) softmax.rescale(o);
+      start_output(v_buffer);
+      turns_.end();
+    };
+    // Scores to probabilities, relative to the running maximum. The waits for the next buffers are branches, across
+    // which the compiler moves nothing. They stand where they keep the exponentials of the first row beside the maximum
+    // of the second, and the wait for the second product out of the first half of the softmax.
+    const auto absorb_scores = [&](ThreadSoftmax& into) {
       const typename T::BlockInfo info = shared_.info[k_buffer];
       shared_.kv_empty[k_buffer].arrive();
       if (info.masked) apply_mask(s, piece().view, p_.group_inverse, warpgroup_, info.kv_begin);
-      into.update(s, scale_log2_);
+      into.raise_maximum(s, 0, scale_log2_);
+      k_buffer = await_next();
+      into.exponentiate(s, 0, scale_log2_);
+      into.raise_maximum(s, 1, scale_log2_);
+      v_buffer = await_next();
+      into.exponentiate(s, 1, scale_log2_);
     };
 
     if (!await_tile()) return;
     if (warpgroup_ == T::kWarpgroups - 1) turns_.end();  // the first turn
-    int k_buffer = await_next();
+    k_buffer = await_next();
     start_scores(k_buffer);
     finish<0>(s);
-    absorb_scores(softmax, k_buffer);
-    k_buffer = await_next();
+    absorb_scores(softmax);
     convert_probs();
 
     for (;;) {
       clear(o);
       int32_t left = blocks_left();
-      if (left > 0) clear_past(slot());
+      if (left > 0) clear_past(slot(), v_buffer);
       for (; left > 0; --left) {
-        turns_.begin();
-        start_scores(k_buffer);
-        const int v_buffer = await_next();
-        start_output(v_buffer);
-        turns_.end();
+        const int v_used = v_buffer;
+        start_products();
         finish<1>(s);
-        absorb_scores(softmax, k_buffer);
-        // Waiting for the next keys here, not where they are used, also keeps the compiler from moving the wait for the
-        // second product up before the softmax that is to run beside it. (The next tile's after the last of this one.)
-        k_buffer = await_next();
+        absorb_scores(softmax);
         finish<0>(o);
-        shared_.kv_empty[v_buffer].arrive();
+        shared_.kv_empty[v_used].arrive();
         convert_probs();
-        softmax.rescale(o);
+        if constexpr (!T::kRescalesBetween) softmax.rescale(o);
       }
       shared_.q_empty[tile_ % T::kQStages].arrive();
       const bool cleared = blocks_left() > 0;  // read again: no register is free for it meanwhile
 
       ++tile_;
       const bool more = await_tile();
-      if (!cleared) clear_past(slot(-1));
+      if (!cleared) clear_past(slot(-1), v_buffer);
       if (!more) break;
-      turns_.begin();
-      start_scores(k_buffer);
-      const int v_buffer = await_next();
-      start_output(v_buffer);
-      turns_.end();
+      const int v_used = v_buffer;
+      start_products();
       finish<1>(s);
       ThreadSoftmax next_softmax;
-      absorb_scores(next_softmax, k_buffer);
-      k_buffer = await_next();
+      absorb_scores(next_softmax);
       finish<0>(o);
-      shared_.kv_empty[v_buffer].arrive();
+      shared_.kv_empty[v_used].arrive();
       convert_probs();
       store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
       shared_.work_empty[slot(-1)].arrive();
       softmax = next_softmax;
     }
-    start_output(await_next());
+    if constexpr (T::kRescalesBetween) softmax.rescale(o);
+    start_output(v_buffer);
     finish<0>(o);
     store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
   }
@@ -179,14 +184,12 @@ class Consumer {
   }
 
   // Rows of V past the end of the sequence hold anything, NaN included, and 0 * NaN is NaN. Only the last key block,
-  // which comes first, has such rows; its V is the next in the ring. Every warpgroup clears them all for itself: no
-  // need to wait for another.
-  CUTLASS_DEVICE void clear_past(int work_slot) {
+  // which comes first, has such rows. Every warpgroup clears them all for itself: no need to wait for another.
+  CUTLASS_DEVICE void clear_past(int work_slot, int v_buffer) {
     const int32_t past = shared_.past[work_slot];
     if (past <= 0) return;
-    shared_.kv_full[ring_.index].wait(ring_.phase);
     constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
-    typename T::Element* block = shared_.kv + ring_.index * T::kBufferElements;
+    typename T::Element* block = shared_.kv + v_buffer * T::kBufferElements;
     for (int32_t i = (T::kKvBlock - past) * kChunks + int32_t(threadIdx.x % 128); i < T::kKvBlock * kChunks; i += 128)
       CUTE_UNROLL
     for (int s = 0; s < T::kSlabs; ++s)

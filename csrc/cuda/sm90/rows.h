@@ -21,10 +21,22 @@ CUTLASS_DEVICE int32_t thread_row(int warpgroup, int r) {
 }
 
 // Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of
-// many: kept, they would cost registers.
+// many: kept, they would cost registers. Where only the diagonal and the end of the queries hide anything, one
+// comparison a score does.
 template <class Scores>
 CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
   const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
+  if (sees_all_before(v)) {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const int32_t last = last_seen(v, token_of_row(thread_row(warpgroup, r), group_inverse)) - base;
+      CUTE_UNROLL
+      for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
+      for (int c = 0; c < 2; ++c)
+        if (8 * j + c > last) s(4 * j + 2 * r + c) = -INFINITY;
+    }
+    return;
+  }
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     const RowMask row = row_mask(v, token_of_row(thread_row(warpgroup, r), group_inverse));
@@ -42,23 +54,29 @@ CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inve
 struct ThreadSoftmax : OnlineSoftmax<kThreadRows> {
   float factor[kThreadRows];  // brings what was accumulated before the last update to the new maximum
 
-  // Replaces scores by probabilities relative to the running maximum.
+  // Takes the scores of row r into the running maximum. Four maxima at a time: none waits for the one before it.
   template <class Scores>
-  CUTLASS_DEVICE void update(Scores& s, float scale_log2) {
+  CUTLASS_DEVICE void raise_maximum(const Scores& s, int r, float scale_log2) {
+    float largest[4];
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      float largest = s(2 * r);
-      CUTE_UNROLL
-      for (int j = 0; j < size(s) / 4; ++j) largest = fmaxf(largest, fmaxf(s(4 * j + 2 * r), s(4 * j + 2 * r + 1)));
-      factor[r] = raise(r, largest, scale_log2);
-      const float down = shift(r, scale_log2);
-      CUTE_UNROLL
-      for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        float& x = s(4 * j + 2 * r + c);
-        x = fast_exp2(x * scale_log2 - down);
-        sum[r] += x;
-      }
+    for (int j = 0; j < size(s) / 4; j += 2) CUTE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float x = s(4 * (j + i / 2) + 2 * r + i % 2);
+      largest[i] = j == 0 ? x : fmaxf(largest[i], x);
+    }
+    factor[r] = raise(r, fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), scale_log2);
+  }
+
+  // Replaces the scores of row r by probabilities relative to the running maximum.
+  template <class Scores>
+  CUTLASS_DEVICE void exponentiate(Scores& s, int r, float scale_log2) {
+    const float down = shift(r, scale_log2);
+    CUTE_UNROLL
+    for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
+    for (int c = 0; c < 2; ++c) {
+      float& x = s(4 * j + 2 * r + c);
+      x = fast_exp2(x * scale_log2 - down);
+      sum[r] += x;
     }
   }
 

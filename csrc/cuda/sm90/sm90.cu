@@ -11,16 +11,18 @@ constexpr Instance instance() {
   return {kDType, kHeadDim, kKvBlock, 64 * kWarpgroups, launch_instance<kDType, kHeadDim, kKvBlock, kWarpgroups>};
 }
 
-// By type and head dimension. 64 keys at a time: for block lists as narrow, and where registers do not hold 128.
+// By type and head dimension. 64 keys at a time: for block lists as narrow, and where 80, which registers and shared
+// memory hold at head dimension 256, do not divide what they must.
 constexpr Instance kInstances[] = {
-    instance<DType::kBFloat16, 64, 128>(), instance<DType::kBFloat16, 64, 128, 3>(),
-    instance<DType::kBFloat16, 96, 128>(), instance<DType::kBFloat16, 128, 128>(),
-    instance<DType::kBFloat16, 64, 64>(),  instance<DType::kBFloat16, 96, 64>(),
-    instance<DType::kBFloat16, 128, 64>(), instance<DType::kBFloat16, 256, 64>(),
-    instance<DType::kFloat16, 64, 128>(),  instance<DType::kFloat16, 64, 128, 3>(),
-    instance<DType::kFloat16, 96, 128>(),  instance<DType::kFloat16, 128, 128>(),
-    instance<DType::kFloat16, 64, 64>(),   instance<DType::kFloat16, 96, 64>(),
-    instance<DType::kFloat16, 128, 64>(),  instance<DType::kFloat16, 256, 64>(),
+    instance<DType::kBFloat16, 64, 128>(),   instance<DType::kBFloat16, 64, 128, 3>(),
+    instance<DType::kBFloat16, 96, 128>(),   instance<DType::kBFloat16, 128, 128>(),
+    instance<DType::kBFloat16, 64, 64>(),    instance<DType::kBFloat16, 96, 64>(),
+    instance<DType::kBFloat16, 128, 64>(),   instance<DType::kBFloat16, 256, 80>(),
+    instance<DType::kBFloat16, 256, 64>(),   instance<DType::kFloat16, 64, 128>(),
+    instance<DType::kFloat16, 64, 128, 3>(), instance<DType::kFloat16, 96, 128>(),
+    instance<DType::kFloat16, 128, 128>(),   instance<DType::kFloat16, 64, 64>(),
+    instance<DType::kFloat16, 96, 64>(),     instance<DType::kFloat16, 128, 64>(),
+    instance<DType::kFloat16, 256, 80>(),    instance<DType::kFloat16, 256, 64>(),
 };
 constexpr int32_t kRows = 128, kWideRows = 192;
 
@@ -35,9 +37,9 @@ const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t t
 }
 
 // Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 12 % at 128K),
-// but larger tiles end more raggedly (4K: 26 % slower), and hold more padding where sequences are short, groups large,
-// or tiles end with the blocks of a list.
-constexpr int32_t kWideTilesPerSm = 8, kWideTilesPerHead = 4;
+// but larger tiles end more raggedly, and hold more padding where sequences are short, groups large, or tiles end with
+// the blocks of a list.
+constexpr int32_t kWideTilesPerSm = 4, kWideTilesPerHead = 4;
 const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
   const ProblemShape& s = p.shape;
   if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kRows) return nullptr;
@@ -47,12 +49,30 @@ const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
   return i && max_tiles(s, {tokens, 128}) >= int64_t(kWideTilesPerSm) * num_sms ? i : nullptr;
 }
 
+// A page is one box, or holds whole key blocks. (Swizzled rows repeat every 8.)
+bool pages_fit(const AttendParams& p, int32_t kv_block) {
+  if (!p.page_table) return true;
+  const int32_t size = p.page_size;
+  return !p.shape.kv_rows.begin && size % 8 == 0 && (size % kv_block == 0 || kv_block % size == 0);
+}
+
+bool lists_fit(const ProblemShape& s, int32_t kv_block) {
+  for (const BlockTable& t : s.blocks)
+    if (t.blocks && t.kv_width % kv_block != 0) return false;
+  return true;
+}
+
+// The smallest head dimension that holds the problem's, and the most keys that lists and pages can be cut into.
 const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
-  if (const Instance* wide = find_wide(p, num_sms)) return wide;
-  bool narrow_lists = false;
-  for (const BlockTable& t : p.shape.blocks) narrow_lists |= t.blocks && t.kv_width < 128;
-  const Instance* i = narrow_lists ? nullptr : find_instance(p, 128);
-  return i ? i : find_instance(p, 64);
+  if (const Instance* wide = find_wide(p, num_sms); wide && pages_fit(p, wide->kv_block)) return wide;
+  const Instance* best = nullptr;
+  for (const Instance& i : kInstances) {
+    if (i.dtype != p.dtype || i.head_dim < p.shape.head_dim || i.tile_rows != kRows) continue;
+    if (!lists_fit(p.shape, i.kv_block) || !pages_fit(p, i.kv_block)) continue;
+    const bool same_dim = best && i.head_dim == best->head_dim;
+    if (!best || i.head_dim < best->head_dim || (same_dim && i.kv_block > best->kv_block)) best = &i;
+  }
+  return best;
 }
 
 // ---- tensor maps ----
@@ -120,13 +140,6 @@ cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int3
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// A page is one box, or holds whole key blocks. (Swizzled rows repeat every 8.)
-bool pages_fit(const AttendParams& p, int32_t kv_block) {
-  if (!p.page_table) return true;
-  const int32_t size = p.page_size;
-  return !p.shape.kv_rows.begin && size % 8 == 0 && (size % kv_block == 0 || kv_block % size == 0);
-}
-
 bool writable(const void* out, const Strides& s) {
   return reinterpret_cast<uintptr_t>(out) % 16 == 0 && s.b % 8 == 0 && s.s % 8 == 0 && s.h % 8 == 0;
 }
@@ -141,7 +154,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
   if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
-      !kv_shape(p, p.v, p.v_stride).describable() || !pages_fit(p, i->kv_block) || !writable(p.out, p.out_stride))
+      !kv_shape(p, p.v, p.v_stride).describable() || !writable(p.out, p.out_stride))
     return false;
   c->arch = Arch::kSm90;
   c->tile_rows = i->tile_rows;

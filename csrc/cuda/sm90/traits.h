@@ -43,9 +43,14 @@ struct Traits {
   // thread alike; asking for more than that sum would wait for ever.
   static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = 128 + kMathThreads;
   static constexpr int kLaunchRegs = kWarpgroups == 1 ? 224 : 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 56;
-  static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : 224;
+  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : kHeadDim > 128 ? 24 : 56;
+  static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : kHeadDim > 128 ? 240 : 224;
   static_assert(kProducerRegs + kWarpgroups * kMathRegs <= (1 + kWarpgroups) * kLaunchRegs);
+
+  // How the products of a block are started (docs/kernels.md, v11): whether the warpgroups take turns, and whether the
+  // output is rescaled while the first product runs or, where that is short, beside the exponentials.
+  static constexpr bool kTakesTurns = kWarpgroups > 1 && kKvBlock != 80;
+  static constexpr bool kRescalesBetween = kHeadDim > 64;
 
   // A tile lies in shared memory as slabs of kSlab columns, each as TMA writes it: rows of 128 (or 64) bytes, swizzled.
   static constexpr int kSlab = kHeadDim % 64 == 0 ? 64 : 32, kSlabs = kHeadDim / kSlab;
@@ -71,6 +76,8 @@ struct Traits {
       cute::GMMA::rs_op_selector<Element, Element, float, Shape<Int<kRows>, Int<kHeadDim>, Int<kKvBlock>>, Major::K,
                                  Major::MN>(),
       WarpgroupLayout{}));
+
+  static_assert(cute::size<1>(typename MmaQK::AtomShape_MNK{}) == kKvBlock, "one instruction for all keys of a block");
 
   // What the consumers need to know of a block of K.
   struct BlockInfo {
