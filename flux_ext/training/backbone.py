@@ -73,7 +73,9 @@ class PatchedModel:
     def _keeper(self, layer: int, rows: Tensor) -> Callable[[Tensor], None]:
         def keep(hidden: Tensor) -> None:
             tokens = token_index(self.inputs, rows)
-            self._kept[layer] = (hidden[rows] if tokens is None else hidden[:, tokens]).detach()
+            # Detached first: where checkpointing recomputes this layer, nothing more is kept, and nothing must be missed.
+            hidden = hidden.detach()
+            self._kept[layer] = hidden[rows] if tokens is None else hidden[:, tokens]
 
         return keep
 
