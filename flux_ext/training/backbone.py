@@ -73,8 +73,7 @@ class PatchedModel:
     def _keeper(self, layer: int, rows: Tensor) -> Callable[[Tensor], None]:
         def keep(hidden: Tensor) -> None:
             tokens = token_index(self.inputs, rows)
-            # Detached first: where checkpointing recomputes this layer, nothing more is kept, and nothing must be missed.
-            hidden = hidden.detach()
+            hidden = hidden.detach()  # first: checkpointing recomputes the layer without this hook, and counts tensors
             self._kept[layer] = hidden[rows] if tokens is None else hidden[:, tokens]
 
         return keep

@@ -15,11 +15,16 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, Tra
 from .. import patching, strict_json
 from ..evaluation.runner import evaluation_mode
 from ..router import FULL_BIAS
+from ..transformers_seam import missing
 from .backbone import PatchedModel, answered, losses
 from .checkpoint import RECIPE_FILE, Checkpoint, check_progress, objective_file
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
+
+for _name in ("_save", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"):  # overridden below
+    if not hasattr(Trainer, _name):
+        raise missing(f"Trainer.{_name}")
 
 # Arguments of the Trainer that nothing here would ask.
 _UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
