@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import platform
 import sys
@@ -16,11 +15,15 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit status (0, or 1 after an error that was reported)."""
+    """Runs one subcommand; returns the exit status (0, or 1 after an error that was reported).
+
+    Raises:
+        SystemExit: with status 2, where an option's value breaks a rule.
+    """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -31,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"flux-ext: error: {message}", file=sys.stderr)
+        print(f"flux-ext: error: {' '.join(str(message).split())}", file=sys.stderr)
         return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = options.Parser(
         prog="flux-ext", description="Attention that is full or sparse per sequence, layer and head."
     )
     parser.add_argument("--version", action="version", version=f"flux-ext {__version__}")
@@ -52,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub.add_argument
 
     def device(add: Callable[..., Any]) -> None:
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run")
+        add(
+            "--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
+        )
         add(
             "--dtype",
             default="auto",
@@ -63,13 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     add = command("demo", _demo, "train routers of a small shipped model and score them, on the CPU in minutes")
     add(
         "--output",
-        type=Path,
+        type=options.output_folder,
         default=Path("flux_demo"),
         help="folder of the picture, the scores and the routers",
     )
-    add("--steps", type=int, help="training steps (default: the recipe's)")
-    add("--examples", type=int, help="held-out examples per task (default: the recipe's)")
-    add("--seed", type=int, default=0)
+    add("--steps", type=options.COUNT, help="training steps (default: the recipe's)")
+    add("--examples", type=options.COUNT, help="held-out examples per task (default: the recipe's)")
+    add("--seed", type=options.SEED, default=0)
     add("--check", action="store_true", help="end with status 1 where an expectation is missed")
 
     add = command("info", _info, "what is built and what is found on this machine")
@@ -79,53 +84,61 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--routers", required=True, help="folder or hub name of its routers")
     add("--prompt-file", type=Path, required=True, help="text file, UTF-8")
-    add("--max-new-tokens", type=int, default=128)
-    add("--temperature", type=float, default=0.0, help="0: greedy")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--max-new-tokens", type=options.COUNT, default=128)
+    add("--temperature", type=options.NOT_NEGATIVE, default=0.0, help="0: greedy")
+    add("--seed", type=options.SEED, default=0, help="of the sampling")
     device(add)
 
     add = command("train", _train, "train the routers of a model on your own examples")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
-    add("--output", type=Path, required=True, help="folder of the checkpoints and of the routers")
+    add("--output", type=options.output_folder, required=True, help="folder of the checkpoints and of the routers")
     add("--routers", help="start from these routers; their configuration counts")
     add("--eval-data", type=Path, help="score these examples at the end")
     add(
         "--target",
+        type=options.target,
         action="append",
         default=[],
         metavar="TASK=SHARE",
         help="target sparsity of a task; repeat",
     )
-    add("--default-target", type=float, default=0.5, help="target sparsity of all other tasks")
+    add("--default-target", type=options.SHARE, default=0.5, help="target sparsity of all other tasks")
     add("--objective", default="counterfactual", choices=["counterfactual", "soft", "straight_through"])
     add("--multipliers", default="inequality", choices=["inequality", "published", "published_abs"])
-    add("--multiplier-lr", type=float, default=0.02)
-    add("--flips", type=int, default=1, help="counterfactuals per sequence and step")
-    add("--heads-per-flip", type=int, default=1)
-    add("--start-bias", type=float, help="log-odds of full at the start (default: the objective's)")
+    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.02)
+    add("--flips", type=options.COUNT, default=1, help="counterfactuals per sequence and step")
+    add("--heads-per-flip", type=options.COUNT, default=1)
+    add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     add("--granularity", default="layer", choices=["layer", "head"])
-    add("--sink", type=int, default=128)
-    add("--window", type=int, default=2048)
-    add("--align", type=int, default=1)
-    add("--pool-size", type=int, default=100)
-    add("--steps", type=int, default=300)
-    add("--batch-size", type=int, default=4, help="sequences per device and micro-batch")
-    add("--accumulate", type=int, default=1, help="micro-batches per step")
-    add("--lr", type=float, default=5e-4)
-    add("--max-length", type=int, help="longer prompts lose tokens from their middle")
+    add("--sink", type=options.whole(0), default=128)
+    add("--window", type=options.COUNT, default=2048)
+    add("--align", type=options.COUNT, default=1)
+    add("--pool-size", type=options.COUNT, default=100)
+    add("--steps", type=options.COUNT, default=300)
+    add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
+    add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
+    add("--lr", type=options.POSITIVE, default=5e-4)
+    add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
-    add("--save-steps", type=int, default=100)
-    add("--logging-steps", type=int, default=10)
+    add("--save-steps", type=options.COUNT, default=100)
+    add("--logging-steps", type=options.COUNT, default=10)
     add(
         "--report-to",
         action="append",
         default=[],
         help="a logger of the Trainer (tensorboard, wandb, ...); repeat",
     )
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
-    add("--seed", type=int, default=0)
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest one in the output folder",
+    )
+    add("--seed", type=options.SEED, default=0)
     device(add)
 
     add = command("eval", _eval, "score a model and its routers: dense, all sparse and routed")
@@ -134,19 +147,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
     add("--modes", nargs="+", default=["dense", "sparse", "routed"], choices=["dense", "sparse", "routed"])
     add("--no-generate", action="store_true", help="score the answers' likelihood only")
-    add("--batch-size", type=int, default=4)
-    add("--output", type=Path, help="also write the scores as JSON")
+    add("--batch-size", type=options.COUNT, default=4)
+    add("--output", type=options.output_file, help="also write the scores as JSON")
     device(add)
 
     add = command("bench", _bench, "time attention, full and sparse, against PyTorch's")
-    add("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
-    add("--batch", type=int, default=1)
-    add("--heads", type=int, default=8, help="query heads")
-    add("--kv-heads", type=int, default=2)
-    add("--head-dim", type=int, default=64)
-    add("--sink", type=int, default=128)
-    add("--window", type=int, default=512)
-    add("--repeats", type=int, default=5, help="the least of so many is shown")
+    add("--lengths", type=options.COUNT, nargs="+", default=[1024, 2048, 4096])
+    add("--batch", type=options.COUNT, default=1)
+    add("--heads", type=options.COUNT, default=8, help="query heads")
+    add("--kv-heads", type=options.COUNT, default=2)
+    add("--head-dim", type=options.COUNT, default=64)
+    add("--sink", type=options.whole(0), default=128)
+    add("--window", type=options.COUNT, default=512)
+    add("--repeats", type=options.COUNT, default=5, help="the least of so many is shown")
     device(add)
     return parser
 
@@ -217,8 +230,14 @@ def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and torch.device(args.device).type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    if not isinstance(routers, flux_ext.FluxConfig):  # the smaller files first
+        routers = flux_ext.FluxRouters.from_pretrained(routers)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    except Exception as error:  # of any type: the readers of safetensors and tokenizers have their own
+        raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
+    model.to(args.device).eval()
     if isinstance(routers, flux_ext.FluxConfig):
         flux_ext.patch(model, routers)
     else:
@@ -226,14 +245,26 @@ def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _prompt(file: Path) -> str:
+    try:
+        prompt = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file {file} must be UTF-8: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise ValueError(f"--prompt-file {file} cannot be read: {error.strerror}") from None
+    if not prompt:
+        raise ValueError(f"--prompt-file {file} is empty")
+    return prompt
+
+
 def _generate(args: argparse.Namespace) -> None:
     from .transformers_seam import cache_of
 
-    prompt = args.prompt_file.read_text(encoding="utf-8")
-    if not prompt:
-        raise ValueError(f"{args.prompt_file} is empty")
+    prompt = _prompt(args.prompt_file)
     model, tokenizer = _load(args, args.routers)
     inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
+    if not inputs["input_ids"].numel():
+        raise ValueError(f"--prompt-file {args.prompt_file} has no tokens")
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     start = time.perf_counter()
@@ -258,11 +289,11 @@ def _train(args: argparse.Namespace) -> None:
     import flux_ext
 
     from .training import FluxTrainer, Recipe, RouterDataset, load_examples, training_arguments
-    from .training.trainer import latest_checkpoint, set_initial_bias
+    from .training.checkpoint import Checkpoint, check_progress, latest_checkpoint
 
     recipe = Recipe(
         objective=args.objective,
-        targets=_targets(args.target),
+        targets=dict(args.target),
         default_target=args.default_target,
         multipliers=args.multipliers,
         multiplier_lr=args.multiplier_lr,
@@ -272,7 +303,7 @@ def _train(args: argparse.Namespace) -> None:
     )
     examples = load_examples(args.data)
     held_out = load_examples(args.eval_data) if args.eval_data else []
-    torch.manual_seed(args.seed)
+    recipe.check_tasks({e.task for e in examples})
     config = flux_ext.FluxConfig(
         sink=args.sink,
         window=args.window,
@@ -280,9 +311,14 @@ def _train(args: argparse.Namespace) -> None:
         pool_size=args.pool_size,
         granularity=args.granularity,
     )
+    checkpoint = latest_checkpoint(args.output) if args.resume is True else args.resume
+    if args.resume is True and checkpoint is None:
+        raise ValueError(f"--resume: {args.output} has no checkpoint")
+    if checkpoint is not None:
+        Checkpoint.read(Path(checkpoint))
+        check_progress(Path(checkpoint), 0, {"initial_lr": args.lr})
+    torch.manual_seed(args.seed)
     model, tokenizer = _load(args, args.routers or config)
-    if not args.routers:
-        set_initial_bias(flux_ext.get_routers(model), recipe.initial_bias)
     trainer = FluxTrainer(
         model,
         recipe,
@@ -303,10 +339,7 @@ def _train(args: argparse.Namespace) -> None:
         packed=args.packed,
         tokenizer=tokenizer,
     )
-    checkpoint = latest_checkpoint(args.output) if args.resume else None
-    if args.resume and checkpoint is None:
-        raise ValueError(f"--resume: {args.output} has no checkpoint")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     print(f"routers written to {args.output}")
     if held_out:
@@ -315,22 +348,10 @@ def _train(args: argparse.Namespace) -> None:
         print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
 
 
-def _targets(texts: Sequence[str]) -> dict[str, float]:
-    targets = {}
-    for text in texts:
-        task, equals, share = text.rpartition("=")
-        number = None
-        with contextlib.suppress(ValueError):
-            number = float(share)
-        if not task or not equals or number is None:
-            raise ValueError(f"--target must read TASK=SHARE, for example retrieval=0.45, got {text!r}")
-        targets[task] = number
-    return targets
-
-
 def _eval(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from . import strict_json
     from .evaluation.runner import evaluate, format_table
     from .training import load_examples
 
@@ -339,7 +360,7 @@ def _eval(args: argparse.Namespace) -> None:
     scores = evaluate(model, tokenizer, examples, args.modes, generate=not args.no_generate, batch_size=args.batch_size)
     print(format_table(scores))
     if args.output:
-        args.output.write_text(json.dumps([asdict(s) for s in scores], indent=2) + "\n")
+        args.output.write_text(strict_json.dumps([asdict(s) for s in scores]))
 
 
 # bench
@@ -350,6 +371,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     from . import Streaming, attention
 
+    if args.heads % args.kv_heads:
+        raise ValueError(f"--heads must be a multiple of --kv-heads, {args.kv_heads}, got {args.heads}")
     dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and torch.device(args.device).type == "cuda":
         dtype = torch.bfloat16

@@ -7,7 +7,6 @@ the window, and continuing code. Held-out files are then scored dense, all spars
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import FluxConfig, get_routers, patch, pictures
+from . import FluxConfig, get_routers, patch, pictures, strict_json
 from .evaluation import tasks
 from .evaluation.runner import MODES, Score, evaluate, format_table
 from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from .training.config import ObjectiveName
-from .training.trainer import set_initial_bias
 from .transformers_seam import cache_of
 
 BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
@@ -81,7 +79,6 @@ def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, outpu
     )
     torch.manual_seed(seed)
     patch(model, FluxConfig(sink=s.sink, window=s.window, pool_size=s.pool_size))
-    set_initial_bias(get_routers(model), recipe.initial_bias)
     count = s.steps * s.batch_size // 2
     examples = tasks.retrieval(
         count,
@@ -155,7 +152,7 @@ def run(
         show_example(model, tokenizer, next(e for e in held_out if e.task == task))
     picture = output / "routing.png"
     pictures.routes({x.task: x.full_share for x in scores if x.mode == "routed"}).savefig(picture, dpi=120)
-    (output / "scores.json").write_text(json.dumps([asdict(x) for x in scores], indent=2) + "\n")
+    (output / "scores.json").write_text(strict_json.dumps([asdict(x) for x in scores]))
     total = time.perf_counter() - start
     print(f"\n{picture}, {output / 'scores.json'} and {output / 'routers'} written")
     print(f"{trained - start:.0f} s of training, {total:.0f} s in all")

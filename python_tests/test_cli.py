@@ -1,6 +1,8 @@
 """The command line, from training data to a generated text, on a tiny random model."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,26 +130,207 @@ def test_python_m():
     assert done.returncode == 0 and done.stdout.startswith("flux-ext ")
 
 
+def test_train_with_published_multipliers(folder, tmp_path):
+    assert run(
+        "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "out",
+        "--device", "cpu", "--steps", 2, "--batch-size", 2, "--accumulate", 2, "--multipliers", "published",
+        "--gradient-checkpointing", "--objective", "soft", *PATTERN,
+    ) == 0  # fmt: skip
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["multipliers"] == "published"
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
+def test_only_fresh_routers_start_at_the_bias_that_was_asked_for(folder, routers, tmp_path, given):
+    assert train(
+        folder, tmp_path, "--steps", 1, "--batch-size", 2, "--start-bias", 1.25,
+        *(("--routers", routers) if given else PATTERN),
+    ) == 0  # fmt: skip
+    starts = [r.classifier[-1].bias[1].item() for r in FluxRouters.from_pretrained(routers).layers]
+    ends = [r.classifier[-1].bias[1].item() for r in FluxRouters.from_pretrained(tmp_path).layers]
+    assert ends == pytest.approx(starts if given else [1.25] * 2, abs=1e-2)
+
+
+def test_likelihood_alone_is_strict_json(folder, routers):
+    scores = folder / "likelihood.json"
+    assert run(
+        "eval", "--model", folder / "model", "--routers", routers, "--data", folder / "data.jsonl",
+        "--device", "cpu", "--no-generate", "--modes", "routed", "--output", scores,
+    ) == 0  # fmt: skip
+
+    def refuse(word):
+        raise ValueError(f"not JSON: {word}")
+
+    rows = json.loads(scores.read_text(), parse_constant=refuse)
+    assert [row["accuracy"] for row in rows] == [None, None] and all(row["bits_per_byte"] > 0 for row in rows)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """A model that must not be loaded."""
+
+    def load(*_, **__):
+        raise AssertionError("the model was loaded before the options were checked")
+
+    monkeypatch.setattr(cli, "_load", load)
+
+
+def train(folder, output, *args):
+    return run(
+        "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", output,
+        "--device", "cpu", *args,
+    )  # fmt: skip
+
+
+def error_of(capsys, call):
+    """Exit status and the one line that was written."""
+    try:
+        status = call()
+    except SystemExit as exit:
+        status = exit.code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("flux-ext: error: ")
+    return status, line
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--target", "x"], "--target must read TASK=SHARE"),
-        (["--target", "x=2"], r"target sparsity of x must lie in [0, 1], got 2.0"),
-        (["--target", "z=0.5"], "targets names tasks that the data lack: z"),
+        *(
+            ([f"--{name}", value], f"argument --{name}: must be a whole number >= 1, got '{value}'")
+            for name in (
+                "steps", "batch-size", "accumulate", "save-steps", "logging-steps", "flips", "heads-per-flip", "window",
+                "align", "pool-size",
+            )
+            for value in ("0", "-1", "1.5", "x")
+        ),
+        (["--sink", "-1"], "argument --sink: must be a whole number >= 0, got '-1'"),
+        (["--max-length", "2"], "argument --max-length: must be a whole number >= 3, got '2'"),
+        (["--seed", "-1"], "argument --seed: must be a whole number in [0, 4294967295], got '-1'"),
+        *((["--lr", x], f"argument --lr: must be a finite number > 0, got '{x}'") for x in ("0", "nan", "inf", "x")),
+        (["--multiplier-lr", "nan"], "argument --multiplier-lr: must be a finite number >= 0, got 'nan'"),
+        (["--start-bias", "inf"], "argument --start-bias: must be a finite number, got 'inf'"),
+        (["--default-target", "1.5"], "argument --default-target: must be a finite number in [0, 1], got '1.5'"),
+        (["--target", "x"], "argument --target: must read TASK=SHARE, for example retrieval=0.45, got 'x'"),
+        (["--target", "x=2"], "argument --target: must be a finite number in [0, 1], got '2'"),
+        (["--target", "x=nan"], "argument --target: must be a finite number in [0, 1], got 'nan'"),
+        (["--device", "cuda:99"], "argument --device: must be a device of this machine, which has "),
+        (["--device", "meta"], "argument --device: must be cpu, cuda or one of several GPUs, like cuda:1, got 'meta'"),
+        (["--device", "gpu"], "argument --device: must be cpu, cuda or one of several GPUs, like cuda:1, got 'gpu'"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--objective", "magic"], "argument --objective: invalid choice: 'magic'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)  # fmt: skip
+def test_values_are_checked_by_the_parser(folder, tmp_path, no_model, capsys, args, message):
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", *args))
+    assert status == 2 and message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["generate", "--temperature", "-1"], "argument --temperature: must be a finite number >= 0, got '-1'"),
+        (["generate", "--temperature", "nan"], "argument --temperature: must be a finite number >= 0, got 'nan'"),
+        (["generate", "--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number >= 1, got '0'"),
+        (["eval", "--batch-size", "0"], "argument --batch-size: must be a whole number >= 1, got '0'"),
+        (["eval", "--output", "."], "argument --output: must be a file, '.' is a folder"),
+        (["eval", "--output", "none/x.json"], "argument --output: must be a file in a folder that exists, got"),
+        (["demo", "--steps", "0"], "argument --steps: must be a whole number >= 1, got '0'"),
+        (["demo", "--examples", "0"], "argument --examples: must be a whole number >= 1, got '0'"),
+        (["demo", "--output", __file__], "argument --output: must be a folder, "),
+        (["train", "--output", __file__], "argument --output: must be a folder, "),
+        (["train", "--output", f"{__file__}/out"], "argument --output: must be a folder, "),
+        (["bench", "--lengths", "0"], "argument --lengths: must be a whole number >= 1, got '0'"),
+        (["bench", "--repeats", "0"], "argument --repeats: must be a whole number >= 1, got '0'"),
+        (["nothing"], "invalid choice: 'nothing'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_values_of_the_other_commands(capsys, args, message):
+    status, line = error_of(capsys, lambda: run(*args))
+    assert status == 2 and message in line
+
+
+def test_heads_must_share_key_value_heads(capsys):
+    status, line = error_of(capsys, lambda: run("bench", "--heads", 3, "--kv-heads", 2, "--device", "cpu"))
+    assert status == 1 and "--heads must be a multiple of --kv-heads, 2, got 3" in line
+
+
+def test_output_that_cannot_be_written(folder, tmp_path, no_model, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out"))
+    assert status == 2 and "argument --output: must be a folder to write to" in line
+    status, line = error_of(capsys, lambda: run("eval", "--output", tmp_path / "scores.json"))
+    assert status == 2 and "argument --output: must be a file to write to" in line
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--target", "z=0.5"], "targets names tasks that the data lack: z; they have x, y"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--resume"], "has no checkpoint"),
-        (["--flips", "3"], "flips must be at most the 2 routed layers, got 3"),
-        (["--window", "0"], "window must be"),
+        (["--resume", "none"], "none is no checkpoint of a FluxTrainer: there is no such folder"),
+        (["--window", "100", "--align", "64"], "window must be"),
     ],
 )
-def test_errors_are_one_line(folder, tmp_path, args, message, capsys):
-    status = run(
-        "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "out",
-        "--device", "cpu", *args,
-    )  # fmt: skip
-    assert status == 1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("flux-ext: error: ") and message in last
+def test_errors_before_the_model_is_loaded(folder, tmp_path, no_model, capsys, args, message):
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", *args))
+    assert status == 1 and message in line
+
+
+def test_too_many_flips(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "out", "--flips", "3") == 1
+    assert "flips must be at most the 2 routed layers, got 3" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_data_with_half_a_surrogate_pair(folder, tmp_path, no_model, capsys):
+    row = '{"context": "a \\ud83d b", "question": "q?", "answer": "ab", "task": "t"}\n'
+    (tmp_path / "lone.jsonl").write_text(row)
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--data", tmp_path / "lone.jsonl"))
+    assert status == 1 and "lone.jsonl, line 1: the column 'context'" in line and "half of a surrogate pair" in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"\xff\xfeO\0n\0c\0e\0", "must be UTF-8: invalid start byte at byte 0"),
+        ("é".encode("latin-1"), "must be UTF-8: unexpected end of data at byte 0"),
+        (b"", "is empty"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_prompt_files(folder, tmp_path, no_model, capsys, content, message):
+    file = tmp_path / "prompt.txt"
+    if content is not None:
+        file.write_bytes(content)
+    status, line = error_of(
+        capsys, lambda: run("generate", "--model", "m", "--routers", "r", "--prompt-file", file, "--device", "cpu")
+    )
+    assert status == 1 and f"--prompt-file {file} {message}" in line
+    status, line = error_of(
+        capsys, lambda: run("generate", "--model", "m", "--routers", "r", "--prompt-file", tmp_path, "--device", "cpu")
+    )
+    assert status == 1 and f"--prompt-file {tmp_path} cannot be read: Is a directory" in line
+
+
+def test_damaged_checkpoint(folder, routers, tmp_path, no_model, capsys):
+    shutil.copytree(routers, tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-4" / "objective.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
+    assert status == 1 and f"{file} is damaged" in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_damaged_model(folder, routers, tmp_path, capsys, name):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    content = (tmp_path / "model" / name).read_bytes()
+    (tmp_path / "model" / name).write_bytes(content[: len(content) // 2])
+    args = ("--routers", routers, "--prompt-file", folder / "prompt.txt", "--device", "cpu")
+    assert run("generate", "--model", tmp_path / "model", *args) == 1
+    assert f"--model {tmp_path / 'model'} cannot be loaded: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_routers_of_another_model_are_refused(folder, routers, capsys):

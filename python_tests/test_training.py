@@ -1,6 +1,7 @@
 """The trainer on tiny random models: what moves, what is saved, what resumes, what the batches mean."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_training import LAYERS, Grab, batch_rows, dataset, model, snapshot, tr
 import flux_ext
 from flux_ext import patching
 from flux_ext.training import PackedCollator, PaddedCollator, Recipe
-from flux_ext.training.backbone import PatchedModel, losses
+from flux_ext.training.backbone import PatchedModel, answer_lengths, losses
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -170,58 +171,192 @@ def test_gradient_accumulation_is_a_mean(tmp_path, objective):
     assert torch.allclose(one, four, atol=1e-6, rtol=1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("form", ["inequality", "published", "published_abs"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+def test_losses_and_multipliers_are_those_of_the_formula(tmp_path, objective, form, accumulate):
+    """Multipliers move after the step whose loss they are in, once per step, by the mean over its sequences."""
     grads = []
-    for checkpointing in (False, True):
+    for rate in (0.0, 0.3):
+        recipe = Recipe(objective=objective, multipliers=form, multiplier_lr=rate, targets={"a": 0.2, "b": 0.9})
         t = trainer(
-            tmp_path, recipe=Recipe(objective="soft"), max_steps=1, gradient_checkpointing=checkpointing,
-            callbacks=[Grab(grads)],
+            tmp_path, recipe=recipe, max_steps=1, per_device_train_batch_size=4 // accumulate, max_grad_norm=0.0,
+            gradient_accumulation_steps=accumulate, callbacks=[Grab(grads)],
         )  # fmt: skip
+        if form == "inequality":
+            t.objective.multipliers.lambda1.fill_(0.4)
+        first, second = t.objective.multipliers.lambda1.tolist(), t.objective.multipliers.lambda2.tolist()
+        seen, note = [], t._note
+
+        def spy(tasks, step, seen=seen, note=note):
+            seen.append((tasks.tolist(), step))
+            note(tasks, step)
+
+        t._note = spy
         t.train()
+        assert len(seen) == accumulate
+        for tasks, step in seen:
+            sparsity = step.sparsity.tolist()
+            if form == "inequality":
+                terms = [first[k] * (recipe.target("ab"[k]) - s) for k, s in zip(tasks, sparsity, strict=True)]
+            else:
+                terms = []
+                for k in sorted(set(tasks)):
+                    own = [s for task, s in zip(tasks, sparsity, strict=True) if task == k]
+                    d = sum(own) / len(own) - recipe.target("ab"[k])
+                    terms.append(first[k] * (abs(d) if form == "published_abs" else d) + second[k] * d * d)
+            assert step.loss.item() == pytest.approx(step.lm_loss.mean().item() + sum(terms) / len(terms), abs=1e-5)
+        multipliers = t.objective.multipliers
+        for k in (0, 1):
+            own = [s.item() for tasks, step in seen for i, s in zip(tasks, step.sparsity, strict=True) if i == k]
+            d = sum(own) / len(own) - recipe.target("ab"[k]) if own else 0.0
+            up = {"inequality": -d, "published": d, "published_abs": abs(d)}[form]
+            assert multipliers.lambda1[k].item() == pytest.approx(max(0.0, first[k] + rate * up), abs=1e-5)
+            quadratic = 0.0 if form == "inequality" else second[k] + rate * d * d
+            assert multipliers.lambda2[k].item() == pytest.approx(quadratic, abs=1e-5)
     assert grads[0].abs().max() > 0
-    assert torch.allclose(grads[0], grads[1], atol=1e-7)
-    with pytest.raises(ValueError, match="use_reentrant must be False"):
-        trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert torch.equal(grads[0], grads[1])  # of the multipliers as they were
 
 
-@pytest.mark.parametrize("objective", ["counterfactual", "soft"])
-def test_resume_gives_the_same_routers(tmp_path, objective):
-    recipe = Recipe(objective=objective, targets={"a": 0.3})
-    through = trainer(tmp_path / "one", recipe=recipe, max_steps=6)
-    through.train()
-    first = trainer(tmp_path / "two", recipe=recipe, max_steps=6, save_strategy="steps", save_steps=3)
-    first.train()
-    folder = tmp_path / "two" / "checkpoint-3"
-    names = {f.name for f in folder.iterdir()}
-    assert {
-        "flux_config.json",
-        "flux_routers.safetensors",
-        "objective.safetensors",
-        "recipe.json",
-        "optimizer.pt",
-    } <= names
-    routers = flux_ext.FluxRouters.from_pretrained(folder)
-    assert sum(p.numel() for p in routers.parameters()) == sum(p.numel() for p in through.routers.parameters())
-
-    second = trainer(tmp_path / "two", recipe=recipe, max_steps=6)
-    second.train(resume_from_checkpoint=str(folder))
-    for a, b in zip(through.routers.parameters(), second.routers.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(through.objective.multipliers.lambda1, second.objective.multipliers.lambda1)
+def start_biases(routers):
+    return [router.classifier[-1].bias.tolist() for router in routers.layers]
 
 
-def test_resume_checks_the_checkpoint(tmp_path):
-    t = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+def fresh():
+    m = model()
+    config = flux_ext.get_routers(m).config
+    flux_ext.unpatch(m)
+    flux_ext.patch(m, config)
+    return m
+
+
+@pytest.mark.parametrize(
+    "recipe, bias",
+    [
+        (Recipe(), 2.0),
+        (Recipe(objective="soft"), 4.5),
+        (Recipe(start_bias=-1.5), -1.5),
+        (Recipe(objective="soft", start_bias=3), 3.0),
+    ],
+)
+def test_fresh_routers_start_at_the_recipes_bias(tmp_path, recipe, bias):
+    t = trainer(tmp_path, fresh(), recipe)
+    assert start_biases(t.routers) == [[0.0, bias]] * LAYERS
+    again = trainer(tmp_path, t.model, recipe)
+    assert start_biases(again.routers) == [[0.0, bias]] * LAYERS
+
+
+def test_the_start_is_as_sparse_as_its_bias_says(tmp_path):
+    t = trainer(tmp_path, fresh(), Recipe(), max_steps=1)
     t.train()
-    folder = tmp_path / "checkpoint-2"
-    with pytest.raises(ValueError, match="was trained with objective 'counterfactual', not 'soft'"):
-        trainer(tmp_path, recipe=Recipe(objective="soft")).train(resume_from_checkpoint=str(folder))
-    other = trainer(tmp_path, model(granularity="head"))
-    with pytest.raises(ValueError, match="have other settings: granularity"):
-        other.train(resume_from_checkpoint=str(folder))
-    (folder / "objective.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"it has no objective\.safetensors"):
-        trainer(tmp_path).train(resume_from_checkpoint=str(folder))
+    assert t.state.log_history[0]["a/sparsity"] == pytest.approx(1 / (1 + math.exp(2)), abs=0.03)
+
+
+def test_trained_and_loaded_routers_keep_their_bias(tmp_path):
+    t = trainer(tmp_path, fresh(), Recipe(objective="soft"), max_steps=2)
+    t.train()
+    t.save_model()
+    trained = start_biases(t.routers)
+    assert trained != [[0.0, 4.5]] * LAYERS
+    assert start_biases(trainer(tmp_path, t.model, Recipe(start_bias=1)).routers) == trained
+    m = fresh()
+    flux_ext.unpatch(m)
+    flux_ext.patch(m, routers=tmp_path)
+    assert start_biases(trainer(tmp_path, m, Recipe(start_bias=1)).routers) == trained
+
+
+def masking(collator, row):
+    """A collator that loses the answer of one row."""
+
+    def collate(rows):
+        batch = collator(rows)
+        if "cu_seq_lens_q" in batch:
+            ends = batch["cu_seq_lens_q"].tolist()
+            batch["labels"][0, ends[row] : ends[row + 1]] = -100
+        else:
+            batch["labels"][row] = -100
+        return batch
+
+    return collate
+
+
+@pytest.mark.parametrize("collator", [PaddedCollator(0), PackedCollator()], ids=["padded", "packed"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+def test_a_row_without_labels_counts_as_none(tmp_path, objective, collator):
+    seen = []
+    for collate in (masking(collator, 1), lambda rows: collator([rows[0], *rows[2:]])):
+        grads = []
+        t = trainer(tmp_path, recipe=Recipe(objective=objective), max_steps=2, callbacks=[Grab(grads)])
+        t.data_collator = collate
+        t.train()
+        logs = [x for log in t.state.log_history if "loss" in log for k, x in log.items() if k != "grad_norm"]
+        seen.append((torch.stack(grads), t.objective.multipliers.lambda1, logs))
+    assert seen[0][0].abs().max() > 0
+    for a, b in zip(*(s[:2] for s in seen), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert seen[0][2] == pytest.approx(seen[1][2], rel=1e-4)
+
+
+@pytest.mark.parametrize("collator", [PaddedCollator(0), PackedCollator()], ids=["padded", "packed"])
+def test_a_batch_without_labels_is_refused(tmp_path, collator):
+    t = trainer(tmp_path)
+    before = snapshot(t.routers)
+
+    def collate(rows):
+        batch = collator(rows)
+        batch["labels"].fill_(-100)
+        return batch
+
+    t.data_collator = collate
+    with pytest.raises(ValueError, match=r"labels are masked \(-100\) in all 4 sequences of the batch"):
+        t.train()
+    with pytest.raises(ValueError, match="in all 4 sequences"):
+        t.evaluate(dataset(4))
+    assert all(torch.equal(p, before[name]) for name, p in t.routers.named_parameters())
+    rows = batch_rows(dataset(4))
+    with pytest.raises(ValueError, match=r"an answer token in every sequence, \[2\] of 4 have none"):
+        losses(t.model, masking(collator, 2)(rows))
+
+
+def test_a_label_with_nothing_before_it_counts_for_nothing():
+    rows = batch_rows(dataset(3))
+    for collator in (PaddedCollator(0), PackedCollator()):
+        batch = collator(rows)
+        assert answer_lengths(batch).tolist() == [len(row["answer"]) for row in rows]
+    batch["labels"][0, batch["cu_seq_lens_q"][:-1].long()] = 5
+    assert answer_lengths(batch).tolist() == [len(row["answer"]) for row in rows]
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
+    t = trainer(tmp_path)
+    before = snapshot(t.routers)
+    with torch.no_grad():
+        t.model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RuntimeError, match=r"step 1: the loss must be finite, got nan from the sequences' \[nan, nan"):
+        t.train()
+    assert all(torch.equal(p, before[name]) for name, p in t.routers.named_parameters())
+    assert t.objective.multipliers.lambda1.tolist() == [0, 0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):
+    t = trainer(tmp_path)
+    before = snapshot(t.routers)
+    next(t.routers.parameters()).register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(RuntimeError, match="step 1: the gradient of the routers must be finite, its norm is nan"):
+        t.train()
+    assert all(torch.equal(p, before[name]) for name, p in t.routers.named_parameters())
+
+
+def test_the_trainers_state_is_strict_json(tmp_path):
+    t = trainer(tmp_path)
+    t.log({"grad_norm": math.nan, "eval_loss": math.inf, "other": 1.5})
+    t.state.save_to_json(str(tmp_path / "state.json"))
+
+    def refuse(word):
+        raise ValueError(f"not JSON: {word}")
+
+    [entry] = json.loads((tmp_path / "state.json").read_text(), parse_constant=refuse)["log_history"]
+    assert (entry["grad_norm"], entry["eval_loss"], entry["other"]) == (None, None, 1.5)
 
 
 def test_saved_routers_are_used_by_patch(tmp_path):
@@ -254,6 +389,16 @@ def test_evaluation_loss_is_that_of_the_hard_routes(tmp_path):
         rows = batch_rows(t.eval_dataset)
         expected = losses(t.model, PaddedCollator(0)(rows)).mean()
     assert value == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_evaluation_leaves_every_module_in_its_mode(tmp_path):
+    t = trainer(tmp_path)
+    t.model.train().model.layers[1].eval()
+    before = {name: module.training for name, module in t.model.named_modules()}
+    t.evaluate(dataset(4))
+    with pytest.raises(KeyError):
+        t.evaluate([{}])
+    assert {name: module.training for name, module in t.model.named_modules()} == before
 
 
 def test_layers_without_a_router_are_left_alone(tmp_path):

@@ -45,6 +45,10 @@ def test_parquet(tmp_path):
     (tmp_path / "z.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"z\.parquet: not a Parquet file"):
         load_examples(tmp_path / "z.parquet")
+    whole = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:4] + b"\0" * 40 + whole[44:])
+    with pytest.raises(ValueError, match=r"cut\.parquet: not a Parquet file"):
+        load_examples(tmp_path / "cut.parquet")
 
 
 GOOD = {"context": "c", "question": "q", "answer": "a", "task": "t"}
@@ -64,6 +68,12 @@ GOOD = {"context": "c", "question": "q", "answer": "a", "task": "t"}
         ),
         (json.dumps({k: v for k, v in GOOD.items() if k != "task"}), r"line 2: the column 'task' is missing"),
         (b"\xff\xfe", r"line 2: not UTF-8"),
+        (
+            json.dumps({**GOOD, "context": "a \ud83d b"}),
+            r"x.jsonl, line 2: the column 'context' .* character 3 is half of",
+        ),
+        ('{"context": ' + "1" * 5000 + "}", r"x.jsonl, line 2: not an example"),
+        ("[" * 100_000, r"x.jsonl, line 2: not an example"),
     ],
 )
 def test_bad_lines(tmp_path, line, message):

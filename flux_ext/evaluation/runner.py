@@ -2,7 +2,8 @@
 
 Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
 the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
-that cache.
+that cache. As in training, the answer's tokens are those of its text alone, put behind those of the prompt, also
+where the tokenizer would cut both texts together otherwise. Answers are compared by token: decoding may lose a space.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Score:
     mode: Mode
     examples: int
     accuracy: float
-    """Share of generated answers that are right to the last character; NaN where none were generated."""
+    """Share of generated answers that are right to the last token; NaN where none were generated."""
     bits_per_byte: float
     """Code length of the answers' UTF-8 bytes; NaN where it was not asked for."""
     sparsity: float
@@ -75,14 +76,24 @@ def evaluate(
     Returns:
         One :class:`Score` per mode and task, modes first.
 
+    The model is in evaluation mode meanwhile; afterwards, also after an error, each of its modules is in the mode
+    it was found in.
+
     Raises:
-        ValueError: a task is neither to be generated nor measured, or the model is not patched.
+        ValueError: there are no examples, one has no tokens, a mode is unknown, a task is neither to be generated nor
+            measured, or the model is not patched.
     """
+    if not examples:
+        raise ValueError("examples must not be empty")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise ValueError(f"modes must be among {', '.join(MODES)}, got {unknown[0]!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    patching.get_routers(model)
     tasks = sorted({e.task for e in examples})
-    training = model.training
-    model.eval()
     scores = []
     with (
+        evaluation_mode(model),
         torch.inference_mode(),
         tqdm(total=len(examples) * len(modes), disable=not progress, unit="example") as bar,
     ):
@@ -96,8 +107,19 @@ def evaluate(
                     raise ValueError(f"generate or likelihood must be True for the task {task!r}")
                 chosen = [e for e in examples if e.task == task]
                 scores.append(_score(model, tokenizer, chosen, mode, generates, measures, batch_size, bar))
-    model.train(training)
     return scores
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """As ``model.eval()`` within a ``with`` block; afterwards each module is in the mode it was found in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _score(
@@ -116,10 +138,16 @@ def _score(
         for batch in _batches(examples, batch_size):
             prompts = [tokenizer(e.prompt)["input_ids"] for e in batch]
             answers = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in batch]
+            for e, p, a in zip(batch, prompts, answers, strict=True):
+                if not p or not a:
+                    raise ValueError(
+                        f"the example {e.question!r} -> {e.answer!r} of {e.task!r} has {len(p)} prompt and {len(a)} "
+                        "answer tokens; both need one"
+                    )
             prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
             if generate:
-                texts, kept, routes = _generated(model, tokenizer, prompt, mask, answers)
-                right += sum(text == e.answer for text, e in zip(texts, batch, strict=True))
+                new, kept, routes = _generated(model, tokenizer, prompt, mask, answers)
+                right += sum(row[: len(a)] == list(a) for row, a in zip(new, answers, strict=True))
             if likelihood:
                 answer_nats, kept, routes = _continue(model, prompt, mask, answers)
                 nats += answer_nats
@@ -178,8 +206,8 @@ def _continue(
 
 def _generated(
     model: nn.Module, tokenizer: Any, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
-) -> tuple[list[str], int, Tensor]:
-    """Greedy continuations as long as the answers, bytes in the cache at the end, and the routes."""
+) -> tuple[list[list[int]], int, Tensor]:
+    """Tokens of greedy continuations as long as the longest answer, bytes in the cache at the end, and the routes."""
     out = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=mask,
@@ -188,10 +216,8 @@ def _generated(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         return_dict_in_generate=True,
     )
-    new = out.sequences[:, prompt.shape[1] :]
-    texts = [tokenizer.decode(row[: len(a)]) for row, a in zip(new, answers, strict=True)]
     cache = cache_of(out)
-    return texts, cache.nbytes(), cache.routes
+    return out.sequences[:, prompt.shape[1] :].tolist(), cache.nbytes(), cache.routes
 
 
 def format_table(scores: Sequence[Score]) -> str:

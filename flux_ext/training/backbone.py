@@ -73,7 +73,8 @@ class PatchedModel:
     def _keeper(self, layer: int, rows: Tensor) -> Callable[[Tensor], None]:
         def keep(hidden: Tensor) -> None:
             tokens = token_index(self.inputs, rows)
-            self._kept[layer] = (hidden[rows] if tokens is None else hidden[:, tokens]).detach()
+            hidden = hidden.detach()  # first: checkpointing recomputes the layer without this hook, and counts tensors
+            self._kept[layer] = hidden[rows] if tokens is None else hidden[:, tokens]
 
         return keep
 
@@ -94,23 +95,65 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Args:
         model: a patched causal language model, wrapped or not.
         inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
+
+    Raises:
+        ValueError: a sequence has no answer; see :func:`answered`.
     """
-    labels = inputs["labels"]
-    targets = labels[:, 1:]
+    counts = answer_lengths(inputs)
+    if not bool(counts.all()):
+        rows = (counts == 0).nonzero()[:, 0].tolist()
+        raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
+    targets = _targets(inputs)
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
     arguments = {k: v for k, v in inputs.items() if k not in _OURS}
     with patching.prompt_lengths(model, inputs["prompt_lengths"]):
         logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    counted = (targets != IGNORED).float()
+    if inputs.get("cu_seq_lens_q") is None:
+        return nats.view_as(targets).sum(1) / counts
+    return nats.new_zeros(len(counts)).index_add(0, _sequence_of(columns, inputs), nats) / counts
+
+
+def answer_lengths(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens of each sequence that have a label and something before them to be predicted from, int64 ``[B]``."""
+    counted = (_targets(inputs) != IGNORED).long()
     bounds = inputs.get("cu_seq_lens_q")
     if bounds is None:
-        return nats.view_as(counted).sum(1) / counted.sum(1)
-    sequence = torch.searchsorted(bounds[1:].contiguous(), (columns + 1).to(bounds.dtype), right=True)
-    sums = nats.new_zeros(2, len(bounds) - 1)
-    sums = sums.index_add(1, sequence, torch.stack([nats, counted[0]]))
-    return sums[0] / sums[1]
+        return counted.sum(1)
+    columns = torch.arange(counted.shape[1], device=counted.device)
+    return counted.new_zeros(len(bounds) - 1).index_add(0, _sequence_of(columns, inputs), counted[0])
+
+
+def _targets(inputs: Mapping[str, Any]) -> Tensor:
+    """``labels[:, 1:]``, what the logits at ``[:, :-1]`` predict; no packed sequence predicts the next one's start."""
+    targets = inputs["labels"][:, 1:]
+    bounds = inputs.get("cu_seq_lens_q")
+    return targets if bounds is None else targets.index_fill(1, bounds[1:-1].long() - 1, IGNORED)
+
+
+def _sequence_of(columns: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Which sequence of a packed row the targets ``labels[:, 1:]`` in these columns belong to, int64."""
+    bounds = inputs["cu_seq_lens_q"]
+    return torch.searchsorted(bounds[1:].contiguous(), (columns + 1).to(bounds.dtype), right=True)
+
+
+def answered(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch without the sequences all of whose labels are masked: there is nothing to learn from them.
+
+    Raises:
+        ValueError: none is left.
+    """
+    counts = answer_lengths(inputs)
+    if bool(counts.all()):
+        return inputs
+    rows = counts.nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError(
+            f"labels are masked ({IGNORED}) in all {len(counts)} sequences of the batch: at least one must have an "
+            "answer token (does the collator cut answers off?)"
+        )
+    return take(inputs, rows)
 
 
 def take(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
@@ -34,12 +35,16 @@ class Recipe:
             sparsity.
         tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start
             to end over the first ``tau_share`` of the steps and stays there.
-        start_bias: log-odds of full attention at the start. None: the objective's own, 4.5 as published, 2
-            for counterfactuals, whose exploration comes from sampling.
+        start_bias: log-odds of full attention at the start of routers that are still as they were made; trained ones
+            keep theirs. None: the objective's own, 4.5 as published, 2 for counterfactuals, whose exploration comes
+            from sampling.
         flips: counterfactuals per sequence and step; they share one base forward.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.
+
+    Raises:
+        ValueError: a value breaks its rule; all numbers are finite.
     """
 
     objective: ObjectiveName = "counterfactual"
@@ -69,15 +74,18 @@ class Recipe:
             if not 0 <= target <= 1:
                 raise ValueError(f"the target sparsity of {task} must lie in [0, 1], got {target}")
         for name in ("tau_start", "tau_end", "logit_bound", "delta_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
         if not 0 <= self.tau_share <= 1:
             raise ValueError(f"tau_share must lie in [0, 1], got {self.tau_share}")
-        if self.multiplier_lr < 0:
-            raise ValueError(f"multiplier_lr must be >= 0, got {self.multiplier_lr}")
+        if not 0 <= self.multiplier_lr < math.inf:
+            raise ValueError(f"multiplier_lr must be >= 0 and finite, got {self.multiplier_lr}")
+        if self.start_bias is not None and not math.isfinite(self.start_bias):
+            raise ValueError(f"start_bias must be finite, got {self.start_bias}")
         for name in ("flips", "heads_per_flip"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be >= 1 and whole, got {value}")
 
     @classmethod
     def published(cls, **changes: Any) -> Recipe:
@@ -92,6 +100,13 @@ class Recipe:
     def target(self, task: str) -> float:
         """The target sparsity of a task."""
         return self.targets.get(task, self.default_target)
+
+    def check_tasks(self, tasks: Collection[str]) -> None:
+        """ValueError where ``targets`` names a task that is not among these."""
+        if unknown := sorted(set(self.targets) - set(tasks)):
+            raise ValueError(
+                f"targets names tasks that the data lack: {', '.join(unknown)}; they have {', '.join(sorted(tasks))}"
+            )
 
     @property
     def initial_bias(self) -> float:
@@ -131,7 +146,57 @@ def training_arguments(output_dir: str, **changes: Any) -> Any:
         "max_steps": 300,
         "logging_steps": 10,
         "report_to": [],
-        # The batches have columns of ours, which are no arguments of the model.
-        "remove_unused_columns": False,
     }
+    if "activation_checkpointing" in (f.name for f in fields(TrainingArguments)):  # its name from 5.24 on
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            if old in changes:
+                changes[old.replace("gradient", "activation")] = changes.pop(old)
     return TrainingArguments(output_dir=output_dir, **{**defaults, **changes})
+
+
+_ALLOWED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("torch_compile", (False,), "routes, and which layers run, change from one forward of a step to the next"),
+    ("use_liger_kernel", (False,), "its layers have no logits for us to take the answers' loss from"),
+    ("label_smoothing_factor", (0,), "the loss is the cross-entropy of the answers themselves"),
+    ("fp16_full_eval", (False,), "it would round the routers for good"),
+    ("bf16_full_eval", (False,), "it would round the routers for good"),
+    ("train_sampling_strategy", ("random", "sequential"), "lengths are known only once an example is tokenised"),
+)
+"""Of these TrainingArguments only some values work here: name, values, reason."""
+
+
+def checked_arguments(args: Any, recipe: Recipe, model: Any) -> Any:
+    """A copy of the ``TrainingArguments`` with what training routers takes; the given ones stay as they are.
+
+    ``remove_unused_columns`` becomes False, as the batches have columns that are no arguments of the model, and
+    ``ddp_find_unused_parameters`` too: it looks for the routers behind the logits, but their gradients take other ways.
+
+    Raises:
+        ValueError: an argument cannot work; the message names it, the rule and the value.
+    """
+    args = copy.copy(args)
+    for name, allowed, why in _ALLOWED:
+        if (value := getattr(args, name, allowed[0])) not in allowed:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}: {why}")
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("dispatch_batches must be False, got True: packed batches cannot be cut into equal parts")
+    placed = {d for d in (getattr(model, "hf_device_map", None) or {}).values() if d not in ("cpu", "disk")}
+    if args.n_gpu > 1 and placed <= {args.device, args.device.index, str(args.device)}:
+        raise ValueError(
+            f"n_gpu must be 1, got {args.n_gpu}: torch's DataParallel copies the model for every step, and routers in "
+            "copies learn nothing. Start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES)"
+        )
+    if args.device.type == "cuda" and recipe.objective != "counterfactual":
+        raise ValueError(
+            f"objective {recipe.objective!r} needs the gradient of attention, which CUDA has not yet: "
+            'use "counterfactual", or the CPU'
+        )
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
+    if args.ddp_find_unused_parameters and args.world_size > 1:
+        raise ValueError(
+            "ddp_find_unused_parameters must be False: it looks for the routers behind the logits, "
+            "but their gradients take other ways, and every step reaches every router"
+        )
+    args.ddp_find_unused_parameters = args.remove_unused_columns = False
+    return args

@@ -67,6 +67,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+                raise ValueError(f"{where}: not an example ({error})") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -75,17 +77,17 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path}: Parquet needs pyarrow (pip install 'flux-ext[parquet]')") from error
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from error
-    with file:
-        columns = [c for c in COLUMNS if c in file.schema_arrow.names]
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, line {number}", row
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = [c for c in COLUMNS if c in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, line {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = "not a Parquet file" if number == 0 else f"damaged after line {number}"
+        raise ValueError(f"{path}: {what} ({error})") from error
 
 
 def _example(row: Any, where: str) -> Example:
@@ -101,7 +103,10 @@ def _example(row: Any, where: str) -> Example:
             raise ValueError(f"{where}: the column {column!r} is empty")
     if not row["context"] and not row["question"]:
         raise ValueError(f"{where}: the columns 'context' and 'question' are both empty")
-    return Example(*(row[c] for c in COLUMNS))
+    try:
+        return Example(*(row[c] for c in COLUMNS))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 class RouterDataset(Dataset):

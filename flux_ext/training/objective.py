@@ -68,8 +68,9 @@ class Step:
 class Multipliers(nn.Module):
     """Lagrange multipliers of the tasks' target sparsities (arXiv 2604.07394).
 
-    Buffers ``lambda1``, ``lambda2`` (nats per unit of sparsity, and of its square) and ``target`` (share of sparse
-    attention), fp32 ``[T]``, moved by explicit dual ascent: no weight decay and no gradient clipping sees them.
+    Buffers ``lambda1`` and ``lambda2`` (nats per unit of sparsity, and of its square), fp32 ``[T]``, moved by explicit
+    dual ascent: no weight decay and no gradient clipping sees them. ``target`` (share of sparse attention), fp32
+    ``[T]``, is the recipe's and no state: whoever loads a state goes on with the targets of the new recipe.
 
     Args:
         tasks: the tasks' names; T of them.
@@ -89,7 +90,8 @@ class Multipliers(nn.Module):
             start = 0.5 * torch.rand(start.shape, generator=generator)
         self.register_buffer("lambda1", start[0].clone())
         self.register_buffer("lambda2", start[1].clone())
-        self.register_buffer("target", torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32))
+        target = torch.tensor([recipe.target(t) for t in self.tasks], dtype=torch.float32)
+        self.register_buffer("target", target, persistent=False)
 
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
         """The multipliers' term of the loss: a scalar, in nats.
@@ -112,7 +114,8 @@ class Multipliers(nn.Module):
 
     @torch.no_grad()
     def ascend(self, sparsity: Tensor, count: Tensor) -> None:
-        """One step of gradient ascent.
+        """One step of gradient ascent. The multipliers become new tensors: a backward pass that is still to come
+        needs the ones its loss was made with.
 
         Args:
             sparsity: ``[T]``, the mean of each task over all sequences of the step, those of all ranks.
@@ -123,9 +126,9 @@ class Multipliers(nn.Module):
             first, second = -d, torch.zeros_like(d)
         else:
             first, second = d.abs() if self.form == "published_abs" else d, d.square()
-        seen = (count > 0).to(d.dtype)
-        self.lambda1.add_(self.rate * first.nan_to_num() * seen).clamp_(min=0)
-        self.lambda2.add_(self.rate * second.nan_to_num() * seen).clamp_(min=0)
+        seen = count > 0
+        self.lambda1 = torch.where(seen, (self.lambda1 + self.rate * first).clamp(min=0), self.lambda1)
+        self.lambda2 = torch.where(seen, (self.lambda2 + self.rate * second).clamp(min=0), self.lambda2)
 
 
 class Objective(nn.Module):
@@ -279,13 +282,14 @@ class Counterfactual(Objective):
 
         def sample(layer: int, logits: Tensor) -> Tensor:
             z = log_odds(logits)
-            z_of[layer] = z
-            draw = self.uniform(z.shape, z)
-            full = draw < torch.sigmoid(z.detach())
-            if self.num_heads > 1 and layer in rows_of:
-                full = self._agree(full, z.detach(), draw, layers == layer, group)
-            full_of[layer] = full
-            return (~full).to(torch.int32)
+            if layer not in full_of:  # gradient checkpointing asks twice, and must get the same draw
+                z_of[layer] = z
+                draw = self.uniform(z.shape, z)
+                full = draw < torch.sigmoid(z.detach())
+                if self.num_heads > 1 and layer in rows_of:
+                    full = self._agree(full, z.detach(), draw, layers == layer, group)
+                full_of[layer] = full
+            return (~full_of[layer]).to(torch.int32)
 
         base = model.loss(sample, {layer: rows.to(tasks.device) for layer, rows in rows_of.items()}).detach()
         z, full = _stack(z_of), _stack(full_of)  # [B, L, H]

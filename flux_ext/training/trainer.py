@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .. import patching
+from .. import patching, strict_json
+from ..evaluation.runner import evaluation_mode
 from ..router import FULL_BIAS
-from .backbone import PatchedModel, losses
-from .config import Recipe, training_arguments
+from ..transformers_seam import missing
+from .backbone import PatchedModel, answered, losses
+from .checkpoint import RECIPE_FILE, Checkpoint, check_progress, objective_file
+from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
-from .objective import Objective, make_objective
+from .objective import Objective, Step, make_objective
 
-RECIPE_FILE = "recipe.json"
-OBJECTIVE_FILE = "objective.safetensors"
+for _name in ("_save", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"):  # overridden below
+    if not hasattr(Trainer, _name):
+        raise missing(f"Trainer.{_name}")
+
+# Arguments of the Trainer that nothing here would ask.
+_UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 
 
 class FluxTrainer(Trainer):
@@ -32,17 +38,24 @@ class FluxTrainer(Trainer):
     logger and to the progress bar: ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss``
     (nats per answer token).
 
+    Routers that are still as they were made start at the recipe's :attr:`~.config.Recipe.initial_bias`. A sequence
+    all of whose labels are masked counts as none.
+
     Args:
         model: a patched causal language model.
         recipe: how to train.
-        args: ``TrainingArguments``; default :func:`~.config.training_arguments`.
+        args: ``TrainingArguments``; default :func:`~.config.training_arguments`. A copy is used, see
+            :func:`~.config.checked_arguments`.
         train_dataset: a :class:`~.data.RouterDataset`, whose ``tasks`` name the constraints.
         packed: pack sequences into one row instead of padding them.
         tokenizer: gives the padding token.
         kwargs: as for ``Trainer``.
 
     Raises:
-        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot work.
+        TypeError: the dataset does not name its tasks.
+        ValueError: the model is not patched, a target names a task that the data lack, or an option cannot work. In
+            training: a batch without any answer token, or a checkpoint that is damaged or of another training.
+        RuntimeError: in training, a loss or gradient that is not finite; the routers are as after the step before.
     """
 
     def __init__(
@@ -57,38 +70,18 @@ class FluxTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe()
-        self.tasks: tuple[str, ...] = train_dataset.tasks  # type: ignore[attr-defined]
-        unknown = sorted(set(self.recipe.targets) - set(self.tasks))
-        if unknown:
-            raise ValueError(f"targets names tasks that the data lack: {', '.join(unknown)}; they have {self.tasks}")
+        if not getattr(train_dataset, "tasks", None):
+            raise TypeError(f"train_dataset must have tasks, like a RouterDataset, got {type(train_dataset).__name__}")
+        self.tasks: tuple[str, ...] = tuple(train_dataset.tasks)  # type: ignore[attr-defined]
+        self.recipe.check_tasks(self.tasks)
+        for name in _UNUSED:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} must be left out: the loss is the objective's, and no predictions are kept")
         self.routers = patching.get_routers(model)
         if self.routers.config.pattern == "triangle":
             # Prompt and answer share one forward here, whose last rows would be the answer's, not the prompt's.
             raise ValueError('pattern="triangle" cannot be trained: train with "streaming" and change it afterwards')
-        args = args or training_arguments("flux_routers")
-        if args.device.type == "cuda" and self.recipe.objective != "counterfactual":
-            raise ValueError(
-                f"objective {self.recipe.objective!r} needs the gradient of attention, which CUDA has not yet: "
-                'use "counterfactual", or the CPU'
-            )
-        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-        if checkpointing.get("use_reentrant"):
-            raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
-        if args.ddp_find_unused_parameters and args.world_size > 1:
-            raise ValueError(
-                "ddp_find_unused_parameters must be False: it looks for the routers behind the logits, "
-                "but their gradients take other ways, and every step reaches every router"
-            )
-        args.ddp_find_unused_parameters = False
-        model.requires_grad_(False)
-        self.routers.requires_grad_(True)
-        if "data_collator" not in kwargs:
-            pad = getattr(tokenizer, "pad_token_id", None)
-            kwargs["data_collator"] = PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        # Our loss is a mean per batch: the Trainer shall divide it by the accumulation steps.
-        self.model_accepts_loss_kwargs = False
-        self.can_return_loss = True
+        args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
         config = self.routers.config
         self.objective: Objective = make_objective(
             self.recipe,
@@ -100,9 +93,20 @@ class FluxTrainer(Trainer):
         self._layer_index = config.routed_layers()
         self._step_sums = torch.zeros(3, len(self.tasks), dtype=torch.float64)
         self._log_sums = torch.zeros_like(self._step_sums)
+        model.requires_grad_(False)
+        self.routers.requires_grad_(True)
+        if kwargs.get("data_collator") is None:
+            pad = getattr(tokenizer or kwargs.get("processing_class"), "pad_token_id", None)
+            kwargs["data_collator"] = PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        # Our loss is a mean per batch: the Trainer shall divide it by the accumulation steps.
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+        self.add_callback(_StepGuard(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
+        start_at(self.routers, self.recipe.initial_bias)
 
     def compute_loss(
         self,
@@ -112,6 +116,7 @@ class FluxTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The objective's loss; outside training the mean loss under the routers' own hard routes."""
+        inputs = answered(inputs)
         if not model.training:
             loss = losses(model, inputs).mean()
             return (loss, {}) if return_outputs else loss
@@ -119,10 +124,15 @@ class FluxTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         tasks = inputs["task_ids"]
         step = self.objective(routed, tasks, progress)
-        self._note(tasks, step.sparsity, step.lm_loss)
+        self._note(tasks, step)
         if self.accelerator.sync_gradients:
             self._ascend()
         return (step.loss, {}) if return_outputs else step.loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; each module of the model is left in the mode it was in."""
+        with evaluation_mode(self.model):  # type: ignore[arg-type]
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple:
         """The loss alone."""
@@ -133,7 +143,7 @@ class FluxTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that the arguments name, over the routers' parameters."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             group = {"params": list(self.routers.parameters()), "weight_decay": self.args.weight_decay}
             self.optimizer = kind([group], **options)
         return self.optimizer
@@ -151,10 +161,18 @@ class FluxTrainer(Trainer):
                 logs[f"{task}/lambda1"], logs[f"{task}/lambda2"] = float(m.lambda1[i]), float(m.lambda2[i])
             self._log_sums.zero_()
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])  # it is going to be a JSON file
 
-    def _note(self, tasks: Tensor, sparsity: Tensor, lm_loss: Tensor) -> None:
-        rows = torch.stack([torch.ones_like(sparsity), sparsity, lm_loss]).double().cpu()
-        self._step_sums.index_add_(1, tasks.cpu(), rows)
+    def _note(self, tasks: Tensor, step: Step) -> None:
+        """Counts a micro-batch's sequences; RuntimeError, before any gradient, where a loss is not finite."""
+        total = step.loss.detach().expand_as(step.lm_loss)
+        rows = torch.stack([torch.ones_like(total), step.sparsity, step.lm_loss, total]).double().cpu()
+        if not bool(rows.isfinite().all()):
+            raise RuntimeError(
+                f"step {self.state.global_step + 1}: the loss must be finite, got {float(rows[3, 0])} from the "
+                f"sequences' {rows[2].tolist()} (tasks {[self.tasks[t] for t in tasks.tolist()]}); training stopped"
+            )
+        self._step_sums.index_add_(1, tasks.cpu(), rows[:3])
 
     def _ascend(self) -> None:
         """One step of the multipliers, with the sequences of all micro-batches and ranks."""
@@ -172,46 +190,84 @@ class FluxTrainer(Trainer):
         self.routers.save_pretrained(folder)
         self._save_objective(folder)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
-        (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
+        (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
         torch.save(self.args, folder / "training_args.bin")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._save_objective(Path(output_dir))  # `_save` runs on the first process only
 
-    def _objective_file(self) -> str:
-        """Multipliers are the same on all processes, draws are each one's own."""
-        rank = self.args.process_index
-        return OBJECTIVE_FILE if rank == 0 else f"objective-{rank}.safetensors"
-
     def _save_objective(self, folder: Path) -> None:
         state = {k: v.contiguous() for k, v in self.objective.state_dict().items()}
-        save_file(state, folder / self._objective_file())
+        save_file(state, folder / objective_file(self.args.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        for name in (RECIPE_FILE, OBJECTIVE_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no checkpoint of a FluxTrainer: it has no {name}")
-        recipe = json.loads((folder / RECIPE_FILE).read_text())
-        for name, own in {"tasks": list(self.tasks), "objective": self.recipe.objective}.items():
-            if recipe.get(name) != own:
-                raise ValueError(f"{folder} was trained with {name} {recipe.get(name)!r}, not {own!r}")
-        saved = type(self.routers).from_pretrained(folder)
-        if difference := self.routers.config.differences(saved.config):
-            raise ValueError(f"the routers in {folder} have other settings: {difference}")
-        self.routers.load_state_dict(saved.state_dict())
-        draws = folder / self._objective_file()
-        if draws.is_file():
-            self.objective.load_state_dict(load_file(draws))
-        else:  # there were fewer processes: this one draws anew
-            first = load_file(folder / OBJECTIVE_FILE)
-            common = {k: v for k, v in first.items() if k.startswith("multipliers.")}
-            self.objective.load_state_dict({**self.objective.state_dict(), **common})
+        checkpoint = Checkpoint.read(folder, self.args.process_index)
+        elsewhere = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        check_progress(folder, self.args.process_index, None if elsewhere else self._optimizer_options())
+        self._go_on_from(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._go_on_from(Checkpoint.read(Path(self.state.best_model_checkpoint), self.args.process_index))
+
+    def _optimizer_options(self) -> dict[str, Any]:
+        """What a resumed optimiser keeps from its checkpoint, as the arguments have it now; nothing of a given one."""
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return {}
+        return {"initial_lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+
+    def _go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Takes over routers, multipliers and draws; targets and all other numbers are those of the recipe here.
+
+        Raises:
+            ValueError: what cannot change within a training is another here; nothing was changed.
+        """
+        began = replace(self.recipe, start_bias=checkpoint.recipe.start_bias).initial_bias
+        for name, own, saved in (
+            ("tasks", self.tasks, checkpoint.tasks),
+            ("objective", self.recipe.objective, checkpoint.recipe.objective),
+            ("multipliers", self.recipe.multipliers, checkpoint.recipe.multipliers),
+            ("start_bias", self.recipe.initial_bias, began),
+        ):
+            if own != saved:
+                raise ValueError(f"{checkpoint.folder} was trained with {name} {saved!r}, not {own!r}")
+        if difference := self.routers.config.differences(checkpoint.routers.config):
+            raise ValueError(f"the routers in {checkpoint.folder} have other settings: {difference}")
+        state = self.objective.state_dict()
+        for rank, tensors in checkpoint.objectives.items():
+            for name, x in state.items():
+                if name not in tensors or tensors[name].shape != x.shape:
+                    found = list(tensors[name].shape) if name in tensors else "missing"
+                    file = checkpoint.folder / objective_file(rank)
+                    raise ValueError(f"{file} is damaged: {name} must be of shape {list(x.shape)}, it is {found}")
+        saved_state = checkpoint.objectives.get(self.args.process_index)
+        if saved_state is None:  # there were fewer processes: this one draws anew
+            saved_state = {k: x for k, x in checkpoint.objectives[0].items() if k.startswith("multipliers.")}
+        state |= {name: saved_state[name] for name in state if name in saved_state}
+        self.routers.load_state_dict(checkpoint.routers.state_dict())
+        self.objective.load_state_dict(state)
+
+
+class _StepGuard(TrainerCallback):
+    """Lets no gradient that is not finite reach the routers, and no training begin with another's figures."""
+
+    def __init__(self, trainer: FluxTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+        self.trainer._step_sums.zero_()
+        self.trainer._log_sums.zero_()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[override]
+        if args.fp16:  # the gradient scaler skips such a step, and takes a smaller scale
+            return
+        norm = nn.utils.get_total_norm(p.grad for p in self.trainer.routers.parameters() if p.grad is not None)
+        if not bool(norm.isfinite()):
+            raise RuntimeError(
+                f"step {state.global_step + 1}: the gradient of the routers must be finite, its norm is {float(norm)}"
+            )
 
 
 class RouterProgress(ProgressCallback):
@@ -226,14 +282,13 @@ class RouterProgress(ProgressCallback):
 
 
 @torch.no_grad()
-def set_initial_bias(routers: nn.Module, log_odds: float) -> None:
-    """Lets fresh routers start at these log-odds of full attention (their default is the published 4.5)."""
+def start_at(routers: nn.Module, log_odds: float) -> None:
+    """Lets routers start at these log-odds of full attention if they are still as they were made.
+
+    That is told by the last bias, (0, :data:`~flux_ext.router.FULL_BIAS`): any step of an optimiser, a start that was
+    set before, and the weights of a file that somebody has trained have another.
+    """
     for router in routers.layers:  # type: ignore[union-attr]
-        router.classifier[-1].bias[1] += log_odds - FULL_BIAS  # type: ignore[index,operator,union-attr]
-
-
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a folder, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    return get_last_checkpoint(os.fspath(folder)) if Path(folder).is_dir() else None
+        bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
+        if bias.tolist() == [0.0, FULL_BIAS]:
+            bias[1] = log_odds

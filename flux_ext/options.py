@@ -1,0 +1,97 @@
+"""The values of the command line's options: each rule is checked, and named, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports its errors in one line, like all others."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"flux-ext: error: {message}\n")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Whole numbers in a range."""
+    rule = f"a whole number >= {least}" if most is None else f"a whole number in [{least}, {most}]"
+
+    def value(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            n = int(text)
+            if least <= n and (most is None or n <= most):
+                return n
+        raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+
+    return value
+
+
+def number(rule: str, holds: Callable[[float], bool] = lambda _: True) -> Callable[[str], float]:
+    """Finite numbers for which something holds."""
+
+    def value(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            x = float(text)
+            if math.isfinite(x) and holds(x):
+                return x
+        raise argparse.ArgumentTypeError(f"must be a finite number{rule}, got {text!r}")
+
+    return value
+
+
+COUNT = whole(1)
+SEED = whole(0, 2**32 - 1)
+POSITIVE = number(" > 0", lambda x: x > 0)
+NOT_NEGATIVE = number(" >= 0", lambda x: x >= 0)
+SHARE = number(" in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def target(text: str) -> tuple[str, float]:
+    task, equals, share = text.rpartition("=")
+    if not task or not equals:
+        raise argparse.ArgumentTypeError(f"must read TASK=SHARE, for example retrieval=0.45, got {text!r}")
+    return task, SHARE(share)
+
+
+def device(text: str) -> str:
+    """A device of this machine on which there are kernels."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or one of several GPUs, like cuda:1, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise argparse.ArgumentTypeError(f"must be a device of this machine, which has {count} GPUs, got {text!r}")
+    return text
+
+
+def output_folder(text: str) -> Path:
+    """A folder that exists and can be written to, or that can be made."""
+    path = Path(text)
+    there = next((p for p in (path, *path.absolute().parents) if p.exists()), path)
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, {str(there)!r} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"must be a folder to write to, {str(there)!r} is not writable")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, {text!r} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file to write to, {text!r} is not writable")
+    return path

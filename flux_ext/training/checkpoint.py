@@ -1,0 +1,145 @@
+"""A trainer's checkpoint: read as a whole, and every file of it checked, before any of it is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..routers import FluxRouters
+from .config import Recipe
+
+RECIPE_FILE = "recipe.json"
+OBJECTIVE_FILE = "objective.safetensors"
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
+
+
+def objective_file(rank: int) -> str:
+    """The name of a process's objective: multipliers are the same on all processes, draws are each one's own."""
+    return OBJECTIVE_FILE if rank == 0 else f"objective-{rank}.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a trainer goes on with."""
+
+    folder: Path
+    recipe: Recipe
+    tasks: tuple[str, ...]
+    routers: FluxRouters
+    objectives: dict[int, dict[str, Tensor]]
+    """The objective's state in the first process and, unless there were fewer, in this one, by rank."""
+
+    @classmethod
+    def read(cls, folder: Path, rank: int = 0) -> Checkpoint:
+        """Routers, recipe and objective of a checkpoint.
+
+        Raises:
+            ValueError: a file is missing or damaged; the message names it.
+        """
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no checkpoint of a FluxTrainer: there is no such folder")
+        require(folder, RECIPE_FILE, OBJECTIVE_FILE)
+        files = {r: folder / objective_file(r) for r in (0, rank)}
+        return cls(
+            folder,
+            *_read_recipe(folder / RECIPE_FILE),
+            FluxRouters.from_pretrained(folder),
+            {r: _read_tensors(file) for r, file in files.items() if file.is_file()},
+        )
+
+
+def check_progress(folder: Path, rank: int, optimizer: Mapping[str, Any] | None) -> None:
+    """Checks what the Hugging Face Trainer keeps for resuming, which it reads at several later moments.
+
+    Args:
+        folder: a checkpoint.
+        rank: of this process.
+        optimizer: the options it is going to have, by their names in a parameter group (the optimiser goes on with
+            those of the checkpoint); None where it is kept in other files (DeepSpeed, FSDP).
+
+    Raises:
+        ValueError: a file is missing or damaged, or an option of the optimiser is another; the message names it.
+    """
+    require(folder, STATE_FILE)
+    step = read_object(folder / STATE_FILE).get("global_step")
+    if not isinstance(step, int):
+        raise ValueError(f"{folder / STATE_FILE} is damaged: global_step must be a whole number, it is {step!r}")
+    if optimizer is not None:
+        require(folder, OPTIMIZER_FILE, "scheduler.pt")
+    for name in (OPTIMIZER_FILE, "scheduler.pt", "scaler.pt", "rng_state.pth", f"rng_state_{rank}.pth"):
+        if (folder / name).is_file():
+            _check_archive(folder / name)
+    if optimizer is None:
+        return
+    file = folder / OPTIMIZER_FILE
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)["param_groups"][0]
+    except (RuntimeError, pickle.UnpicklingError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    for name, value in optimizer.items():
+        if name in saved and saved[name] != value:
+            raise ValueError(f"{file} goes on with {name} {saved[name]!r}, the arguments ask for {value!r}")
+
+
+def require(folder: Path, *names: str) -> None:
+    """ValueError where one of these files is missing."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no whole checkpoint of a FluxTrainer: it has no {name}")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; ValueError that names the file where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged: it must hold an object, it holds a {type(value).__name__}")
+    return value
+
+
+def _read_recipe(file: Path) -> tuple[Recipe, tuple[str, ...]]:
+    saved = read_object(file)
+    try:
+        recipe = Recipe(**{f.name: saved[f.name] for f in fields(Recipe) if f.name in saved})
+        return recipe, tuple(saved["tasks"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+
+
+def _check_archive(file: Path) -> None:
+    """torch.save writes ZIP archives, whose checksums show a cut or changed file without unpickling it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if broken is not None:
+        raise ValueError(f"{file} is damaged: the checksum of {broken} is wrong")
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint in a folder, whole or damaged, or None."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(os.fspath(folder)) if Path(folder).is_dir() else None

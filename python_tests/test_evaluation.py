@@ -1,0 +1,121 @@
+"""Scores of a patched model: what is right, in which mode the model is left, what is refused, strict JSON."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_training import Bytes, model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import flux_ext
+from flux_ext import strict_json
+from flux_ext.evaluation.runner import evaluate
+from flux_ext.evaluation.tasks import Example
+
+EXAMPLES = [Example("The source of it", " is?", answer, "q") for answer in ("abc", "a")]
+WORDS = ["<unk>", "<s>", "</s>", "▁The", "▁capital", "▁is", "▁Paris", "Paris", ":", "▁", "▁A"]
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """A tokenizer like Llama's: the first space is made up, and lost again in decoding."""
+    t = Tokenizer(models.Unigram([(w, -float(i)) for i, w in enumerate(WORDS)], unk_id=0, byte_fallback=False))
+    t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def answering(m, rows):
+    """Lets ``generate`` give these tokens after each prompt."""
+    generate = m.generate
+
+    def perfect(prompt, **kwargs):
+        out = generate(prompt, **kwargs)
+        out.sequences = torch.cat([prompt, torch.tensor(rows)], 1)
+        return out
+
+    m.generate = perfect
+
+
+@pytest.mark.parametrize("answer", ["Paris", " Paris", "Paris:", " Paris: Paris"])
+def test_the_right_tokens_are_right(metaspace, answer):
+    config = LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    m = LlamaForCausalLM(config).eval()
+    flux_ext.patch(m, flux_ext.FluxConfig(sink=2, window=8, pool_size=4))
+    right = metaspace(answer, add_special_tokens=False)["input_ids"]
+    for tokens, accuracy in ((right, 1.0), ([*right[:-1], 10], 0.0)):
+        answering(m, [tokens])
+        [score] = evaluate(
+            m, metaspace, [Example("The capital is", ":", answer, "q")], ["dense"], likelihood=False, progress=False
+        )
+        assert score.accuracy == accuracy and math.isnan(score.bits_per_byte)
+
+
+def test_each_answer_is_compared_up_to_its_own_length():
+    m = model()
+    answering(m, [Bytes()("abc", add_special_tokens=False)["input_ids"]] * 2)
+    [score] = evaluate(m, Bytes(), EXAMPLES, ["routed"], likelihood=False, progress=False)
+    assert score.accuracy == 1.0
+    answering(m, [Bytes()("acc", add_special_tokens=False)["input_ids"]] * 2)
+    [score] = evaluate(m, Bytes(), EXAMPLES, ["routed"], likelihood=False, progress=False)
+    assert score.accuracy == 0.5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_is_left_in_its_mode(fails):
+    m = model().train()
+    m.model.layers[1].eval()
+    m.model.layers[2].mlp.eval()
+    before = {name: module.training for name, module in m.named_modules()}
+    assert len(set(before.values())) == 2
+    seen = []
+    handle = m.lm_head.register_forward_hook(lambda *_: seen.append({x.training for x in m.modules()}))
+    if fails:
+        with pytest.raises(ValueError, match="generate or likelihood must be True for the task 'q'"):
+            evaluate(m, Bytes(), EXAMPLES, generate={"other": True}, likelihood=False, progress=False)
+    else:
+        evaluate(m, Bytes(), EXAMPLES, ["dense"], generate=False, progress=False)
+        assert seen and all(modes == {False} for modes in seen)
+    handle.remove()
+    assert {name: module.training for name, module in m.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"examples": []}, "examples must not be empty"),
+        ({"modes": ["Dense"]}, "modes must be among dense, sparse, routed, got 'Dense'"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+        (
+            {"examples": [Example("c", "q", "", "t")]},
+            "'q' -> '' of 't' has 3 prompt and 0 answer tokens; both need one",
+        ),
+    ],
+)
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(model(), Bytes(), **{"examples": EXAMPLES, "progress": False, **change})
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    for column in range(4):
+        texts = ["text"] * 4
+        texts[column] = "a \ud83d b"
+        name = ("context", "question", "answer", "task")[column]
+        with pytest.raises(
+            ValueError, match=rf"the column '{name}' .* character 3 is half of a surrogate pair \(\\ud83d"
+        ):
+            Example(*texts)
+    assert Example("\U0001f600", "", "a", "t").prompt == "\U0001f600"
+
+
+def test_json_has_no_numbers_but_finite_ones():
+    value = {"a": [1.5, math.nan, (math.inf, 2)], "b": {"c": -math.inf, "d": "NaN"}, "e": None, "f": True}
+    text = strict_json.dumps(value)
+    assert text.endswith("\n")
+    assert json.loads(text) == {"a": [1.5, None, [None, 2]], "b": {"c": None, "d": "NaN"}, "e": None, "f": True}

@@ -1,0 +1,128 @@
+"""What the trainer takes from transformers' TrainingArguments as they come, and what it refuses by name."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny_training import Bytes, Grab, dataset, model, trainer
+
+import flux_ext
+from flux_ext.training import FluxTrainer, Recipe, training_arguments
+
+
+def stock(tmp_path, **changes):
+    """TrainingArguments with nothing of ours."""
+    short = {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
+    return transformers.TrainingArguments(str(tmp_path), **{**short, **quiet, **changes})
+
+
+def steps(args, **options):
+    """Parameters of the routers after training with these arguments."""
+    m = model()
+    FluxTrainer(m, Recipe(), args, train_dataset=dataset(), tokenizer=Bytes(), **options).train()
+    return torch.cat([p.detach().flatten() for p in flux_ext.get_routers(m).parameters()])
+
+
+def test_stock_arguments_train_what_ours_train(tmp_path):
+    published = {"weight_decay": 0.1, "adam_beta2": 0.95, "lr_scheduler_type": "cosine", "warmup_steps": 0.2}
+    args = stock(tmp_path, per_device_train_batch_size=4, **published)
+    assert args.remove_unused_columns
+    given = copy.copy(args)
+    ours = training_arguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=2, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    assert torch.equal(steps(args), steps(ours))
+    assert vars(args) == vars(given)  # another Trainer may have use for them
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label_names": ["labels"]},
+        {"dataloader_drop_last": True, "dataloader_num_workers": 1, "dataloader_pin_memory": False},
+        {"train_sampling_strategy": "sequential"},
+        {"include_num_input_tokens_seen": "all"},
+        {"neftune_noise_alpha": 1.0},
+        {"optim": "sgd"},
+        {"eval_strategy": "steps", "eval_steps": 1},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_arguments_that_work(tmp_path, changes):
+    before = torch.cat([p.detach().flatten() for p in flux_ext.get_routers(model()).parameters()])
+    evaluation = {"eval_dataset": dataset(4)} if "eval_steps" in changes else {}
+    after = steps(stock(tmp_path, **changes), **evaluation)
+    assert bool(after.isfinite().all()) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "name, value, rule",
+    [
+        ("torch_compile", True, "must be False, got True"),
+        ("use_liger_kernel", True, "must be False, got True"),
+        ("label_smoothing_factor", 0.1, "must be 0, got 0.1"),
+        ("fp16_full_eval", True, "must be False, got True"),
+        ("bf16_full_eval", True, "must be False, got True"),
+        ("train_sampling_strategy", "group_by_length", "must be 'random' or 'sequential', got 'group_by_length'"),
+        ("train_sampling_strategy", "batch_rebalance", "must be 'random' or 'sequential', got 'batch_rebalance'"),
+    ],
+)
+def test_arguments_that_are_refused(tmp_path, name, value, rule):
+    m, args = model(), stock(tmp_path)
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"{name} {rule}"):
+        FluxTrainer(m, args=args, train_dataset=dataset(), tokenizer=Bytes())
+    assert all(p.requires_grad for p in m.parameters())  # nothing has been done
+
+
+def test_batches_are_not_dispatched(tmp_path):
+    with pytest.raises(ValueError, match="dispatch_batches must be False, got True"):
+        trainer(tmp_path, accelerator_config={"dispatch_batches": True})
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    m, args = model(), stock(tmp_path)
+    assert args.n_gpu <= 1
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="n_gpu must be 1, got 2.*torchrun"):
+        FluxTrainer(m, args=args, train_dataset=dataset(), tokenizer=Bytes())
+    m.hf_device_map = {"model.embed_tokens": 0, "model.layers": 1}  # spread over them: no copies are made
+    FluxTrainer(m, args=args, train_dataset=dataset(), tokenizer=Bytes())
+
+
+@pytest.mark.parametrize(
+    "name", ["model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"]
+)
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be left out"):
+        FluxTrainer(model(), args=stock(tmp_path), train_dataset=dataset(), **{name: lambda *_: None})
+
+
+def test_a_dataset_without_tasks_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="train_dataset must have tasks, like a RouterDataset, got list"):
+        FluxTrainer(model(), args=stock(tmp_path), train_dataset=[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, objective, packed):
+    """Over several steps: what is recomputed must not use up random draws either."""
+    seen = []
+    for checkpointing in (False, True):
+        grads = []
+        t = trainer(
+            tmp_path, recipe=Recipe(objective=objective, flips=2), max_steps=3, packed=packed, callbacks=[Grab(grads)],
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        t.train()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in t.model.modules()) == checkpointing
+        seen.append((torch.stack(grads), [x["loss"] for x in t.state.log_history if "loss" in x]))
+    (grads, losses), (grads_too, losses_too) = seen
+    assert grads.abs().max() > 0
+    assert torch.allclose(grads, grads_too, atol=1e-6, rtol=1e-4)
+    assert losses == pytest.approx(losses_too, rel=1e-6)
+    with pytest.raises(ValueError, match="use_reentrant must be False"):
+        trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
