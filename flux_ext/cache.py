@@ -86,6 +86,8 @@ class FluxLayer(CacheLayerMixin):
         """Announces a forward's sequences."""
         self._batch = batch
         self.continues = self.is_initialized
+        if not self.continues:
+            self.route = None  # what a prompt that failed decided does not hold
 
     def set_route(self, route: Tensor) -> Tensor:
         """A forward's decision, int32 ``[B, Hkv]``; returns what holds: a sequence decides at its first tokens."""

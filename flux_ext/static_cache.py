@@ -219,7 +219,7 @@ class FluxStaticLayer(FluxLayer):
     def is_croppable(self) -> bool:  # type: ignore[override]
         return False
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
         raise ValueError("FluxStaticCache cannot be cropped: use FluxCache for assisted decoding")
 
     def select(self, sequences: np.ndarray) -> None:
