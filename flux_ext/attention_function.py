@@ -86,8 +86,8 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: 
 
 
 def _sliding_with_holes(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int) -> Tensor:
-    """The same where padding lies between the keys: row bounds cannot say that. The stock cache keeps no more keys than
-    the window and the new tokens, so a dense mask is small. Slots of padding count in the window, as in the stock model."""
+    """The same where padding lies between the keys, which row bounds cannot say. The stock cache keeps no more than
+    the window and the new tokens, so a dense mask is small. Padding counts in the window, as in the stock model."""
     slot = torch.arange(k.shape[1], device=k.device)
     position = slot[-q.shape[1] :, None]
     inside = (slot <= position) & (slot > position - window)

@@ -151,7 +151,7 @@ class FluxLayer(CacheLayerMixin):
         if not first and not self.record_past:
             self._trim()
         heads = self.rows.num_heads
-        begin, count = np.repeat(step.begin, heads), np.repeat(step.count, heads)
+        begin, count = np.repeat(step.begin, heads), np.repeat(step.tokens, heads)
         if first and not self.record_past:  # of a prompt, what would be trimmed next is never stored
             skip = self._superfluous(count)
             self.rows.append(k, v, count - skip, begin, self.head, skip)

@@ -11,7 +11,7 @@ class Step(NamedTuple):
     """What one forward does to the rows of every layer: numpy arrays by sequence."""
 
     begin: np.ndarray  # int64 [B], first row of the forward that is a token
-    count: np.ndarray  # int64 [B], tokens
+    tokens: np.ndarray  # int64 [B], how many
     forgotten: dict[int, np.ndarray]  # of a sequence, which of its earlier tokens the mask has taken back
 
 

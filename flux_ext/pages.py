@@ -63,8 +63,8 @@ class PagedRows:
         """int32 ``[B, Hkv, max_pages]`` on the device."""
         if self._device_table is None:
             with torch.inference_mode(False):
-                table = torch.from_numpy(self.table.reshape(self.batch_size, self.num_heads, self.table.shape[1]).copy())
-                self._device_table = table.to(self.keys.device, non_blocking=True)
+                table = self.table.reshape(self.batch_size, self.num_heads, self.table.shape[1])
+                self._device_table = torch.from_numpy(table.copy()).to(self.keys.device, non_blocking=True)
         return self._device_table
 
     def kv_len(self) -> Tensor:

@@ -275,7 +275,7 @@ class FluxStaticCache(FluxCache):
         Raises:
             ValueError: the mask contradicts what is stored, where no wait for the device is needed to see it.
         """
-        layer = self.layers[0]
+        layer: Any = self.layers[0]
         slots, stored = layer.slots.to(mask.device), layer.seen[:, 0].to(mask.device)
         width = mask.shape[1]
         now = mask.index_select(1, slots.clamp(max=width - 1).view(1))[:, 0]
@@ -293,7 +293,7 @@ class FluxStaticCache(FluxCache):
     def reset(self) -> None:
         """Forgets everything and keeps every address, so that a captured step goes on with the next prompt.
 
-        That prompt must have as many sequences as the first, and its routes must not need more pages than were allocated
-        for the first one's (see ``any_routes``): otherwise its forward raises a ValueError.
+        That prompt must have as many sequences as the first, and its routes must not need more pages than those of
+        the first were given (see ``any_routes``): otherwise its forward raises a ValueError.
         """
         super().reset()

@@ -1,4 +1,4 @@
-"""Padding anywhere among the tokens that a cache is fed: what is masked is not stored, not seen, and decides nothing."""
+"""Padding anywhere among the tokens that a cache is fed: what is masked is not stored, not seen, decides nothing."""
 
 from typing import Any
 
