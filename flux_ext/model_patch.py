@@ -385,9 +385,7 @@ class Patch:
         self.check_checkpointing()
         batch = make_batch(self.local.policy, kwargs, tokens, cache)
         batch.prompt_lengths = self.local.prompt_lengths
-        held = kwargs.pop(HELD, None)
-        if cache is None:
-            batch.held = held
+        batch.held = kwargs.pop(HELD, None)
         if cache is not None:
             batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:

@@ -269,6 +269,11 @@ class FluxStaticCache(FluxCache):
         Cache.__init__(self, layers=layers)
         self.prompt_len, self.history = None, History()
 
+    def check_batch(self, batch_size: int) -> None:
+        super().check_batch(batch_size)
+        if any(layer.is_initialized != self.layers[0].is_initialized for layer in self.layers):
+            raise RuntimeError("an earlier forward failed half-way, so the layers of this cache differ: reset() it")
+
     def active(self, mask: Tensor) -> Tensor:
         """int32 ``[B]`` of a step, as :func:`flux_ext.ops.append` takes it, from a mask, bool ``[B, slots or more]``.
 

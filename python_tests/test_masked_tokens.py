@@ -262,10 +262,12 @@ def test_another_batch_is_refused_before_anything_is_written(kind: str, batch: i
     assert int(cache.get_seq_length()) == 21
 
 
-def test_a_forward_that_failed_half_way_is_not_built_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "at"), [("dynamic", 0), ("dynamic", 20), ("static", 0)])
+def test_a_forward_that_failed_half_way_is_not_built_on(kind: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
-    ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, "dynamic")
-    model(ids, past_key_values=cache)
+    ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, kind)
+    if at:
+        model(ids, past_key_values=cache)
 
     def fail(*args: Any) -> None:
         raise MemoryError
