@@ -271,7 +271,8 @@ class FluxStaticCache(FluxCache):
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)
-        if any(layer.is_initialized != self.layers[0].is_initialized for layer in self.layers):
+        layers: list[Any] = list(self.layers)
+        if any(layer.is_initialized != layers[0].is_initialized for layer in layers):
             raise RuntimeError("an earlier forward failed half-way, so the layers of this cache differ: reset() it")
 
     def active(self, mask: Tensor) -> Tensor:
