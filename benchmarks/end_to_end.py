@@ -167,6 +167,8 @@ def measure(
 
     position = torch.full((batch, 1), length, device=device) if mask is None else mask.sum(1, keepdim=True)
     steps = {"mask": mask}
+    if ours and mask is not None:  # one for all steps, each of which has its column
+        steps["mask"] = torch.nn.functional.pad(mask, (0, STEPS), value=1)
 
     def decode() -> None:
         if mask is not None and not ours:

@@ -479,6 +479,7 @@ TEST(Append, AgreesWithTheCpu) {
     }
     std::vector<int32_t> table(size_t(p.num_rows()) * p.max_pages), kv_len(p.num_rows());
     std::vector<int64_t> slots{7};
+    std::vector<int32_t> active(p.batch, 1);
     const int32_t unit = random.chance(50) ? 8 : 1;
     test::Data k, v, k_pool, v_pool;
     k.allocate(p.k_dtype, test::layout(random, unit, false, p.batch, 1, p.num_kv_heads, p.head_dim, p.k_stride));
@@ -501,12 +502,16 @@ TEST(Append, AgreesWithTheCpu) {
       else
         return x.data();
     });
-    for (int step = 0; step < p.max_cache_len; ++step) {
+    for (int step = 0; step < p.max_cache_len; ++step) {  // the last ones find rows full
       for (test::Data* x : {&k, &v})
         for (int64_t n = 0; n < x->size(); ++n) x->set(n, random.normal());
       Copies token;
       there.k = token(k), there.v = token(v);
       here.k = k.bytes.data(), here.v = v.bytes.data();
+      if (i % 2) {  // rows without a token in this step, and rows that get NaN
+        for (int32_t& a : active) a = random.integer(-1, 1);
+        there.active = token(active), here.active = active.data();
+      }
       CUDA_OK(append(there, nullptr));
       cpu::append(here, OneWorker());
       CUDA_OK(cudaDeviceSynchronize());

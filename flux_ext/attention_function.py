@@ -77,9 +77,24 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: 
     pattern = Streaming(sink=0, window=window)
     if batch.cu_seqlens is not None:
         return ops.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=batch.cu_seqlens)[None]
+    if batch.has_holes(k.shape[1]):
+        return _sliding_with_holes(q, k, v, scale, batch.mask[:, -k.shape[1] :], window)
     kv_begin, kv_end = batch.kv_bounds(k.shape[1])
-    spans = (batch.seq_start, batch.seq_end, kv_begin, kv_end)
+    bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
+    spans = (*bounds, kv_begin, kv_end)
     return ops.attend(q, k, v, None, pattern, pattern, scale, *spans)[0]
+
+
+def _sliding_with_holes(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int) -> Tensor:
+    """The same where padding lies between the keys, which row bounds cannot say. The stock cache keeps no more than
+    the window and the new tokens, so a dense mask is small. Padding counts in the window, as in the stock model."""
+    slot = torch.arange(k.shape[1], device=k.device)
+    position = slot[-q.shape[1] :, None]
+    inside = (slot <= position) & (slot > position - window)
+    visible = (inside & mask[:, None]) | (slot == position)  # [B, S, T]; a row of padding sees itself, never nothing
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, visible[:, None], scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
 
 
 def flux_mask(

@@ -12,6 +12,9 @@ streaming pattern evaluated on stored indices is the pattern on true positions:
   window of the next query begins, and windows only move forward.
 
 So one attention call serves any mix of routes, and no kernel knows of the gap (semantics, section 6).
+
+Rows hold tokens, never padding: a mask says which of a forward's slots are tokens, and what it takes back of earlier
+ones is removed (:mod:`flux_ext.history`).
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cache_ops, ops
 from .batch import Batch
 from .config import FluxConfig
-from .pages import PagedRows
+from .history import History, Step
+from .pages import PagedRows, normal
 from .patterns import Full
 from .transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -42,6 +46,7 @@ class FluxLayer(CacheLayerMixin):
         routed: whether a router decides; otherwise every row is full.
     """
 
+    cache_name = "FluxCache"
     is_sliding = False
     is_compileable = False
     supports_early_init = False
@@ -53,99 +58,143 @@ class FluxLayer(CacheLayerMixin):
         self.head = -(-self.pattern.sink // page_size) * page_size  # tokens before the gap: whole pages
         self.unit = math.lcm(self.pattern.align, page_size)  # tokens are dropped by this many
         self.record_past = False
+        self.history = History()  # of a whole cache, one for all layers
+        self.handle = cache_ops.new_handle(self)
         self._clear()
 
     def _clear(self) -> None:
         self.is_initialized = False
         self.cumulative_length = 0  # tokens seen, padding included: positions count from it
         self.route: Tensor | None = None  # int32 [B, Hkv]
-        self.continues = False  # whether the last update added to tokens already here
+        self.continues = False  # whether the forward in flight adds to tokens already here
         self.waiting = False  # whether a sequence had only padding so far
+        self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._batch: Batch | None = None
-        self._croppable = 0  # trailing tokens that belong to every sequence
 
-    # --- One forward: begin (patch), set_route (router), update (model), attend (attention function).
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_batch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy may be made in inference mode.
+        self.__dict__ = {name: normal(x) for name, x in state.items()}
+        self.handle, self._batch = cache_ops.new_handle(self), None
+
+    # --- One forward: begin (patch), set_route (router), update (model), attend (attention function). In a graph, the
+    # two that keep books on the host, store and attend_stored, are operators.
 
     def begin(self, batch: Batch) -> None:
         """Announces a forward's sequences."""
         self._batch = batch
+        self.continues = self.is_initialized
+        if not self.continues:
+            self.route = None  # what a prompt that failed decided does not hold
 
     def set_route(self, route: Tensor) -> Tensor:
         """A forward's decision, int32 ``[B, Hkv]``; returns what holds: a sequence decides at its first tokens."""
-        if self.route is not None:
-            waiting = (self.rows.length == 0).reshape(-1, self.rows.num_heads)
-            route = torch.where(torch.from_numpy(waiting).to(route.device), route, self.route)
-            self.sparse = route.cpu().numpy().astype(bool).reshape(-1)
+        if self.route is not None and self.undecided is not None:
+            route = torch.where(self.undecided, route, self.route)
         self.route = route
         return route
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        if self.route is None:
-            raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
         self.dtype, self.device = value_states.dtype, value_states.device
-        batch_size, num_heads = key_states.shape[:2]
-        self.rows = PagedRows(batch_size, num_heads, self.page_size, key_states, value_states)
-        self.sparse = self.route.cpu().numpy().astype(bool).reshape(-1)  # waits once per layer and prompt
-        self.dropped = np.zeros(batch_size * num_heads, np.int64)
+        self.num_sequences, num_heads = key_states.shape[:2]
+        self.rows = PagedRows(self.num_sequences, num_heads, self.page_size, key_states, value_states)
+        self.dropped = np.zeros(self.num_sequences * num_heads, np.int64)
         self.is_initialized = True
-
-    def _keep_route(self) -> None:
-        """A route decided in inference mode becomes a normal tensor: the cache may go on outside."""
-        if self.route is not None and self.route.is_inference():
-            with torch.inference_mode(False):
-                self.route = self.route.clone()
 
     @property
     def batch_size(self) -> int:
         """Sequences."""
         if not self.is_initialized:
             raise AttributeError("the batch size is not known before the first update")
-        return self.rows.batch_size
+        return self.num_sequences
 
-    @torch.compiler.disable
+    def check_batch(self, batch_size: int) -> None:
+        """ValueError where a forward has more or fewer sequences than are here."""
+        if self.is_initialized and batch_size != self.num_sequences:
+            raise ValueError(f"the cache holds {self.num_sequences} sequences, got a batch of {batch_size}")
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged.
 
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
         batch, self._batch = self._batch, None
-        if batch is None:
-            raise RuntimeError("FluxCache works only inside a model patched by flux_ext.patch")
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._keep_route()
-        q_len = key_states.shape[2]
-        begin, end = batch.host_bounds(self.batch_size, q_len)
-        self.continues = self.cumulative_length > 0
-        if self.continues and not self.record_past:
-            self._trim()
-        heads = self.rows.num_heads
-        row_begin, count = np.repeat(begin, heads), np.repeat(end - begin, heads)
-        if self.continues or self.record_past:
-            self.rows.append(key_states, value_states, count, row_begin)
-        else:  # of a prompt, what would be trimmed next is never stored
-            skip = self._superfluous(count)
-            self.rows.append(key_states, value_states, count - skip, row_begin, self.head, skip)
-            self.dropped = self.dropped + skip
-        self.waiting = self.routed and not self.rows.length.all()
-        padded = (end < q_len).any()
-        self._croppable = 0 if padded else int((q_len - begin).min()) + (0 if begin.any() else self._croppable)
-        self.cumulative_length += q_len
+        if batch is None or self.route is None:
+            raise RuntimeError(f"{self.cache_name} works only inside a model patched by flux_ext.patch")
+        self.check_batch(key_states.shape[0])
+        self._update(key_states.detach(), value_states.detach(), self.route, batch)
         return key_states, value_states
 
-    @torch.compiler.disable
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: Batch) -> None:
+        if torch.compiler.is_compiling():
+            cache_ops.store(self.handle, k, v, route, batch.host_mask())
+        else:
+            self.store(k, v, route, batch.host_mask())
+
+    def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
+        """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.
+
+        Args:
+            route: int32 ``[B, Hkv]``.
+            mask: bool ``[B, slots seen + S]`` on the CPU; None: all new ones are tokens.
+        """
+        first, q_len, seen = not self.is_initialized, k.shape[2], self.cumulative_length
+        step = self.history.advance(seen, k.shape[0], q_len, None if mask is None else mask.numpy())
+        if first:
+            self.lazy_initialization(k, v)
+        self.route = normal(route)
+        if first or self.waiting:
+            self.sparse = route.cpu().numpy().astype(bool).reshape(-1)  # waits, once per layer and prompt
+        self._forget(step)
+        if not first and not self.record_past:
+            self._trim()
+        heads = self.rows.num_heads
+        begin, count = np.repeat(step.begin, heads), np.repeat(step.tokens, heads)
+        if first and not self.record_past:  # of a prompt, what would be trimmed next is never stored
+            skip = self._superfluous(count)
+            self.rows.append(k, v, count - skip, begin, self.head, skip)
+            self.dropped = self.dropped + skip
+        else:
+            self.rows.append(k, v, count, begin)
+        self.cumulative_length += q_len
+        self._find_undecided()
+
+    def _find_undecided(self) -> None:
+        empty = self.rows.length == 0
+        self.waiting = self.routed and bool(empty.any())
+        with torch.inference_mode(False):
+            self.undecided = torch.from_numpy(self._by_row(empty)).to(self.device) if self.waiting else None
+
+    def _by_row(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(-1, self.rows.num_heads)
+
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of queries ``[B, S, Hq, D]`` over everything stored; returns the same shape."""
+        assert self.route is not None
+        # What a single query of padding gets is never used: no bounds, no rows to clear.
+        bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
+        if torch.compiler.is_compiling():
+            return cache_ops.attend(self.handle, q, self.route, *bounds, scale)
+        return self.attend_stored(q, self.route, *bounds, scale)
+
+    def attend_stored(
+        self, q: Tensor, route: Tensor, q_begin: Tensor | None, q_end: Tensor | None, scale: float
+    ) -> Tensor:
+        """:meth:`attend` with its tensors spelt out."""
+        if not self.rows.length.any():  # only padding so far
+            return torch.zeros_like(q)
         return ops.attend(
             q.to(self.dtype),
             self.rows.keys,
             self.rows.values,
-            self.route,
+            route,
             Full(),
             self.pattern,
             scale,
-            batch.seq_start,
-            batch.seq_end,
+            q_begin,
+            q_end,
             None,
             self.rows.kv_len(),
             self.rows.page_table(),
@@ -158,6 +207,39 @@ class FluxLayer(CacheLayerMixin):
         window_begin = self.pattern.align * (seen // self.pattern.align + 1) - self.pattern.window
         spare = np.maximum(window_begin - self.head - self.dropped, 0) // self.unit * self.unit
         return np.where(self.sparse, spare, 0)
+
+    def _lost(self, tokens: np.ndarray) -> np.ndarray:
+        """Rows ``[rows]`` that, with so many tokens, would need some that were dropped."""
+        window_begin = self.pattern.align * (tokens // self.pattern.align + 1) - self.pattern.window
+        return (self.dropped > 0) & (window_begin < self.head + self.dropped)
+
+    def check_forget(self, forgotten: dict[int, np.ndarray]) -> None:
+        """RuntimeError where rows cannot do without the given tokens, by sequence: the window would reach back to
+        what was dropped, or the sink beyond what it has."""
+        if not self.is_initialized:
+            return
+        seen, dropped, heads = self.rows.length + self.dropped, self.dropped, self.rows.num_heads
+        gone, first = np.zeros_like(seen), np.full_like(seen, np.iinfo(np.int64).max)
+        for b, tokens in forgotten.items():
+            rows = slice(b * heads, (b + 1) * heads)
+            gone[rows], first[rows] = len(tokens), tokens[0]
+        lost = (gone > 0) & (dropped > 0) & (self._lost(seen - gone) | (first < self.head + dropped))
+        if lost.any():
+            row = int(lost.argmax())
+            raise RuntimeError(
+                f"attention_mask takes back {gone[row]} tokens of sequence {row // heads} that were fed as text: its "
+                "sparse rows have dropped what would come into view again. Call cache.activate_past_recording() before "
+                "the first forward of a batch whose answers may end early"
+            )
+
+    def _forget(self, step: Step) -> None:
+        heads = self.rows.num_heads
+        stored = {}
+        for b, tokens in step.forgotten.items():
+            for row in range(b * heads, (b + 1) * heads):
+                stored[row] = tokens - self.dropped[row]  # of rows that dropped something, all lie behind the gap
+        if stored:
+            self.rows.remove(stored)
 
     def _trim(self) -> None:
         spare = self._superfluous(self.rows.length + self.dropped)
@@ -177,29 +259,40 @@ class FluxLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens, then drops what sparse rows cannot see any more."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        self.check_crop(tokens_to_remove)
         if not self.is_initialized:
             return
         if remove := -tokens_to_remove:
-            if remove > self._croppable:
-                raise RuntimeError(
-                    f"crop({tokens_to_remove}): only the last {self._croppable} tokens belong to every sequence"
-                )
-            seen = self.rows.length + self.dropped - remove
-            window_begin = self.pattern.align * (seen // self.pattern.align + 1) - self.pattern.window
-            if ((self.dropped > 0) & (window_begin < self.head + self.dropped)).any():
-                raise RuntimeError(
-                    f"crop({tokens_to_remove}) needs tokens that sparse rows have dropped: call "
-                    "cache.activate_past_recording() before the forward whose tokens are to be cropped"
-                )
-            self.rows.truncate(self.rows.length - remove)
+            self.rows.truncate(self.rows.length - self._tokens_in_last(remove))
             self.cumulative_length -= remove
-            self._croppable -= remove
             if not self.cumulative_length:
                 self._clear()  # nothing is left: the next prompt decides anew
                 return
+            self._find_undecided()
         self._trim()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """As :meth:`crop`, but changes nothing.
+
+        Raises:
+            ValueError: the number is positive, or more than were seen.
+            RuntimeError: sparse rows would need tokens that they have dropped.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        if not self.is_initialized or not tokens_to_remove:
+            return
+        if -tokens_to_remove > self.cumulative_length:
+            raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.cumulative_length} tokens")
+        removed = self._tokens_in_last(-tokens_to_remove)
+        if ((removed > 0) & self._lost(self.rows.length + self.dropped - removed)).any():
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) needs tokens that sparse rows have dropped: call "
+                "cache.activate_past_recording() before the forward whose tokens are to be cropped"
+            )
+
+    def _tokens_in_last(self, slots: int) -> np.ndarray:
+        return np.repeat(self.history.tokens_in_last(slots, self.num_sequences), self.rows.num_heads)
 
     def get_seq_length(self) -> int:
         """Tokens seen, whatever is stored."""
@@ -220,11 +313,12 @@ class FluxLayer(CacheLayerMixin):
         """Keeps the given sequences, in this order, repeated where they repeat."""
         if not self.is_initialized or self.route is None:
             return
-        self.route = self.route[torch.from_numpy(sequences).to(self.route.device)]
-        heads = self.rows.num_heads
-        self.sparse = self.sparse.reshape(-1, heads)[sequences].reshape(-1)
-        self.dropped = self.dropped.reshape(-1, heads)[sequences].reshape(-1)
+        self.route = normal(self.route[torch.from_numpy(sequences).to(self.route.device)])
+        self.sparse = self._by_row(self.sparse)[sequences].reshape(-1)
+        self.dropped = self._by_row(self.dropped)[sequences].reshape(-1)
         self.rows.select(sequences)
+        self.num_sequences = len(sequences)
+        self._find_undecided()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(_to_host(beam_idx))
@@ -256,6 +350,11 @@ def _to_host(indices: Tensor) -> np.ndarray:
 class FluxCache(Cache):
     """The cache of a patched model; ``generate`` and a forward with ``use_cache=True`` make one by themselves.
 
+    Padding is never stored. A later ``attention_mask`` may take back tokens that were fed: the padding after an answer
+    that ended before the others of its batch. Sparse rows can do so as far as they have dropped nothing that would come
+    into view again; :meth:`activate_past_recording` before the first forward makes them keep everything until
+    :meth:`crop`.
+
     A full row keeps every key and value. A sparse row keeps the sink and the window, up to ``align - 1`` more,
     and at most two partly used pages. Layers with a sliding window or without attention keep their stock cache.
     ``get_seq_length`` is the number of tokens seen.
@@ -276,6 +375,18 @@ class FluxCache(Cache):
                 layers[i] = FluxLayer(flux, page_size, routed is None or i in routed)
         super().__init__(layers=layers)
         self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
+        self.history = History()
+        for layer in layers:
+            if isinstance(layer, FluxLayer):
+                layer.history = self.history
+                self.history.layers.append(layer)
+
+    def check_batch(self, batch_size: int) -> None:
+        """ValueError where a forward has more or fewer sequences than the cache."""
+        for layer in self.layers:
+            if isinstance(layer, FluxLayer):
+                layer.check_batch(batch_size)
+                return
 
     @property
     def routes(self) -> Tensor:
@@ -296,13 +407,31 @@ class FluxCache(Cache):
         )
 
     def crop(self, tokens_to_remove: int) -> None:
-        super().crop(int(tokens_to_remove))  # assisted decoding gives a tensor
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding gives a tensor
+        for layer in self.layers:
+            if isinstance(layer, FluxLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+        self.history.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.history.clear()
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        super().reorder_cache(beam_idx.cpu())  # one wait for all layers
+        beam_idx = beam_idx.cpu()  # one wait for all layers
+        super().reorder_cache(beam_idx)
+        self.history.select(_to_host(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices.cpu())
+        indices = indices.cpu()
+        super().batch_select_indices(indices)
+        self.history.select(_to_host(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.history.valid is not None:
+            self.history.select(np.arange(len(self.history.valid)).repeat(repeats))
 
 
 def stock_layers(config: Any) -> list[Any]:

@@ -26,6 +26,9 @@ from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name,
 BATCH = "flux_ext_batch"
 """The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
 
+HELD = "flux_ext_routes"
+"""The keyword with which ``generate`` hands the prompt's routes from forward to forward where no cache keeps them."""
+
 
 REPLACEMENTS = {
     "_prepare_cache_for_generation": "prepare_cache",
@@ -147,6 +150,9 @@ class PatchedLayer:
         if cache is not None and cache.route is not None and not cache.waiting:
             batch.decisions[self.slot] = Decision(None, cache.route)
             return
+        if batch.held is not None and self.slot in batch.held:
+            batch.decisions[self.slot] = Decision(None, batch.held[self.slot])
+            return
         x = self.tap.states(output, self.attention)
         seq_start, seq_end = batch.seq_start, batch.seq_end
         if batch.cu_seqlens is not None:
@@ -166,6 +172,8 @@ class PatchedLayer:
             if route.is_floating_point():
                 raise ValueError("a fractional route has no cache: call the model with use_cache=False")
             route = cache.set_route(route)
+        if batch.held is not None:
+            batch.held[self.slot] = route
         batch.decisions[self.slot] = Decision(logits, route)
 
 
@@ -362,9 +370,12 @@ class Patch:
             raise ValueError("output_attentions=True: a patched model computes no attention weights to give back")
         cache = take_cache(kwargs)
         self.check_cache(cache)
+        if cache is not None:
+            cache.check_batch(tokens.shape[0])
         self.check_checkpointing()
         batch = make_batch(self.local.policy, kwargs, tokens, cache)
         batch.prompt_lengths = self.local.prompt_lengths
+        batch.held = kwargs.pop(HELD, None)
         if cache is not None:
             batch.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:
@@ -447,6 +458,8 @@ class Patch:
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         else:
+            if cache is None:  # every forward has the prompt and the answer so far: the first one decides
+                model_kwargs[HELD] = {}
             type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
 
     def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

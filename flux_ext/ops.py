@@ -259,6 +259,7 @@ def append(
     slots: Tensor,
     pattern: Streaming,
     max_cache_len: int,
+    active: Tensor | None = None,
 ) -> None:
     """One token more in every row of a cache with fixed addresses, in place and in one launch.
 
@@ -284,7 +285,10 @@ def append(
             row, though a sequence's are equal: so no thread block reads what another writes.)
         slots: int64, one number, counted up.
         pattern: what sparse rows see.
-        max_cache_len: tokens per row, at most ``max_pages * page_size``. A token more replaces the last one.
+        max_cache_len: tokens per row, at most ``max_pages * page_size``. Instead of a token more, NaN is stored in
+            place of the last one: what attends to the row then says that it was full.
+        active: int32 ``[B]``. 1: the sequence has a token in this step; 0: it has none, and its rows stay as they are;
+            -1: NaN is stored in place of its token. None: all have one.
 
     Raises:
         ValueError: an argument breaks a rule; the message names argument, rule and value, and nothing was written.
@@ -302,7 +306,7 @@ def append(
         "seen": seen,
         "slots": slots,
     }
-    check_tensors(required, {})
+    check_tensors(required, {"active": active})
     if not isinstance(pattern, (Streaming, Triangle)):
         raise TypeError(f"pattern must be Streaming, got {described(pattern)}")
     check_integer("max_cache_len", max_cache_len)
@@ -322,4 +326,5 @@ def append(
         slots,
         pattern.numbers(),
         max_cache_len,
+        active,
     )

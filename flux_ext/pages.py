@@ -6,12 +6,22 @@ back when tokens are dropped; pages move only when the pool shrinks or rows are 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 HOST_INDICES = 4096
 """Up to this many tokens, indices are computed on the host and sent in one copy."""
+
+
+def normal(x: Any) -> Any:
+    """A tensor made in inference mode as one that works in and out of it; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_inference():
+        with torch.inference_mode(False):
+            return x.clone()
+    return x
 
 
 class PagedRows:
@@ -36,6 +46,10 @@ class PagedRows:
             self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
         self._device_table: Tensor | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy may be made in inference mode.
+        self.__dict__ = {name: normal(x) for name, x in state.items()}
+
     @property
     def batch_size(self) -> int:
         """Sequences."""
@@ -49,8 +63,8 @@ class PagedRows:
         """int32 ``[B, Hkv, max_pages]`` on the device."""
         if self._device_table is None:
             with torch.inference_mode(False):
-                table = torch.from_numpy(self.table.copy()).view(-1, self.num_heads, self.table.shape[1])
-                self._device_table = table.to(self.keys.device, non_blocking=True)
+                table = self.table.reshape(self.batch_size, self.num_heads, self.table.shape[1])
+                self._device_table = torch.from_numpy(table.copy()).to(self.keys.device, non_blocking=True)
         return self._device_table
 
     def kv_len(self) -> Tensor:
@@ -150,6 +164,21 @@ class PagedRows:
         self.free = np.concatenate([self.free, self.table[gone]])
         self.held, self.length = keep, length
         self._changed()
+
+    def remove(self, stored: dict[int, np.ndarray]) -> None:
+        """Takes single tokens out of rows, by row and stored index; what follows moves up."""
+        length, moved = self.length.copy(), [np.zeros((2, 0), np.int64)]
+        for row, gone in stored.items():
+            kept = np.setdiff1d(np.arange(self.length[row]), gone)
+            length[row] = len(kept)
+            index = np.stack([kept, np.arange(len(kept))])[:, kept != np.arange(len(kept))]
+            pages = self.table[row].astype(np.int64)[index // self.page_size]
+            moved.append(pages * self.page_size + index % self.page_size)
+        source, place = torch.from_numpy(np.concatenate(moved, 1)).to(self.keys.device)
+        for pool in (self.keys, self.values) if len(source) else ():
+            tokens = pool.view(-1, pool.shape[-1])
+            tokens.index_copy_(0, place, tokens[source])
+        self.truncate(length)
 
     def select(self, sequences: np.ndarray) -> None:
         """Keeps the given sequences, in this order, repeated where they repeat."""

@@ -153,26 +153,31 @@ def append(
     slots: Tensor,
     pattern: Streaming,
     max_cache_len: int,
+    active: Tensor | None = None,
 ) -> None:
     """As :func:`flux_ext.ops.append`, row by row and page by page."""
     page_size, max_pages = k_pool.shape[1], page_table.shape[2]
     sink_pages = -(-pattern.sink // page_size)
     unit = math.lcm(pattern.align, page_size)
     for b, h in product(range(k.shape[0]), range(k.shape[1])):
+        state = 1 if active is None else int(active[b])
+        if state == 0:
+            continue
         first, pages = int(base[b, h]), int(ring[b, h])
+        trusted = state == 1 and int(seen[b, h]) < max_cache_len
         position = min(int(seen[b, h]), max_cache_len - 1)
         gap = 0
         if sink_pages + pages < max_pages:
             window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
             gap = max(window_begin - sink_pages * page_size, 0) // unit * unit
         page = first + _place(position // page_size, sink_pages, pages)
-        k_pool[page, position % page_size, 0] = k[b, h, 0]
-        v_pool[page, position % page_size, 0] = v[b, h, 0]
+        k_pool[page, position % page_size, 0] = k[b, h, 0] if trusted else math.nan
+        v_pool[page, position % page_size, 0] = v[b, h, 0] if trusted else math.nan
         kv_len[b, h] = position + 1 - gap
         for i in range(-(-int(kv_len[b, h]) // page_size)):
             page = i if i < sink_pages else i + gap // page_size
             page_table[b, h, i] = first + _place(page, sink_pages, pages)
-    seen += 1
+        seen[b, h] += 1
     slots += 1
 
 

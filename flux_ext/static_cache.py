@@ -9,7 +9,8 @@ page ``base + place(t // page_size)``, where ``place`` keeps the sink's pages an
 A full row's ring is as long as the cache. A sparse row's is as long as the window: what its oldest page is
 overwritten with comes when no query can see it any more. The page table lists the stored tokens in order, with
 the gap of :mod:`flux_ext.cache` after the sink, so the attention call is the same as there. The prompt is stored
-with torch's operators, a step with one of ours: :func:`flux_ext.ops.append`.
+with torch's operators, a step with one of ours: :func:`flux_ext.ops.append`. It stores tokens only: whether a step has
+one, and in which sequences, is said on the device, by the column of the mask that ``slots`` points to.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from . import ops
 from .batch import Batch
 from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
+from .history import History, token_rows
+from .pages import normal
 from .patterns import Full
 from .transformers_seam import Cache, DynamicLayer
 
@@ -34,12 +37,18 @@ class FluxStaticLayer(FluxLayer):
     Args:
         config, page_size, routed: as for :class:`~flux_ext.cache.FluxLayer`.
         max_cache_len: tokens per sequence, padding included.
+        any_routes: whether the pools have room for full rows only.
     """
 
+    cache_name = "FluxStaticCache"
     is_compileable = True
 
-    def __init__(self, config: FluxConfig, page_size: int, routed: bool, max_cache_len: int) -> None:
-        self.max_cache_len = max_cache_len
+    def __init__(
+        self, config: FluxConfig, page_size: int, routed: bool, max_cache_len: int, any_routes: bool = False
+    ) -> None:
+        self.max_cache_len, self.any_routes = max_cache_len, any_routes
+        self.k_pool: Tensor | None = None  # from the first prompt on, all tensors keep their addresses
+        self.route_kept: Tensor | None = None  # among them that of `route`
         super().__init__(config, page_size, routed)
         self.head_pages = self.head // page_size
         # The window, the tokens that alignment and whole units add to it, and the one to come.
@@ -47,33 +56,72 @@ class FluxStaticLayer(FluxLayer):
         self.sparse_ring = -(-longest // page_size) + 1
         self.full_pages = -(-max_cache_len // page_size)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.route is not None:
+            self.route_kept = self.route
+        self._mark_addresses()
+
+    def set_route(self, route: Tensor) -> Tensor:
+        """As for the dynamic cache, but one tensor keeps the route, for a captured graph reads it."""
+        if self.k_pool is None:
+            self.route = route.clone(memory_format=torch.contiguous_format)
+            return self.route
+        if self.route is not None:  # a sequence that has had padding only decides now
+            route = torch.where(self.seen == 0, route, self.route)
+        assert self.route_kept is not None
+        self.route = self.route_kept.copy_(route)
+        return self.route
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Lays out the rows' pages for the routes at hand; waits for the device, once per layer and prompt."""
-        if self.route is None:
-            raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
+        """Tensors for as many sequences and heads as there are; and pools, for the routes at hand."""
         self.dtype, self.device = value_states.dtype, value_states.device
-        self.num_sequences, _, q_len, head_dim = key_states.shape
-        if q_len > self.max_cache_len:
-            raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
-        sparse = self.route.cpu().numpy() == 1
-        short = min(self.head_pages + self.sparse_ring, self.full_pages)
-        pages = np.where(sparse, short, self.full_pages)
+        self.num_sequences, num_heads, _, head_dim = key_states.shape
+        rows = (self.num_sequences, num_heads)
 
-        def on_device(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x.astype(np.int32)).to(self.device)
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-        # All [B, Hkv]: a row's first page, the pages of its ring, the valid tokens it has seen and those it stores.
-        self.base = on_device((np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape))
-        self.ring = on_device(np.maximum(pages - self.head_pages, 1))
-        self.seen, self.kv_len = torch.zeros_like(self.base), torch.zeros_like(self.base)
+        # A row's first page, the pages of its ring, the valid tokens it has seen and those it stores.
+        self.base, self.ring, self.seen, self.kv_len = (numbers(*rows) for _ in range(4))
+        self.table = numbers(*rows, self.full_pages)
         self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
-        self.table = torch.zeros((*pages.shape, self.full_pages), dtype=torch.int32, device=self.device)
-        shape = (int(pages.sum()), self.page_size, 1)
+        shape = (self.num_pages, self.page_size, 1)
         self.k_pool = value_states.new_empty((*shape, head_dim))
         self.v_pool = value_states.new_empty((*shape, value_states.shape[-1]))
+
+    def _mark_addresses(self) -> None:
+        if self.k_pool is None:
+            return
         for t in (self.k_pool, self.v_pool, self.base, self.ring, self.table, self.kv_len, self.seen, self.slots):
             torch._dynamo.mark_static_address(t)
-        self.is_initialized = True
+
+    def _lay_out(self, k: Tensor, v: Tensor, sparse: np.ndarray) -> None:
+        """Gives rows their pages, sparse ones ``[B, Hkv]`` short rings."""
+        short = min(self.head_pages + self.sparse_ring, self.full_pages)
+        pages = np.where(sparse, short, self.full_pages)
+        needed = int(pages.sum())
+        if self.k_pool is None:
+            self.num_pages = self.full_pages * pages.size if self.any_routes else needed
+            self.lazy_initialization(k, v)
+        else:
+            want, pool = (k.shape[0], k.shape[1], k.shape[-1], v.dtype, v.device), self.k_pool
+            had = (*self.base.shape, pool.shape[-1], pool.dtype, pool.device)
+            if want != had:
+                raise ValueError(
+                    "after reset() a FluxStaticCache takes prompts of the same sequences, KV heads, head_dim, dtype "
+                    f"and device: {list(map(str, had))}, got {list(map(str, want))}"
+                )
+            if needed > self.num_pages:
+                raise ValueError(
+                    f"after reset() the pools keep their {self.num_pages} pages, but the new prompt's routes need "
+                    f"{needed}: make the cache with any_routes=True, or a new one"
+                )
+        for t, x in (
+            (self.base, (np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape)),
+            (self.ring, np.maximum(pages - self.head_pages, 1)),
+        ):
+            t.copy_(torch.from_numpy(x.astype(np.int32)))
 
     @property
     def batch_size(self) -> int:
@@ -86,22 +134,17 @@ class FluxStaticLayer(FluxLayer):
         gap = (window_begin - self.head).clamp(min=0) // self.unit * self.unit
         return gap * (self.head_pages + self.ring < self.full_pages)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores the prompt's keys and values ``[B, Hkv, S, D]``, or one step's, and hands them back unchanged."""
-        q_len = key_states.shape[2]
-        if not self.is_initialized:
-            self._store_prompt(key_states, value_states)
-            return key_states, value_states
-        if q_len != 1:
-            raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {q_len} more tokens")
-        if key_states.shape[0] != self.num_sequences:
-            raise ValueError(f"the cache holds {self.num_sequences} sequences, got {key_states.shape[0]}")
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: Batch) -> None:
+        if not self.continues:
+            return super()._update(k, v, route, batch)
+        if k.shape[2] != 1:
+            raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {k.shape[2]} more tokens")
+        assert self.k_pool is not None
         if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
             raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
-        self.continues = True
         ops.append(
-            key_states,
-            value_states,
+            k,
+            v,
             self.k_pool,
             self.v_pool,
             self.base,
@@ -112,32 +155,50 @@ class FluxStaticLayer(FluxLayer):
             self.slots,
             self.pattern,
             self.max_cache_len,
+            batch.seq_end,
         )
-        return key_states, value_states
 
-    @torch.compiler.disable
-    def _store_prompt(self, k: Tensor, v: Tensor) -> None:
-        batch, self._batch = self._batch, None
-        if batch is None:
-            raise RuntimeError("FluxStaticCache works only inside a model patched by flux_ext.patch")
+    def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
+        """Stores the prompt. Waits for the device, once per layer: its routes say how many pages the rows need."""
+        q_len = k.shape[2]
+        if q_len > self.max_cache_len:
+            raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
+        if mask is None:
+            begin, count = np.zeros(k.shape[0], np.int64), np.full(k.shape[0], q_len, np.int64)
+        else:
+            begin, count = token_rows(mask[:, :q_len].numpy())
+        # A sequence that has had padding only decides later: it gets room for either route.
+        sparse = (route.cpu().numpy() == 1) & (count > 0)[:, None]
+        self.waiting = self.routed and not count.all()
         with torch.inference_mode(False):
-            self.lazy_initialization(k, v)
-        self._keep_route()
-        begin, end = (torch.from_numpy(x).to(self.device) for x in batch.host_bounds(k.shape[0], k.shape[2]))
-        self.seen.copy_((end - begin)[:, None].expand_as(self.seen))
-        self.slots.fill_(k.shape[2])
-        position = (torch.arange(k.shape[2], device=self.device) - begin[:, None])[:, None]  # [B, 1, S]
-        inside = (position >= 0) & (position < (end - begin)[:, None, None])
+            self._lay_out(k, v, sparse)
+            self.route = self.route_kept = normal(route)
+            self._mark_addresses()
+        self.is_initialized = True
+        start, tokens = (torch.from_numpy(x).to(self.device)[:, None] for x in (begin, count))
+        self.seen.copy_(tokens.expand_as(self.seen))
+        self.slots.fill_(q_len)
+        position = (torch.arange(q_len, device=self.device) - start)[:, None]  # [B, 1, S]
+        inside = (position >= 0) & (position < tokens[..., None])
         kept = inside & ((position < self.head) | (position >= self.head + self._gap()[..., None]))
         page = position // self.page_size
         around = self.head_pages + (page - self.head_pages) % self.ring[..., None]
         page = self.base[..., None] + torch.where(page < self.head_pages, page, around)
         slot = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
         for pool, x in ((self.k_pool, k), (self.v_pool, v)):
-            pool.view(-1, pool.shape[-1]).index_copy_(0, slot, x.detach()[kept].to(pool.dtype))
+            assert pool is not None
+            pool.view(-1, pool.shape[-1]).index_copy_(0, slot, x[kept].to(pool.dtype))
+
+    def reset(self) -> None:
+        """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
+        self.is_initialized, self.route, self.waiting, self._batch = False, None, False, None
+        if self.k_pool is not None:
+            for t in (self.seen, self.kv_len, self.slots):
+                t.zero_()
 
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
+        assert self.k_pool is not None
         spans = (None, None, None, self.kv_len)
         pools = self.k_pool, self.v_pool
         out = ops.attend(q.to(self.dtype), *pools, self.route, Full(), self.pattern, scale, *spans, self.table)[0]
@@ -158,7 +219,7 @@ class FluxStaticLayer(FluxLayer):
     def is_croppable(self) -> bool:  # type: ignore[override]
         return False
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def check_crop(self, tokens_to_remove: int) -> None:
         raise ValueError("FluxStaticCache cannot be cropped: use FluxCache for assisted decoding")
 
     def select(self, sequences: np.ndarray) -> None:
@@ -169,7 +230,7 @@ class FluxStaticLayer(FluxLayer):
         return (self.seen - self._gap()).cpu().numpy()
 
     def nbytes(self) -> int:
-        return self.k_pool.nbytes + self.v_pool.nbytes if self.is_initialized else 0
+        return 0 if self.k_pool is None else self.k_pool.nbytes + self.v_pool.nbytes
 
 
 class FluxStaticCache(FluxCache):
@@ -181,11 +242,19 @@ class FluxStaticCache(FluxCache):
     Args:
         config, flux, page_size: as for FluxCache.
         max_cache_len: tokens per sequence, prompt and padding included. A token more is a ValueError on the CPU;
-            on CUDA and in a compiled step a check would wait for the device, so there it overwrites the sequence's
-            last token, and what follows is wrong.
+            on CUDA and in a compiled step a check would wait for the device, so there the logits of a sequence that
+            has no room left become NaN.
+        any_routes: allocate for full rows only, so that after :meth:`reset` a prompt of any routes fits.
+
+    A mask must cover all slots so far, at least; the step's own column says which sequences have a token. Where it
+    contradicts what is stored, by hiding earlier tokens or showing padding, that is a ValueError on the CPU and NaN on
+    CUDA and in a compiled step. A captured step reads the mask where it was: write into that one, ``[B,
+    max_cache_len]``, from step to step.
     """
 
-    def __init__(self, config: Any, flux: FluxConfig, max_cache_len: int, page_size: int = 64) -> None:
+    def __init__(
+        self, config: Any, flux: FluxConfig, max_cache_len: int, page_size: int = 64, any_routes: bool = False
+    ) -> None:
         for name, n in (("page_size", page_size), ("max_cache_len", max_cache_len)):
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {n}")
@@ -194,7 +263,43 @@ class FluxStaticCache(FluxCache):
             raise ValueError(f"FluxStaticCache needs full attention in every layer, {others} have not: use FluxCache")
         routed = flux.layers_to_route
         layers: list[Any] = [
-            FluxStaticLayer(flux, page_size, routed is None or i in routed, max_cache_len) for i in range(len(stock))
+            FluxStaticLayer(flux, page_size, routed is None or i in routed, max_cache_len, any_routes)
+            for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)
-        self.prompt_len = None
+        self.prompt_len, self.history = None, History()
+
+    def check_batch(self, batch_size: int) -> None:
+        super().check_batch(batch_size)
+        layers: list[Any] = list(self.layers)
+        if any(layer.is_initialized != layers[0].is_initialized for layer in layers):
+            raise RuntimeError("an earlier forward failed half-way, so the layers of this cache differ: reset() it")
+
+    def active(self, mask: Tensor) -> Tensor:
+        """int32 ``[B]`` of a step, as :func:`flux_ext.ops.append` takes it, from a mask, bool ``[B, slots or more]``.
+
+        Raises:
+            ValueError: the mask contradicts what is stored, where no wait for the device is needed to see it.
+        """
+        layer: Any = self.layers[0]
+        slots, stored = layer.slots.to(mask.device), layer.seen[:, 0].to(mask.device)
+        width = mask.shape[1]
+        now = mask.index_select(1, slots.clamp(max=width - 1).view(1))[:, 0]
+        agrees = (mask & (torch.arange(width, device=mask.device) < slots)).sum(1) == stored
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if width <= int(slots):
+                raise ValueError(f"attention_mask must cover all {int(slots) + 1} tokens, got {list(mask.shape)}")
+            if not bool(agrees.all()):
+                raise ValueError(
+                    f"attention_mask shows other tokens of sequence {int((~agrees).int().argmax())} than were stored: "
+                    "FluxStaticCache cannot take back what was fed, use FluxCache"
+                )
+        return torch.where(agrees, now.to(torch.int32), -1)
+
+    def reset(self) -> None:
+        """Forgets everything and keeps every address, so that a captured step goes on with the next prompt.
+
+        That prompt must have as many sequences as the first, and its routes must not need more pages than those of
+        the first were given (see ``any_routes``): otherwise its forward raises a ValueError.
+        """
+        super().reset()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_ext import Streaming, Triangle, ops, reference
+from flux_ext import Full, Streaming, Triangle, ops, reference
 
 DEVICES = [
     "cpu",
@@ -166,6 +166,66 @@ def test_equals_the_twin(case: Case, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sequences_without_a_token_and_tokens_not_to_be_trusted(dtype: torch.dtype, device: str) -> None:
+    """Equal to the twin; and a sequence's rows are what they would be without the steps in which it has no token."""
+    case = Case((0, 30, 2, 40), 60, dtypes=(dtype,) * 3)
+    want, alone = cache(case), cache(case)
+    alone |= copy_of(want)
+    got = to(copy_of(want), device)
+    for step in range(case.steps):
+        k, v = tokens(case, 0), tokens(case, 1)
+        active = torch.randint(0, 2, (4,), dtype=torch.int32)
+        if step == 20:
+            active[1] = -1
+        reference.append(k, v, **want, active=active)
+        ops.append(k.to(device), v.to(device), **got, active=active.to(device))
+        assert_same_bits(got, want, f"after step {step}")
+        if active[0]:
+            one = {
+                name: t[:1] if name in ("base", "ring", "page_table", "kv_len", "seen") else t
+                for name, t in alone.items()
+            }
+            reference.append(k[:1], v[:1], **one)
+        if step == 20:
+            at = int(want["seen"][1, 0]) - 1  # head 1 of sequence 1 is full: its pages are in order
+            row = want["k_pool"][want["base"][1, 1] :].view(-1, case.dim)
+            assert row[at].isnan().all() and not row[at - 1].isnan().all()
+    assert int(got["slots"]) == int(alone["slots"]) + case.steps - int(alone["seen"][0, 0])
+    for name in ("page_table", "kv_len", "seen"):
+        assert torch.equal(got[name][0].cpu(), alone[name][0]), name
+    pages = alone["page_table"][0, 0, : -(-int(alone["kv_len"][0, 0]) // case.page_size)].long()
+    bits = BITS[dtype.itemsize]
+    assert torch.equal(got["k_pool"].cpu()[pages].view(bits), alone["k_pool"][pages].view(bits))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_token_without_a_place_makes_its_row_nan(device: str) -> None:
+    """Not text that looks right: attention over a full row is NaN, over the others what it was."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    case = Case((11, 13), 0, max_cache_len=14, dim=64, dtypes=(dtype,) * 3)
+    x = to(cache(case), device)
+    x["k_pool"].normal_(), x["v_pool"].normal_()
+    q, k = (torch.randn(2, 2, 1, 64, dtype=dtype, device=device) for _ in range(2))
+    route = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)
+    for full in (False, True, True):
+        ops.append(k, k, **x)
+        out, _ = ops.attend(
+            q.transpose(1, 2),
+            x["k_pool"],
+            x["v_pool"],
+            route,
+            Full(),
+            case.pattern,
+            0.125,
+            kv_end=x["kv_len"],
+            page_table=x["page_table"],
+        )
+        assert not out[0].isnan().any() and out[1].isnan().all() == full
+    assert x["kv_len"].tolist() == [[14, 14], [14, 14]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("page_size", [1, 4, 16, 64])
 @pytest.mark.parametrize(
     "pattern",
@@ -249,7 +309,8 @@ def test_opcheck(device: str) -> None:
     x = to(cache(case), device)
     k, v = tokens(case, 0, exact=False).to(device), tokens(case, 1, exact=False).to(device)
     x["pattern"] = list(x["pattern"].numbers())
-    torch.library.opcheck(torch.ops.flux_ext.append.default, (k, v, *x.values()))
+    for active in (None, torch.tensor([1, 0], dtype=torch.int32, device=device)):
+        torch.library.opcheck(torch.ops.flux_ext.append.default, (k, v, *x.values(), active))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -351,6 +412,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seen": lambda t: t.long()}, r"seen must be int32, got int64"),
     ({"slots": ints(0)}, r"slots must be int64, got int32"),
     ({"slots": torch.tensor([0])}, r"slots must be contiguous \[\], got \[1\]"),
+    ({"active": torch.ones(2)}, r"active must be int32, got float32"),
+    ({"active": ints(1)}, r"active must be contiguous \[2\], got \[1\]"),
+    (
+        {"active": torch.ones(2, dtype=torch.int32, device="meta")},
+        r"active must be on the device of k \(cpu\), got meta",
+    ),
+    ({"active": ints(1, 2)}, r"active must be 1, 0 or -1, got 2 for sequence 1"),
     ({"pattern": Triangle(4, 24, last_q=1)}, r"pattern.last_q must be 0.*, got 1"),
     ({"max_cache_len": 0}, r"max_cache_len must be from 1 to the 208 tokens of the page_table, got 0"),
     ({"max_cache_len": 209}, r"max_cache_len must be from 1 to the 208 tokens of the page_table, got 209"),

@@ -197,19 +197,28 @@ def test_crop_of_the_last_forward_needs_no_recording(model: Any) -> None:
         cache.crop(-40)
     with pytest.raises(ValueError, match="minus the number"):
         cache.crop(5)
-    with pytest.raises(RuntimeError, match="belong to every sequence"):
+    with pytest.raises(ValueError, match="has seen 70 tokens"):
         cache.crop(-100)
     assert cache.get_seq_length() == 70
 
 
-def test_crop_into_padding_is_refused(model: Any) -> None:
-    ids, mask = ragged((20, 12), "left")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_crop_counts_padding(model: Any, side: str) -> None:
+    """What is cropped are slots: of a sequence whose last ones were padding, fewer tokens or none."""
+    ids, mask = ragged((20, 12), side)
+    more, ones = torch.randint(2, 128, (2, 8)), torch.ones(2, 8, dtype=torch.long)
     cache = new_cache(model)
     with flux_ext.routes(model, "full"):
         model(ids, attention_mask=mask, past_key_values=cache)
-    cache.crop(-12)
-    with pytest.raises(RuntimeError, match="belong to every sequence"):
-        cache.crop(-1)
+        cache.crop(-15)
+        kept = mask[:, :5].sum(1)
+        assert cache.layers[0].stored_tokens()[:, 0].tolist() == kept.tolist()
+        mask = torch.cat([mask[:, :5], ones], 1)
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        got = model(more, attention_mask=mask, position_ids=position[:, 5:], past_key_values=cache).logits
+        for b in range(2):
+            alone = torch.cat([ids[b, :5][mask[b, :5].bool()], more[b]])[None]
+            close(got[b], whole(model, alone, torch.zeros(1, 4, 2, dtype=torch.int32))[0, -8:])
 
 
 def test_crop_of_everything_forgets_the_route(model: Any) -> None:
@@ -280,28 +289,36 @@ def test_random_operations_keep_every_token_in_place() -> None:
     for align, page_size in ((1, 4), (4, 2), (6, 4)):
         config = FluxConfig(sink=5, window=12, align=align)
         layer = FluxLayer(config, page_size, routed=True)
-        layer.set_route(torch.tensor([[0, 1], [1, 1], [0, 0]], dtype=torch.int32))
-        routes = layer.route.numpy()
+        route = torch.tensor([[0, 1], [1, 1], [0, 0]], dtype=torch.int32)
+        routes = route.numpy()
         true: list[list[float]] = [[], [], []]
-        next_token = 1.0
+        next_token, valid = 1.0, np.zeros((3, 0), bool)
         for _ in range(60):
             if layer.is_initialized and rng.random() < 0.25:
                 picked = rng.integers(0, 3, 3)
                 layer.select(picked)
+                layer.history.select(picked)
+                valid = valid[picked]
                 true, routes = [list(true[i]) for i in picked], routes[picked]
                 continue
             n = int(rng.integers(1, 25))
             begin = rng.integers(0, n, 3)
             k = torch.arange(next_token, next_token + 3 * n).view(3, 1, n, 1).expand(3, 2, n, 8)
             next_token += 3 * n
-            start = torch.from_numpy(begin.astype(np.int32))
-            layer.begin(Batch(seq_start=start, seq_end=torch.full((3,), n, dtype=torch.int32)))
+            new = np.arange(n) >= begin[:, None]
+            valid = np.concatenate([valid, new], 1)
+            layer.begin(Batch(mask=torch.from_numpy(valid)))
+            if not layer.continues:
+                layer.set_route(route)
             layer.update(k, -k)
             for b in range(3):
                 true[b] += k[b, 0, begin[b] :, 0].tolist()
-            if rng.random() < 0.3 and (remove := int(rng.integers(0, layer._croppable + 1))) < n:
+            if rng.random() < 0.3 and (remove := int(rng.integers(0, n))) < n:
+                gone = valid[:, valid.shape[1] - remove :].sum(1)
                 layer.crop(-remove)
-                true = [t[: len(t) - remove] for t in true]
+                layer.history.crop(remove)
+                true = [t[: len(t) - g] for t, g in zip(true, gone, strict=True)]
+                valid = valid[:, : valid.shape[1] - remove]
             table, lengths = layer.rows.page_table(), layer.stored_tokens()
             assert len(np.unique(np.concatenate([layer.rows.free, *layer_pages(layer)]))) == len(layer.rows.keys)
             for b in range(3):

@@ -1,9 +1,11 @@
 """Patched models under torch.compile."""
 
+import pytest
 import torch
 from models import patched_model, ragged
 
 import flux_ext
+from flux_ext import FluxCache
 from flux_ext.patching import last_routing
 
 
@@ -11,7 +13,10 @@ def test_position_ids_and_packed_rows_compile_as_one_graph() -> None:
     model, position = patched_model(num_hidden_layers=1), torch.cat([torch.arange(18), torch.arange(12)])[None]
     ids, bounds = torch.randint(2, 128, (1, 30)), torch.tensor([0, 18, 30], dtype=torch.int32)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for kwargs in ({"position_ids": torch.arange(30)[None]}, {"position_ids": position, "cu_seq_lens_q": bounds}):
+    for kwargs in (
+        {"position_ids": torch.arange(30)[None], "attention_mask": torch.ones(1, 30)},
+        {"position_ids": position, "cu_seq_lens_q": bounds},
+    ):
         with torch.no_grad():
             want = model(ids, use_cache=False, **kwargs).logits
             torch.testing.assert_close(compiled(ids, use_cache=False, **kwargs).logits, want)
@@ -29,7 +34,7 @@ def test_torch_compile_without_a_cache_is_one_graph() -> None:
 
 
 def test_torch_compile_with_a_cache() -> None:
-    """The cache's bookkeeping breaks the graph; steps after the second compile nothing."""
+    """Steps after the second compile nothing."""
     model = patched_model(num_hidden_layers=1)
     ids = torch.randint(2, 128, (2, 30))
     with torch.no_grad(), flux_ext.routes(model, "sparse"):
@@ -41,3 +46,74 @@ def test_torch_compile_with_a_cache() -> None:
             with torch.compiler.set_stance("fail_on_recompile" if t >= 27 else "default"):
                 out = compiled(ids[:, t : t + 1], past_key_values=out.past_key_values)
             torch.testing.assert_close(out.logits[:, 0], want[:, t], rtol=1e-4, atol=2e-4)
+
+
+def test_packing_told_by_position_ids_is_honoured() -> None:
+    """A graph cannot see whether they restart: it breaks there, and a model compiled as one graph says what to do."""
+    model, position = patched_model(num_hidden_layers=2), torch.cat([torch.arange(18), torch.arange(12)])[None]
+    ids = torch.randint(2, 128, (1, 30))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        want = [model(part).logits for part in (ids[:, :18], ids[:, 18:])]
+        got = compiled(ids, position_ids=position, use_cache=False).logits
+        torch.testing.assert_close(got, torch.cat(want, 1), rtol=1e-4, atol=2e-4)
+        assert len(last_routing(model).routes) == 2
+        torch.testing.assert_close(
+            compiled(ids, position_ids=torch.arange(30)[None], use_cache=False).logits, model(ids).logits
+        )
+        with pytest.raises(ValueError, match="position_ids restart in a batch of several rows"):
+            compiled(ids.expand(2, -1), position_ids=position.expand(2, -1), use_cache=False)
+        with pytest.raises(ValueError, match="packed into one row have no cache"):
+            compiled(ids, position_ids=position, use_cache=True)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="give cu_seq_lens_q or an attention_mask"):
+            whole(ids, position_ids=position, use_cache=False)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_forward_over_the_dynamic_cache_is_one_graph(backend: str) -> None:
+    """As many graphs as the stock model makes: prompt, step, and one for steps over caches of any length."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = patched_model(num_hidden_layers=12 if backend == "eager" else 2)
+    ids, mask = ragged((36, 20))
+    mask[1, 32:34] = 0  # tokens that are masked between others
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    caches = [FluxCache(model.config, flux_ext.get_routers(model).config, page_size=4) for _ in range(2)]
+    with torch.no_grad():
+        for chunk in (slice(0, 30), *(slice(t, t + 1) for t in range(30, 36))):
+            want, got = (
+                run(ids[:, chunk], attention_mask=mask[:, : chunk.stop], past_key_values=cache).logits
+                for run, cache in zip((model, compiled), caches, strict=True)
+            )
+            seen = mask[:, chunk].bool()
+            torch.testing.assert_close(got[seen], want[seen], rtol=1e-4, atol=2e-4)
+    assert torch.equal(*(cache.routes for cache in caches))
+    assert (caches[0].layers[1].stored_tokens() == caches[1].layers[1].stored_tokens()).all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_forward_that_makes_its_cache_breaks_once() -> None:
+    """The cache is made outside: one graph for the mask, one for the decoder, one for the logits."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = patched_model(num_hidden_layers=4)
+    ids, mask = ragged((36, 20))
+    with torch.no_grad():
+        out = torch.compile(model, backend="eager")(ids, attention_mask=mask)
+        torch.testing.assert_close(out.logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+def test_a_compiled_forward_over_a_cache_has_no_gradient_and_says_so() -> None:
+    model = patched_model(num_hidden_layers=2)
+    ids, cache = torch.randint(2, 128, (1, 30)), FluxCache(model.config, flux_ext.get_routers(model).config)
+    compiled = torch.compile(model, backend="aot_eager")
+    with flux_ext.routes(model, "full"):
+        compiled(ids, past_key_values=cache).logits.sum().backward()  # the prompt's attention has one
+        out = compiled(ids[:, :3], past_key_values=cache).logits
+        with torch.no_grad():
+            want = model(torch.cat([ids, ids[:, :3]], 1), use_cache=False).logits[:, 30:]
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=2e-4)
+        with pytest.raises(RuntimeError, match="attention over a cache has no gradient"):
+            out.sum().backward()

@@ -1,14 +1,16 @@
 """generate on a patched model: every decoding mode, turns, assistants, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from models import SMALL, ragged, scramble, tiny
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
+from flux_ext.patching import last_routing, policy
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +213,90 @@ def test_other_cache_implementations_are_refused(model: Any, name: str) -> None:
 def test_continuous_batching_is_refused(model: Any) -> None:
     with pytest.raises(NotImplementedError, match="generate_batch"):
         model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2))
+
+
+# ---- without a cache: the first forward decides, as with one
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_a_cache_the_prompt_decides(model: Any, inputs: dict[str, Any], seed: int) -> None:
+    torch.manual_seed(seed)
+    ids, mask = ragged(tuple(range(60, 60 - 9 * len(inputs["input_ids"]), -9)))
+    kwargs: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    want = model.generate(ids, return_dict_in_generate=True, **kwargs)
+    assert torch.equal(model.generate(ids, use_cache=False, **kwargs), want.sequences)
+    assert torch.equal(last_routing(model).routes, want.past_key_values.routes)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_without_a_cache_the_routers_decide_once(model: Any, inputs: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        outputs.append(model.generate(**inputs, max_new_tokens=12, use_cache=use_cache, **kwargs))
+        outputs.append(last_routing(model).routes)
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+
+
+def test_held_routes_end_with_their_generate_call(model: Any) -> None:
+    """Also after an error in it, inside another one, and beside one in another thread."""
+    prompts = [torch.randint(2, 128, (1, n)) for n in (60, 45, 52)]
+    kwargs: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+    want = [model.generate(p, **kwargs) for p in prompts]
+    routes = [model(p).past_key_values.routes for p in prompts]
+    assert not torch.equal(routes[0], routes[1]), "the routers should tell the prompts apart"
+
+    class Inner(LogitsProcessor):
+        """Generates, and runs a plain forward, between the steps of another generate; in the end it fails."""
+
+        fail = False
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if self.fail and input_ids.shape[1] == 63:
+                raise KeyError("stop")
+            if input_ids.shape[1] == 62:
+                assert torch.equal(model.generate(prompts[1], use_cache=False, **kwargs), want[1])
+                model(prompts[2], use_cache=False)
+                assert torch.equal(last_routing(model).routes, routes[2])
+            return scores
+
+    inner = Inner()
+    assert torch.equal(model.generate(prompts[0], use_cache=False, logits_processor=[inner], **kwargs), want[0])
+    inner.fail = True
+    with pytest.raises(KeyError):
+        model.generate(prompts[0], use_cache=False, logits_processor=[inner], **kwargs)
+    model(prompts[1], use_cache=False)
+    assert torch.equal(last_routing(model).routes, routes[1])
+    with ThreadPoolExecutor(3) as threads:
+        got = list(threads.map(lambda p: model.generate(p, use_cache=False, **kwargs), prompts))
+    assert all(map(torch.equal, got, want))
+
+
+def test_forced_routes_are_held_too(model: Any) -> None:
+    """Those of the first forward, as a cache would hold them."""
+    prompt = torch.randint(2, 128, (2, 40))
+    seen = []
+
+    def alternate(layer: int, logits: torch.Tensor) -> torch.Tensor:
+        seen.append(layer)
+        return torch.tensor([len(seen) % 2, 1 - len(seen) % 2])
+
+    outputs = []
+    for use_cache in (True, False):
+        seen.clear()
+        with policy(model, alternate):
+            outputs.append(model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use_cache))
+        assert seen == [0, 1, 2, 3]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "phi3", "mixtral", "olmo2"])
+def test_every_family_hands_the_routes_on(family: str) -> None:
+    model = flux_ext.patch(tiny(family), FluxConfig(**SMALL))
+    torch.manual_seed(3)
+    scramble(flux_ext.get_routers(model))
+    prompt, kwargs = torch.randint(2, 128, (2, 40)), {"max_new_tokens": 4, "do_sample": False}
+    want = model.generate(prompt, return_dict_in_generate=True, **kwargs)
+    assert torch.equal(model.generate(prompt, use_cache=False, **kwargs), want.sequences)
+    routing = last_routing(model)
+    assert routing.logits is None and torch.equal(routing.routes, want.past_key_values.routes)

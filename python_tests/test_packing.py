@@ -80,9 +80,9 @@ def test_packing_that_cannot_be_honoured() -> None:
     assert torch.equal(model(ids, position_ids=position, cu_seq_lens_q=bounds, attention_mask=ones).logits, want)
 
 
-def test_bounds_are_read_once_for_copies_of_a_batch() -> None:
-    batch = Batch(seq_start=torch.tensor([1]), seq_end=torch.tensor([3]))
-    assert batch.to("cpu").host_bounds(1, 4)[0] is batch.host_bounds(1, 4)[0]
+def test_a_mask_is_read_once_for_copies_of_a_batch() -> None:
+    batch = Batch(mask=torch.tensor([[False, True]]))
+    assert batch.to("cpu").host_mask() is batch.host_mask() is not None
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ struct AppendParams {
   void* k_pool = nullptr;  // [num_pages, page_size, 1, D]; this and all below contiguous
   void* v_pool = nullptr;
   // A row counts its own tokens, so that nothing it writes is read for another row.
-  const int32_t* base = nullptr;  // [B, Hkv] first page of the row's run
-  const int32_t* ring = nullptr;  // [B, Hkv] pages of its ring
-  int32_t* page_table = nullptr;  // [B, Hkv, max_pages]
-  int32_t* kv_len = nullptr;      // [B, Hkv] tokens stored
-  int32_t* seen = nullptr;        // [B, Hkv] tokens so far: the position of the one to come
-  int64_t* slots = nullptr;       // [] tokens so far, padding included; only counted up
+  const int32_t* base = nullptr;    // [B, Hkv] first page of the row's run
+  const int32_t* ring = nullptr;    // [B, Hkv] pages of its ring
+  int32_t* page_table = nullptr;    // [B, Hkv, max_pages]
+  int32_t* kv_len = nullptr;        // [B, Hkv] tokens stored
+  int32_t* seen = nullptr;          // [B, Hkv] tokens so far: the position of the one to come
+  int64_t* slots = nullptr;         // [] tokens so far, padding included; only counted up
+  const int32_t* active = nullptr;  // [B] 1: a token; 0: none, the rows stay as they are; -1: NaN in its place. Null: 1
   int32_t batch = 0, num_kv_heads = 0, head_dim = 0;
   int32_t num_pages = 0, page_size = 0, max_pages = 0;
   Pattern pattern;  // of the rows that drop tokens
@@ -33,10 +34,18 @@ struct AppendParams {
   FLUX_HD int32_t num_rows() const { return batch * num_kv_heads; }
 };
 
+// A token that cannot be trusted is stored as this, so that everything computed from it says so.
+FLUX_HD uint32_t quiet_nan(DType dtype) {
+  return dtype == DType::kFloat32 ? 0x7fc00000u : dtype == DType::kFloat16 ? 0x7e00u : 0x7fc0u;
+}
+
 // What one row does in this step. Wrong values inside the tensors lead to wrong pages, but never outside a tensor.
 struct AppendRow {
   int32_t base, last_page, ring, sink_pages, page_size;
-  int32_t position;  // of the new token; from max_cache_len on it replaces the last one
+  bool active;       // whether the row has a token in this step
+  bool full;         // there is no place for it
+  bool nan;          // NaN is stored in its place: the row is full, or the caller says so
+  int32_t position;  // of the new token; of a full row, the last one
   bool drops;
   int32_t gap_pages = 0;  // pages dropped before it
 
@@ -46,6 +55,9 @@ struct AppendRow {
         ring(max_of(p.ring[row], 1)),
         sink_pages(p.sink_pages),
         page_size(p.page_size),
+        active(!p.active || p.active[row / p.num_kv_heads] != 0),
+        full(p.seen[row] >= p.max_cache_len),
+        nan(full || (p.active && p.active[row / p.num_kv_heads] < 0)),
         position(min_of(max_of(p.seen[row], 0), p.max_cache_len - 1)),
         drops(ring < p.max_pages - sink_pages) {
     const int64_t unseen = p.pattern.window_begin(position) - int64_t(sink_pages) * page_size;  // at most `position`

@@ -16,8 +16,17 @@ void store_token(const From* from, To* to, int32_t dim) {
     for (int32_t d = 0; d < dim; ++d) from_float(to_float(from[d]), to[d]);
 }
 
-// One token of head_dim elements, in the pool's dtype.
-void store_token(const AppendParams& p, const void* x, DType dtype, int64_t index, void* pool, int64_t slot) {
+// One token of head_dim elements, in the pool's dtype; or NaN.
+void store_token(const AppendParams& p, bool nan, const void* x, DType dtype, int64_t index, void* pool, int64_t slot) {
+  if (nan) {
+    dispatch(p.pool_dtype, [&](auto* to) {
+      using To = std::remove_pointer_t<decltype(to)>;
+      const uint32_t bits = quiet_nan(p.pool_dtype);  // its low bytes come first
+      for (int32_t d = 0; d < p.head_dim; ++d)
+        std::memcpy(static_cast<To*>(pool) + slot * p.head_dim + d, &bits, sizeof(To));
+    });
+    return;
+  }
   dispatch(dtype, [&](auto* from) {
     dispatch(p.pool_dtype, [&](auto* to) {
       using From = std::remove_pointer_t<decltype(from)>;
@@ -32,9 +41,10 @@ void store_token(const AppendParams& p, const void* x, DType dtype, int64_t inde
 void append(const AppendParams& p, const Executor& executor) {
   executor.run(p.num_rows(), [&](int64_t row) {
     const AppendRow r(p, int32_t(row));
+    if (!r.active) return;
     const int64_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
-    store_token(p, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, r.slot());
-    store_token(p, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, r.slot());
+    store_token(p, r.nan, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, r.slot());
+    store_token(p, r.nan, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, r.slot());
     int32_t* table = p.page_table + row * p.max_pages;
     for (int32_t i = 0; i < r.num_columns(); ++i) table[i] = r.column(i);
     p.kv_len[row] = r.kv_len();

@@ -40,6 +40,16 @@ __device__ void convert(const void* from, DType from_dtype, void* to, DType to_d
   for (int32_t i = thread; i < dim; i += kHalf) store(to, to_dtype, i, load(from, from_dtype, i));
 }
 
+__device__ void fill_nan(void* to, DType dtype, int32_t dim, int32_t thread) {
+#pragma unroll 1
+  for (int32_t i = thread; i < dim; i += kHalf) {
+    if (dtype == DType::kFloat32)
+      static_cast<uint32_t*>(to)[i] = quiet_nan(dtype);
+    else
+      static_cast<uint16_t*>(to)[i] = uint16_t(quiet_nan(dtype));
+  }
+}
+
 // One block per row, and no block reads what another writes: a row has its own count of tokens, its own run of pages
 // and its own line of the table; `slots` is read by the one thread that counts it up. So blocks need no order. Within a
 // block, all threads read `seen` before the barrier and one writes it after.
@@ -47,6 +57,10 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   let_next_start();  // an attend or plan kernel, which waits for the end of this one before it reads anything
   const int32_t row = blockIdx.x, thread = threadIdx.x;
   const AppendRow r(p, row);
+  if (!r.active) {
+    if (row == 0 && thread == 0) ++*p.slots;
+    return;
+  }
 
   // Half the threads store the key, half the value.
   const bool is_k = thread < kHalf;
@@ -57,7 +71,9 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const void* from = static_cast<const char*>(is_k ? p.k : p.v) + index * size_of(dtype);
   void* to = static_cast<char*>(is_k ? p.k_pool : p.v_pool) + r.slot() * bytes;
   const uintptr_t both = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
-  if (dtype != p.pool_dtype)
+  if (r.nan)
+    fill_nan(to, p.pool_dtype, p.head_dim, thread % kHalf);
+  else if (dtype != p.pool_dtype)
     convert(from, dtype, to, p.pool_dtype, p.head_dim, thread % kHalf);
   else if ((both | uintptr_t(bytes)) % 16 == 0)
     copy<uint4>(from, to, bytes, thread % kHalf);

@@ -30,7 +30,8 @@ inline void check_append_tensor(const Tensor& t, const Tensor& k, ScalarType dty
 inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool,
                                      const Tensor& base, const Tensor& ring, const Tensor& page_table,
                                      const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
-                                     const std::vector<int64_t>& pattern, int64_t max_cache_len) {
+                                     const std::vector<int64_t>& pattern, int64_t max_cache_len,
+                                     const OptionalTensor& active) {
   AppendParams p;
   FLUX_CHECK(k.dim() == 4 && k.size(2) == 1, "k must be one token per row [B, Hkv, 1, D], got ", shape_of(k));
   bool same = v.dim() == 4;
@@ -61,6 +62,7 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
   check_append_tensor(kv_len, k, ScalarType::Int, {batch, heads}, "kv_len");
   check_append_tensor(seen, k, ScalarType::Int, {batch, heads}, "seen");
   check_append_tensor(slots, k, ScalarType::Long, {}, "slots");
+  if (active) check_append_tensor(*active, k, ScalarType::Int, {batch}, "active");
 
   FLUX_CHECK(pattern.size() == 4, "pattern must hold 4 integers (sink, window, last_q, align), got ", pattern.size());
   p.pattern = to_pattern(pattern.data(), "pattern");
@@ -94,6 +96,7 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
   p.kv_len = kv_len.mutable_data_ptr<int32_t>();
   p.seen = seen.mutable_data_ptr<int32_t>();
   p.slots = slots.mutable_data_ptr<int64_t>();
+  if (active) p.active = active->const_data_ptr<int32_t>();
   return p;
 }
 
@@ -104,6 +107,9 @@ inline void check_values(const AppendParams& p) {
     const auto check = [&](bool ok, const char* rule, int64_t bound, int32_t value) {
       FLUX_CHECK(ok, rule, bound, ", got ", value, " for sequence ", b, ", head ", h);
     };
+    if (p.active && h == 0)
+      FLUX_CHECK(p.active[b] >= -1 && p.active[b] <= 1, "active must be 1, 0 or -1, got ", p.active[b],
+                 " for sequence ", b);
     check(p.seen[row] >= 0, "seen must be at least ", 0, p.seen[row]);
     check(p.ring[row] >= 1, "ring must be at least ", 1, p.ring[row]);
     check(p.base[row] >= 0, "base must be at least ", 0, p.base[row]);

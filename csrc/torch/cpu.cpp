@@ -77,9 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
 
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
             const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
-            std::vector<int64_t> pattern, int64_t max_cache_len) {
-  const AppendParams p =
-      to_append_params(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len);
+            std::vector<int64_t> pattern, int64_t max_cache_len, OptionalTensor active) {
+  const AppendParams p = to_append_params(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern,
+                                          max_cache_len, active);
   check_values(p);
   cpu::append(p, TorchThreads());
 }

@@ -20,9 +20,9 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
       "route(Tensor x, Tensor[] weights, int pool_size, bool per_head, Tensor? begin, Tensor? end) -> "
       "(Tensor, Tensor, Tensor)");
   // One token more, k and v [B, Hkv, 1, D], in every row of a cache with fixed addresses. pattern: sink, window,
-  // last_q, align.
+  // last_q, align. active [B]: 1 a token, 0 none, -1 NaN in its place.
   m.def(
       "append(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor base, Tensor ring, "
       "Tensor(c!) page_table, Tensor(d!) kv_len, Tensor(e!) seen, Tensor(f!) slots, int[] pattern, "
-      "int max_cache_len) -> ()");
+      "int max_cache_len, Tensor? active=None) -> ()");
 }
