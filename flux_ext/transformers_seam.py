@@ -152,7 +152,6 @@ REPLACED = {  # methods of GenerationMixin and the arguments that the replacemen
 }
 NEEDED: list[tuple[Any, tuple[str, ...]]] = [  # what is looked for by name only when a model is patched or runs
     (PreTrainedModel, ("base_model", "get_decoder", "set_attn_implementation", "_keys_to_ignore_on_save")),
-    (PreTrainedModel, ("save_pretrained", "push_to_hub")),
     (PreTrainedConfig, ("get_text_config", "_attn_implementation")),
     (GradientCheckpointingLayer, ("gradient_checkpointing",)),
     (Cache, ("is_compileable", "get_seq_length")),
