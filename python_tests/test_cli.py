@@ -342,3 +342,26 @@ def test_routers_of_another_model_are_refused(folder, routers, capsys):
     prompt = folder / "prompt.txt"
     assert run("generate", "--model", folder / "model", "--routers", other, "--prompt-file", prompt) == 1
     assert "model_type" in capsys.readouterr().err
+
+
+def test_training_into_the_models_own_folder_leaves_the_model(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    status = run(
+        "train", "--model", model, "--data", folder / "data.jsonl", "--output", model, "--device", "cpu",
+        "--steps", 1, "--batch-size", 2, *PATTERN,
+    )  # fmt: skip
+    assert status == 0
+    assert {name: (model / name).read_bytes() for name in before} == before
+    assert len(FluxRouters.from_pretrained(model).layers) == 2
+
+
+@pytest.mark.parametrize("theirs", ["training_args.bin", "checkpoint-1/model.safetensors", CONFIG_FILE])
+def test_training_does_not_replace_what_it_did_not_write(folder, tmp_path, no_model, capsys, theirs):
+    file = tmp_path / "out" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"theirs")
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out"))
+    assert status == 1 and str(tmp_path / "out" / theirs.split("/")[0]) in line and "choose another" in line
+    assert file.read_bytes() == b"theirs"

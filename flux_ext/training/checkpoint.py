@@ -16,18 +16,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..routers import FluxRouters
+from ..routers import FluxRouters, check_output
 from .config import Recipe
 
 RECIPE_FILE = "recipe.json"
 OBJECTIVE_FILE = "objective.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
+ARGUMENTS_FILE = "training_args.bin"
 
 
 def objective_file(rank: int) -> str:
     """The name of a process's objective: multipliers are the same on all processes, draws are each one's own."""
     return OBJECTIVE_FILE if rank == 0 else f"objective-{rank}.safetensors"
+
+
+def check_output_folder(folder: str | os.PathLike[str]) -> None:
+    """ValueError where a training would replace files or checkpoints of something else; see
+    :func:`flux_ext.routers.check_output`."""
+    check_output(Path(folder), also=(RECIPE_FILE, OBJECTIVE_FILE, ARGUMENTS_FILE))
 
 
 @dataclass(frozen=True)

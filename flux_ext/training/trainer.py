@@ -17,7 +17,7 @@ from ..evaluation.runner import evaluation_mode
 from ..router import FULL_BIAS
 from ..transformers_seam import missing
 from .backbone import PatchedModel, answered, losses
-from .checkpoint import RECIPE_FILE, Checkpoint, check_progress, objective_file
+from .checkpoint import ARGUMENTS_FILE, RECIPE_FILE, Checkpoint, check_output_folder, check_progress, objective_file
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
@@ -82,6 +82,8 @@ class FluxTrainer(Trainer):
             # Prompt and answer share one forward here, whose last rows would be the answer's, not the prompt's.
             raise ValueError('pattern="triangle" cannot be trained: train with "streaming" and change it afterwards')
         args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
+        if args.output_dir is not None:
+            check_output_folder(args.output_dir)
         config = self.routers.config
         self.objective: Objective = make_objective(
             self.recipe,
@@ -191,7 +193,7 @@ class FluxTrainer(Trainer):
         self._save_objective(folder)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
-        torch.save(self.args, folder / "training_args.bin")
+        torch.save(self.args, folder / ARGUMENTS_FILE)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
