@@ -46,8 +46,10 @@ def refused(name: str) -> None:
 
 
 def without(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes an attribute from the class that a class has it from."""
-    monkeypatch.delattr(next(c for c in owner.__mro__ if name in vars(c)), name)
+    """Takes an attribute from a class, wherever it has it from."""
+    for cls in owner.__mro__:
+        if name in vars(cls):
+            monkeypatch.delattr(cls, name)
 
 
 NEEDED = [(owner, name) for owner, names in seam.NEEDED for name in names]
