@@ -108,7 +108,9 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ca
     known = not isinstance(seen, Tensor)  # of a step over a static cache, only the device knows which slot it is
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # prepared per layer type by generate; ours are all the same padding mask
-        mask = mask.get("full_attention")
+        if "full_attention" not in mask:
+            raise ValueError(f"attention_mask by layer type lacks 'full_attention', it has {sorted(mask)}")
+        mask = mask["full_attention"]
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(f"attention_mask must be a padding mask [B, tokens], got shape {list(mask.shape)}")

@@ -46,8 +46,10 @@ def refused(name: str) -> None:
 
 
 def without(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes an attribute from the class that a class has it from."""
-    monkeypatch.delattr(next(c for c in owner.__mro__ if name in vars(c)), name)
+    """Takes an attribute from a class, wherever it has it from."""
+    for cls in owner.__mro__:
+        if name in vars(cls):
+            monkeypatch.delattr(cls, name)
 
 
 NEEDED = [(owner, name) for owner, names in seam.NEEDED for name in names]
@@ -154,3 +156,10 @@ def test_only_the_seam_knows_transformers() -> None:
     package = ROOT / "flux_ext"
     files = [p for p in package.rglob("*.py") if p.relative_to(package).with_suffix("").parts[0] not in TOP]
     assert [p.name for p in files if imports_transformers(p)] == [SOURCE.name]
+
+
+def test_masks_by_layer_type_that_lack_ours_do_not_lose_the_padding() -> None:
+    model = flux_ext.patch(tiny(), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (2, 20))
+    with pytest.raises(ValueError, match=r"lacks 'full_attention', it has \['whole_attention'\]"):
+        model(ids, attention_mask={"whole_attention": torch.ones_like(ids)})

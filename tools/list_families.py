@@ -1,7 +1,7 @@
 """Tries every causal language model of the installed transformers and writes which of them can be patched.
 
     python tools/list_families.py                        # all of them, some minutes; writes docs/families.md
-    python tools/list_families.py llama glm bloom        # some, printed only
+    python tools/list_families.py llama glm bloom        # some: renews their rows
 
 Each is made tiny with random weights. One that can be patched must give the unpatched model's logits and tokens with
 every route full, padded and not, and the same text from its trimmed cache as without one; one that cannot must be
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
+import re
 import sys
 import time
 import warnings
@@ -39,6 +40,7 @@ with the reason given here. A model counts as it is, not by its name: `patch` tr
 | family | class | patched | why not |
 | --- | --- | --- | --- |
 """
+ROW = re.compile(r"^\| ([^|]+) \| (`.*)$", re.MULTILINE)
 NOT_ALONE = " (this tiny one does not run by itself: "
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 LARGEST = 100_000_000
@@ -251,7 +253,7 @@ def check(what: str, got: Tensor, want: Tensor, bound: float = 1e-3) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="model types; default: all, and the table is written")
+    parser.add_argument("families", nargs="*", help="model types; default: all")
     asked = parser.parse_args().families
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -262,20 +264,22 @@ def main() -> int:
         results[family] = attempt(family)
         verdict, reason = results[family]
         print(f"{family}: {verdict} ({time.time() - begin:.1f} s) {' '.join(reason.split())}", flush=True)
-    if not asked:
-        TABLE.write_text(table(results), encoding="utf-8")
+    rows = dict(ROW.findall(TABLE.read_text(encoding="utf-8"))) if asked and TABLE.exists() else {}
+    TABLE.write_text(table(rows | {family: row(family, *result) for family, result in results.items()}), "utf-8")
     return int(any(verdict in ("fault", "not made") for verdict, _ in results.values()))
 
 
-def table(results: dict[str, tuple[str, str]]) -> str:
+def row(family: str, verdict: str, reason: str) -> str:
+    """What the table says of a family, after its name."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS.get(family, (family,))[0]]
+    return f"`{name}` | {verdict} | {' '.join(reason.partition(NOT_ALONE)[0].split()).replace('|', '/')} |"
+
+
+def table(rows: dict[str, str]) -> str:
     """The page of documentation."""
-    rows = [
-        f"| {family} | `{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[VARIANTS.get(family, (family,))[0]]}` | {verdict} | "
-        f"{' '.join(reason.partition(NOT_ALONE)[0].split()).replace('|', '/')} |"
-        for family, (verdict, reason) in results.items()
-    ]
-    works = sum(verdict == "works" for verdict, _ in results.values())
-    return HEAD.format(version=transformers.__version__, count=len(results), works=works) + "\n".join(rows) + "\n"
+    works = sum("` | works |" in row for row in rows.values())
+    head = HEAD.format(version=transformers.__version__, count=len(rows), works=works)
+    return head + "".join(f"| {family} | {row}\n" for family, row in sorted(rows.items()))
 
 
 if __name__ == "__main__":
