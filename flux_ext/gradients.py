@@ -55,9 +55,9 @@ def _(x, weights, pool_size, per_head, begin, end):
 
 
 @torch.library.register_fake("flux_ext::append")
-def _(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len):
+def _(k, v, k_pool, v_pool, base, ring, page_table, kv_len, seen, slots, pattern, max_cache_len, active=None):
     check_devices("k", k, v=v, k_pool=k_pool, v_pool=v_pool, base=base, ring=ring)
-    check_devices("k", k, page_table=page_table, kv_len=kv_len, seen=seen, slots=slots)
+    check_devices("k", k, page_table=page_table, kv_len=kv_len, seen=seen, slots=slots, active=active)
 
 
 def _below(op: Callable[..., Any], *args: Any) -> Any:
