@@ -42,17 +42,12 @@ _Piece: TypeAlias = tuple[int, Tensor, Tensor]  # first row, out [S, D] and lse 
 def _in_place(pieces: list[_Piece], size: int, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Pieces that share no rows at their places in ``size`` rows; 0 and ``-inf`` (``zero [D]``) between them."""
     outs, lses, end = [], [], 0
-
-    def gap(until: int) -> None:
-        outs.append(zero.expand(until - end, -1))
-        lses.append(zero.new_full((until - end,), -math.inf))
-
-    for begin, out, lse in sorted((p for p in pieces if len(p[1])), key=lambda p: p[0]):
-        gap(begin)
-        outs.append(out)
-        lses.append(lse)
-        end = begin + len(out)
-    gap(size)
+    nothing = (size, zero.expand(0, -1), zero[:0])
+    for begin, out, lse in (*sorted(pieces, key=lambda piece: piece[0]), nothing):
+        gap = max(begin - end, 0)  # an empty piece may stand inside another
+        outs += [zero.expand(gap, -1), out]
+        lses += [zero.new_full((gap,), -math.inf), lse]
+        end = max(end, begin + len(out))
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -216,7 +211,8 @@ def attention(
 
 def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
-    w = route.where((route >= 0) & (route <= 1), torch.nan)
+    slack = 2 * torch.finfo(route.dtype).eps
+    w = route.where((route >= -slack) & (route <= 1 + slack), torch.nan)
     w = w[:, None] if w.dim() == 1 else w
     w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
     if cu_seqlens is None:

@@ -217,7 +217,7 @@ def test_core_mask_is_the_python_mask(pattern, lens) -> None:
 def test_a_fractional_route_is_a_fraction(value: float, layout: str) -> None:
     x = make(Case((20, 20), (20, 20), layout, head_dim=16))
     w = torch.tensor([0.5, value])
-    with pytest.raises(ValueError, match=f"a fractional route must be within .0, 1., got {value}"):
+    with pytest.raises(ValueError, match=f"a fractional route must be within .0, 1., got {w[1].item()}"):
         flux_ext.attention(x.q, x.k, x.v, w, **x.kwargs)
 
     # Where values are not read, the sequence is NaN, and only that one.
@@ -231,12 +231,13 @@ def test_a_fractional_route_is_a_fraction(value: float, layout: str) -> None:
     assert other[0].isnan().all() and not other[1].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_fraction_may_be_off_by_rounding(dtype: torch.dtype) -> None:
-    """A straight-through weight, ``1 + r - r``, is 1 but for rounding."""
-    x = make(Case((20,), (20,), head_dim=16))
-    r = torch.linspace(0, 1, 4001, dtype=dtype)
-    straight = 1 + r - r
-    assert straight.max() > 1
-    for w in (straight.max(), straight.min()):
-        flux_ext.attention(x.q, x.k, x.v, w[None], **x.kwargs)
+    """As a weight that is 1 plus and minus the same number (straight-through) may be."""
+    x, eps = make(Case((20,), (20,), head_dim=16)), torch.finfo(dtype).eps
+    for w in (-eps, 1 + eps):
+        out = flux_ext.attention(x.q, x.k, x.v, torch.tensor([w], dtype=dtype), **x.kwargs)
+        want = flux_ext.attention(x.q, x.k, x.v, torch.tensor([round(w)]), **x.kwargs)
+        torch.testing.assert_close(out, want, atol=20 * eps + 1e-6, rtol=0)
+        with pytest.raises(ValueError, match="a fractional route must be within"):
+            flux_ext.attention(x.q, x.k, x.v, torch.tensor([w * 5 if w < 0 else 1 + 5 * eps], dtype=dtype), **x.kwargs)
