@@ -289,7 +289,7 @@ def _train(args: argparse.Namespace) -> None:
     import flux_ext
 
     from .training import FluxTrainer, Recipe, RouterDataset, load_examples, training_arguments
-    from .training.checkpoint import Checkpoint, check_progress, latest_checkpoint
+    from .training.checkpoint import Checkpoint, check_folder, check_progress, latest_checkpoint
 
     recipe = Recipe(
         objective=args.objective,
@@ -317,6 +317,7 @@ def _train(args: argparse.Namespace) -> None:
     if checkpoint is not None:
         Checkpoint.read(Path(checkpoint))
         check_progress(Path(checkpoint), 0, {"initial_lr": args.lr})
+    check_folder(args.output)
     torch.manual_seed(args.seed)
     model, tokenizer = _load(args, args.routers or config)
     trainer = FluxTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..routers import FluxRouters
+from ..routers import FluxRouters, check_output
 from .config import Recipe
 
 RECIPE_FILE = "recipe.json"
@@ -91,6 +92,15 @@ def check_progress(folder: Path, rank: int, optimizer: Mapping[str, Any] | None)
     for name, value in optimizer.items():
         if name in saved and saved[name] != value:
             raise ValueError(f"{file} goes on with {name} {saved[name]!r}, the arguments ask for {value!r}")
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError where keeping a training in a folder would replace files of something else; it may be missing."""
+    also: tuple[str, ...] = (RECIPE_FILE, OBJECTIVE_FILE, "training_args.bin")
+    with contextlib.suppress(ValueError):
+        _read_recipe(folder / RECIPE_FILE)
+        also = ()  # they are those of a training
+    check_output(folder, also)
 
 
 def require(folder: Path, *names: str) -> None:

@@ -17,7 +17,7 @@ from ..evaluation.runner import evaluation_mode
 from ..router import FULL_BIAS
 from ..transformers_seam import missing
 from .backbone import PatchedModel, answered, losses
-from .checkpoint import RECIPE_FILE, Checkpoint, check_progress, objective_file
+from .checkpoint import RECIPE_FILE, Checkpoint, check_folder, check_progress, latest_checkpoint, objective_file
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
@@ -108,6 +108,22 @@ class FluxTrainer(Trainer):
             self.add_callback(RouterProgress())
         start_at(self.routers, self.recipe.initial_bias)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: before it begins: the checkpoint is damaged, or the routers could not be saved in its output
+                folder.
+        """
+        folder = Path(self.args.output_dir or ".")
+        resumed = latest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resumed:  # first: its own error says more than that a damaged checkpoint is not one of ours
+            Checkpoint.read(Path(resumed), self.args.process_index)
+        if self.args.should_save:
+            check_folder(folder)
+            self.routers.check_savable(folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -186,6 +202,7 @@ class FluxTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder)
         self._save_objective(folder)
