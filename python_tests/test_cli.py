@@ -280,6 +280,25 @@ def test_errors_before_the_model_is_loaded(folder, tmp_path, no_model, capsys, a
     assert status == 1 and message in line
 
 
+@pytest.mark.parametrize("name", [CONFIG_FILE, "recipe.json", "training_args.bin", "objective.safetensors"])
+def test_files_of_something_else_are_not_replaced(folder, tmp_path, no_model, capsys, name):
+    (tmp_path / name).write_text('{"model_type": "a model of somebody"}')
+    status, line = error_of(capsys, lambda: train(folder, tmp_path))
+    assert status == 1 and f"{tmp_path / name} " in line and "would be replaced" in line
+    assert [f.name for f in tmp_path.iterdir()] == [name]
+
+
+def test_routers_beside_their_model(folder, tmp_path):
+    """Twice, and resumed: what the first training wrote is its own."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
+    common = ("--model", tmp_path / "model", "--batch-size", 2, "--save-steps", 1, *PATTERN)
+    for more in (("--steps", 1), ("--steps", 1), ("--steps", 2, "--resume")):
+        assert train(folder, tmp_path / "model", *common, *more) == 0
+    assert all((tmp_path / "model" / name).read_bytes() == content for name, content in before.items())
+    assert len(FluxRouters.from_pretrained(tmp_path / "model").layers) == 2
+
+
 def test_too_many_flips(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "out", "--flips", "3") == 1
     assert "flips must be at most the 2 routed layers, got 3" in capsys.readouterr().err.splitlines()[-1]

@@ -359,6 +359,15 @@ def test_the_trainers_state_is_strict_json(tmp_path):
     assert (entry["grad_norm"], entry["eval_loss"], entry["other"]) == (None, None, 1.5)
 
 
+def test_a_training_that_could_not_be_saved_does_not_begin(tmp_path):
+    t = trainer(tmp_path)
+    (tmp_path / "training_args.bin").write_bytes(b"another's")
+    for call in (t.train, t.save_model):
+        with pytest.raises(ValueError, match=r"training_args\.bin would be replaced"):
+            call()
+    assert t.state.global_step == 0 and [f.name for f in tmp_path.iterdir()] == ["training_args.bin"]
+
+
 def test_saved_routers_are_used_by_patch(tmp_path):
     t = trainer(tmp_path)
     t.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -32,9 +33,14 @@ def objective_file(rank: int) -> str:
 
 
 def check_output_folder(folder: str | os.PathLike[str]) -> None:
-    """ValueError where a training would replace files or checkpoints of something else; see
+    """ValueError where keeping a training in a folder would replace files or checkpoints of something else; see
     :func:`flux_ext.routers.check_output`."""
-    check_output(Path(folder), also=(RECIPE_FILE, OBJECTIVE_FILE, ARGUMENTS_FILE))
+    folder = Path(folder)
+    also: tuple[str, ...] = (RECIPE_FILE, OBJECTIVE_FILE, ARGUMENTS_FILE)
+    with contextlib.suppress(ValueError):
+        _read_recipe(folder / RECIPE_FILE)
+        also = ()  # they are those of a training
+    check_output(folder, also)
 
 
 @dataclass(frozen=True)

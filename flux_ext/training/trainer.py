@@ -17,7 +17,15 @@ from ..evaluation.runner import evaluation_mode
 from ..router import FULL_BIAS
 from ..transformers_seam import missing
 from .backbone import PatchedModel, answered, losses
-from .checkpoint import ARGUMENTS_FILE, RECIPE_FILE, Checkpoint, check_output_folder, check_progress, objective_file
+from .checkpoint import (
+    ARGUMENTS_FILE,
+    RECIPE_FILE,
+    Checkpoint,
+    check_output_folder,
+    check_progress,
+    latest_checkpoint,
+    objective_file,
+)
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
@@ -82,8 +90,6 @@ class FluxTrainer(Trainer):
             # Prompt and answer share one forward here, whose last rows would be the answer's, not the prompt's.
             raise ValueError('pattern="triangle" cannot be trained: train with "streaming" and change it afterwards')
         args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
-        if args.output_dir is not None:
-            check_output_folder(args.output_dir)
         config = self.routers.config
         self.objective: Objective = make_objective(
             self.recipe,
@@ -109,6 +115,22 @@ class FluxTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
         start_at(self.routers, self.recipe.initial_bias)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            ValueError: before it begins: the checkpoint is damaged, or the routers could not be saved in its output
+                folder.
+        """
+        folder = Path(self.args.output_dir or ".")
+        resumed = latest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
+        if resumed:  # first: its own error says more than that a damaged checkpoint is not one of ours
+            Checkpoint.read(Path(resumed), self.args.process_index)
+        if self.args.should_save:
+            check_output_folder(folder)
+            self.routers.check_savable(folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -188,6 +210,7 @@ class FluxTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
+        check_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder)
         self._save_objective(folder)
