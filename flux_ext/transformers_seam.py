@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -113,10 +114,15 @@ UNKNOWN_KEYWORDS = tuple(sorted(_taken - _GIVEN - set(ATTENTION_KEYWORDS)))
 
 
 def attends_ahead(mask_function: Any) -> bool:
-    """Whether a mask function is a union: something beside the causal mask, as images that see all of themselves."""
+    """Whether a mask function is a union: something beside the causal mask, as images that see all of themselves.
+
+    While compiling only the outermost function is looked at: torch.compile cannot read closures.
+    """
     code = getattr(mask_function, "__code__", None)
     if code is or_masks(causal_mask_function, causal_mask_function).__code__:  # type: ignore[attr-defined]
         return True
+    if torch.compiler.is_compiling():
+        return False
     cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     inner = [f for x in cells for f in (x if isinstance(x, tuple) else (x,)) if inspect.isfunction(f)]
     return any(attends_ahead(f) for f in inner)
