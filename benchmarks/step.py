@@ -41,10 +41,12 @@ def timeline(run: Callable[[], object], steps: int, kind: str) -> list[list[Line
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     kinds = (kind, "gpu_memcpy", "gpu_memset") if kind == "kernel" else (kind,)
-    events = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
+    events = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: (e["ts"], -e["dur"]))
     lines: list[Line] = []
     end = None
     for event in events:
+        if kind == "cpu_op" and end is not None and event["ts"] < end:
+            continue  # called by the operator before it, and counted with it
         lines.append((event["name"], event["dur"], 0.0 if end is None else event["ts"] - end))
         end = max(end or 0.0, event["ts"] + event["dur"])
     each, rest = divmod(len(lines), steps)

@@ -325,7 +325,8 @@ def test_rows_without_keys_are_zero_and_rows_of_infinities_nan(q_len: int, kv_le
     k, v = torch.randn(2, 1, kv_len, 2, 64, device=DEVICE, dtype=torch.bfloat16)
     k[0, :, 1] = -torch.inf  # all scores of head 1
     v[0, 0, 0] = torch.nan  # seen by every query of head 0 that sees any key
-    out, lse = flux_ext.attention(q, k, v, return_lse=True)
+    stored = torch.tensor([kv_len], dtype=torch.int32, device=DEVICE)
+    out, lse = flux_ext.attention(q, k, v, kv_len=stored, return_lse=True)
     empty = max(q_len - kv_len, 0)
     assert (out[:, :empty] == 0).all() and (lse[..., :empty] == -torch.inf).all()
     assert out[:, empty:].isnan().all()
