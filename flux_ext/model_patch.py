@@ -46,12 +46,14 @@ _PATCHES: weakref.WeakSet[Patch] = weakref.WeakSet()
 class _Local(threading.local):
     """State of the forward in flight in this thread; copies start empty."""
 
-    forward: Any = None  # Batch of the decoder's forward
-    batch: Any = None  # the same in an attention module, on its device
-    cache: FluxLayer | None = None
-    policy: Policy | None = None
-    prompt_lengths: Tensor | None = None
-    decisions: dict[int, Decision] | None = None
+    # Set in every thread, not by the class: torch 2.11 compiles what the class says instead of what the thread has.
+    def __init__(self) -> None:
+        self.forward: Any = None  # Batch of the decoder's forward
+        self.batch: Any = None  # the same in an attention module, on its device
+        self.cache: FluxLayer | None = None
+        self.policy: Policy | None = None
+        self.prompt_lengths: Tensor | None = None
+        self.decisions: dict[int, Decision] | None = None
 
     def __deepcopy__(self, memo: Any) -> _Local:
         return _Local()
