@@ -73,7 +73,6 @@ def test_packing_told_by_position_ids_is_honoured() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_a_forward_over_the_dynamic_cache_is_one_graph(backend: str) -> None:
     """As many graphs as the stock model makes: prompt, step, and one for steps over caches of any length."""
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = patched_model(num_hidden_layers=12 if backend == "eager" else 2)
     ids, mask = ragged((36, 20))
@@ -95,7 +94,6 @@ def test_a_forward_over_the_dynamic_cache_is_one_graph(backend: str) -> None:
 
 def test_a_forward_that_makes_its_cache_breaks_once() -> None:
     """The cache is made outside: one graph for the mask, one for the decoder, one for the logits."""
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = patched_model(num_hidden_layers=4)
     ids, mask = ragged((36, 20))

@@ -66,7 +66,6 @@ def test_generate_compiles_one_step() -> None:
     routes = torch.tensor([[0, 1], [1, 1]])
     config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     config._compile_all_devices = True
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with flux_ext.routes(model, routes):
         want = model.generate(ids, **kwargs)
@@ -219,7 +218,6 @@ def test_a_compiled_step_with_a_mask_that_contradicts_the_cache_gives_nan() -> N
     model = flux_ext.patch(tiny("llama", num_hidden_layers=2), FluxConfig(**SMALL))
     ids, mask = ragged((20, 15))
     longer = torch.cat([mask, torch.ones(2, 20, dtype=torch.long)], 1)
-    torch._dynamo.reset()  # other tests' graphs count towards the limit beyond which a function is not compiled again
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), flux_ext.routes(model, "full"):
         for hidden in (None, 3, 12):
@@ -238,7 +236,6 @@ def test_masked_tokens_in_a_compiled_step() -> None:
     ids, mask = torch.randint(2, 128, (2, 40)), (torch.rand(2, 40) < 0.7).long()
     mask[:, :20], mask[:, -1] = 1, 1
     position = (mask.cumsum(1) - 1).clamp(min=0)
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     cache = new_static(model, 40)
