@@ -35,9 +35,15 @@ def _flash4(module: Any) -> Callable[..., Any]:
 
 
 def _flash3(module: Any) -> Callable[..., Any]:
-    return lambda q, k, v, causal, window: module.flash_attn_func(
-        q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window, 0)
-    )
+    def run(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None) -> Any:
+        # A few queries over a cache: it shares the keys out as its own heuristic says (0), not to one block (1, its
+        # default), and packs the query heads of a KV head together.
+        few = {"num_splits": 0, "pack_gqa": True} if q.shape[1] < k.shape[1] else {}
+        return module.flash_attn_func(
+            q, k, v, causal=causal, window_size=(-1, -1) if window is None else (window, 0), **few
+        )
+
+    return run
 
 
 def _flashinfer(module: Any) -> Callable[..., Any]:
