@@ -29,7 +29,7 @@ from torch import Tensor
 from . import cache_ops, ops
 from .batch import Batch
 from .config import FluxConfig
-from .history import History, Step
+from .history import FAILED, History, Step
 from .pages import PagedRows, normal
 from .patterns import Full
 from .transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
@@ -70,6 +70,7 @@ class FluxLayer(CacheLayerMixin):
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._batch: Batch | None = None
+        self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_batch")}
@@ -141,7 +142,10 @@ class FluxLayer(CacheLayerMixin):
             mask: bool ``[B, slots seen + S]`` on the CPU; None: all new ones are tokens.
         """
         first, q_len, seen = not self.is_initialized, k.shape[2], self.cumulative_length
+        if self._storing:
+            raise RuntimeError(FAILED)
         step = self.history.advance(seen, k.shape[0], q_len, None if mask is None else mask.numpy())
+        self._storing = True
         if first:
             self.lazy_initialization(k, v)
         self.route = normal(route)
@@ -160,6 +164,7 @@ class FluxLayer(CacheLayerMixin):
             self.rows.append(k, v, count, begin)
         self.cumulative_length += q_len
         self._find_undecided()
+        self._storing = False
 
     def _find_undecided(self) -> None:
         empty = self.rows.length == 0
@@ -184,7 +189,7 @@ class FluxLayer(CacheLayerMixin):
     ) -> Tensor:
         """:meth:`attend` with its tensors spelt out."""
         if not self.rows.length.any():  # only padding so far
-            return torch.zeros_like(q)
+            return q.new_zeros(q.shape)  # contiguous, as the operator's output is
         return ops.attend(
             q.to(self.dtype),
             self.rows.keys,
@@ -379,10 +384,18 @@ class FluxCache(Cache):
         for layer in layers:
             if isinstance(layer, FluxLayer):
                 layer.history = self.history
-                self.history.layers.append(layer)
+                self.history.layers.add(layer)
 
     def check_batch(self, batch_size: int) -> None:
-        """ValueError where a forward has more or fewer sequences than the cache."""
+        """Before a forward.
+
+        Raises:
+            ValueError: it has more or fewer sequences than the cache.
+            RuntimeError: an earlier forward failed half-way.
+        """
+        books = not torch.compiler.is_compiling() and len(self.history.layers) > 0  # a static cache keeps none here
+        if books and self.get_seq_length() != self.history.length:
+            raise RuntimeError(FAILED)
         for layer in self.layers:
             if isinstance(layer, FluxLayer):
                 layer.check_batch(batch_size)
@@ -411,8 +424,9 @@ class FluxCache(Cache):
         for layer in self.layers:
             if isinstance(layer, FluxLayer):
                 layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-        self.history.crop(-tokens_to_remove)
+        if self.history.length:
+            super().crop(tokens_to_remove)
+            self.history.crop(-tokens_to_remove)
 
     def reset(self) -> None:
         super().reset()

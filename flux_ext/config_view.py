@@ -7,6 +7,7 @@ stays as it is, and only the modules of the patched model see another name, thro
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -59,6 +60,7 @@ def _view_class(stock: Any) -> Any:
             "__new__": lambda cls, *args, **kwargs: stock(*args, **kwargs),  # what is made anew is no view
             "__init__": stock.__init__,
             "__reduce_ex__": reduce,
+            "__copy__": lambda self: view_of(copy.copy(self._flux_stock), self._flux_name, self._flux_text),
             "_attn_implementation": property(implementation, set_implementation),
             "get_text_config": get_text_config,
         },

@@ -213,6 +213,7 @@ def _pool_backward(
     x: Tensor, grad: Tensor, pool_size: int, per_head: bool, begin: Tensor | None, end: Tensor | None
 ) -> Tensor:
     """Gradient of the pooled mean: rows at either end of each sequence get their share, twice on overlap."""
+    pool_size = min(pool_size, x.shape[-3])  # so that sums of 32 bits do not overflow
     rows = torch.arange(x.shape[-3], device=x.device)[None]  # [1, S]
     first = rows.new_zeros((x.shape[0] if x.dim() == 4 else 1, 1)) if begin is None else begin[:, None]
     last = torch.full_like(first, x.shape[-3]) if end is None else end[:, None]

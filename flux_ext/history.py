@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
+
+FAILED = "an earlier forward failed half-way, so the layers of this cache differ: reset() it"
 
 
 class Step(NamedTuple):
@@ -40,8 +43,16 @@ class History:
     """
 
     def __init__(self) -> None:
-        self.layers: list[Any] = []  # each a FluxLayer
+        # The FluxLayers. They hold this history, so a strong reference back would keep a dropped cache's memory until
+        # the garbage collector runs, which running out of GPU memory does not make it do.
+        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "layers": list(self.layers)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "layers": weakref.WeakSet(state["layers"])}
 
     def clear(self) -> None:
         self.length = 0  # slots seen
@@ -62,7 +73,7 @@ class History:
         if seen != self.length and self.step is not None and seen + q_len == self.length:
             return self.step
         if seen != self.length or any(layer.cumulative_length not in (0, seen) for layer in self.layers):
-            raise RuntimeError("an earlier forward failed half-way, so the layers of this cache differ: reset() it")
+            raise RuntimeError(FAILED)
         if mask is None:
             begin, count = np.zeros(batch_size, np.int64), np.full(batch_size, q_len, np.int64)
         else:
@@ -96,6 +107,8 @@ class History:
                 f"attention_mask shows token {slot} of sequence {b}, which was masked when it was fed: it is not stored"
             )
         hidden = valid & ~shown
+        if not hidden.any():
+            return valid, {}
         order = valid.cumsum(1) - 1
         return valid & shown, {int(b): order[b, hidden[b]] for b in np.flatnonzero(hidden.any(1))}
 

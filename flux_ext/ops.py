@@ -98,7 +98,7 @@ def _attend(
 def _values_hidden(x: Tensor) -> bool:
     """Whether to look at values would wait for the device, or there are none yet."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return traced or type(x) is not Tensor or not x.is_cpu
+    return traced or type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu
 
 
 def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

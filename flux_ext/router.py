@@ -157,7 +157,8 @@ class Router(nn.Module):
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward: hooks, or a forward of its own (accelerate's)."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__)
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def pool_sequences(

@@ -33,6 +33,8 @@ SAVE_ID = "weights_id"
 
 _TENSOR = re.compile(r"layers\.\d+\.(encoder|classifier)\.\d+\.(weight|bias)")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_BEGUN = re.compile(r"\.flux_.*\.tmp|(rng_state|objective)(_|-)?\d*\.(pth|safetensors)")
+"""What the processes of a training may have written into a checkpoint before its routers are in place."""
 
 
 class Place:
@@ -183,7 +185,8 @@ def check_output(folder: str | Path, also: Iterable[str] = ()) -> None:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return _has_routers(folder) or not any(folder.iterdir())
+    """Whether a folder is a checkpoint of routers, or one whose writing was cut off before they were in it."""
+    return _has_routers(folder) or all(_BEGUN.fullmatch(file.name) for file in folder.iterdir())
 
 
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

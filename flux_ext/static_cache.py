@@ -25,7 +25,7 @@ from . import ops
 from .batch import Batch
 from .cache import FluxCache, FluxLayer, stock_layers
 from .config import FluxConfig
-from .history import History, token_rows
+from .history import FAILED, History, token_rows
 from .pages import normal
 from .patterns import Full
 from .transformers_seam import Cache, DynamicLayer
@@ -87,8 +87,9 @@ class FluxStaticLayer(FluxLayer):
         self.table = numbers(*rows, self.full_pages)
         self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
         shape = (self.num_pages, self.page_size, 1)
-        self.k_pool = value_states.new_empty((*shape, head_dim))
+        k_pool = value_states.new_empty((*shape, head_dim))
         self.v_pool = value_states.new_empty((*shape, value_states.shape[-1]))
+        self.k_pool = k_pool  # last: it says that all the others are there
 
     def _mark_addresses(self) -> None:
         if self.k_pool is None:
@@ -198,10 +199,10 @@ class FluxStaticLayer(FluxLayer):
 
     def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
-        assert self.k_pool is not None
+        assert self.k_pool is not None and self.route_kept is not None
         spans = (None, None, None, self.kv_len)
         pools = self.k_pool, self.v_pool
-        out = ops.attend(q.to(self.dtype), *pools, self.route, Full(), self.pattern, scale, *spans, self.table)[0]
+        out = ops.attend(q.to(self.dtype), *pools, self.route_kept, Full(), self.pattern, scale, *spans, self.table)[0]
         return out.to(q.dtype)
 
     def get_seq_length(self) -> Any:
@@ -247,8 +248,8 @@ class FluxStaticCache(FluxCache):
         any_routes: allocate for full rows only, so that after :meth:`reset` a prompt of any routes fits.
 
     A mask must cover all slots so far, at least; the step's own column says which sequences have a token. Where it
-    contradicts what is stored, by hiding earlier tokens or showing padding, that is a ValueError on the CPU and NaN on
-    CUDA and in a compiled step. A captured step reads the mask where it was: write into that one, ``[B,
+    shows more or fewer earlier tokens than are stored, that is a ValueError on the CPU and NaN on CUDA and in a
+    compiled step. A captured step reads the mask where it was: write into that one, ``[B,
     max_cache_len]``, from step to step.
     """
 
@@ -273,7 +274,7 @@ class FluxStaticCache(FluxCache):
         super().check_batch(batch_size)
         layers: list[Any] = list(self.layers)
         if any(layer.is_initialized != layers[0].is_initialized for layer in layers):
-            raise RuntimeError("an earlier forward failed half-way, so the layers of this cache differ: reset() it")
+            raise RuntimeError(FAILED)
 
     def active(self, mask: Tensor) -> Tensor:
         """int32 ``[B]`` of a step, as :func:`flux_ext.ops.append` takes it, from a mask, bool ``[B, slots or more]``.

@@ -218,7 +218,7 @@ def test_a_fractional_route_is_a_fraction(value: float, layout: str) -> None:
     x = make(Case((20, 20), (20, 20), layout, head_dim=16))
     w = torch.tensor([0.5, value])
     with pytest.raises(ValueError, match=f"a fractional route must be within .0, 1., got {w[1].item()}"):
-        flux_ext.attention(x.q, x.k, x.v, w, **x.kwargs)
+        flux_ext.attention(x.q, x.k, x.v, torch.nn.Parameter(w), **x.kwargs)
 
     # Where values are not read, the sequence is NaN, and only that one.
     def attend(q, k, v, w):

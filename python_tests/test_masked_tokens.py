@@ -1,5 +1,8 @@
 """Padding anywhere among the tokens that a cache is fed: what is masked is not stored, not seen, decides nothing."""
 
+import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from transformers import DynamicCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
+from flux_ext.cache import FluxLayer
+from flux_ext.pages import PagedRows
 from flux_ext.patching import get_routers
 
 BATCH, LENGTH = 3, 40
@@ -278,4 +283,58 @@ def test_a_forward_that_failed_half_way_is_not_built_on(kind: str, at: int, monk
     with pytest.raises(RuntimeError, match="an earlier forward failed half-way"):
         model(ids[:, :1], past_key_values=cache)
     cache.reset()
+    close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("where", ["first", "sliding"])
+@pytest.mark.parametrize("at", [0, 20])
+def test_a_layer_that_failed_half_way_is_not_built_on(where: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer of the cache, while it stores; and a layer after a stock one that has stored already."""
+    model = flux_ext.patch(tiny("llama" if where == "first" else "gemma3"), FluxConfig(**SMALL))
+    ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, "dynamic")
+    if at:
+        model(ids, past_key_values=cache)
+    first = next(layer for layer in cache.layers if isinstance(layer, FluxLayer))
+    assert (first is cache.layers[0]) == (where == "first")
+
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        if where == "first":
+            patch.setattr(PagedRows, "append", fail)
+        else:
+            patch.setattr(first, "store", fail)
+        model(ids[:, :1], past_key_values=cache)
+    for mask in (None, torch.ones(1, at + 1, dtype=torch.long)):
+        with pytest.raises(RuntimeError, match="an earlier forward failed half-way"):
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_dropped_cache_gives_its_memory_back_at_once(copied: bool) -> None:
+    """Without waiting for the garbage collector, which a GPU that runs out of memory does not start."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids, mask = torch.randint(2, 128, (1, 20)), torch.ones(1, 20, dtype=torch.long)
+    cache = new_cache(model, "dynamic")
+    model(ids, attention_mask=mask, past_key_values=cache)
+    if copied:
+        cache = copy.deepcopy(cache)
+        assert {id(layer) for layer in cache.history.layers} == {id(layer) for layer in cache.layers}
+        model(ids[:, :1], attention_mask=torch.ones(1, 21, dtype=torch.long), past_key_values=cache)
+    kept = weakref.ref(cache.layers[1].rows)
+    gc.disable()
+    try:
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_cropping_an_empty_cache_changes_nothing() -> None:
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, "dynamic")
+    cache.crop(-3)
     close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)

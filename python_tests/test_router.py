@@ -142,3 +142,17 @@ def test_states_that_overflow_half_precision_are_routed_full(cls):
     x = torch.full((2, 50, 4, 16), 6e4, dtype=torch.float16)
     assert router.decide(x)[1].all()  # large, but finite
     assert not router.decide(x * 2)[1].any()
+
+
+def test_gradient_of_a_pool_larger_than_any_prompt() -> None:
+    x = torch.randn(2, 12, 2, 16)
+    begin, end = torch.tensor([3, 0], dtype=torch.int32), torch.tensor([12, 9], dtype=torch.int32)
+    grads = []
+    for pool_size in (12, 2**31 - 1, 2**31):
+        torch.manual_seed(0)
+        router = lively(LayerRouter, pool_size=12)
+        router.pool_size = pool_size
+        y = x.clone().requires_grad_()
+        router(y, begin, end)[:, 1].sum().backward()
+        grads.append(y.grad)
+    assert grads[0].abs().sum() > 0 and torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])

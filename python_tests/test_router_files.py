@@ -120,6 +120,10 @@ def test_what_a_training_would_replace(tmp_path: Path) -> None:
     save_unversioned(small_routers(), tmp_path / "checkpoint-9")
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-best" / "notes").write_text("")
+    begun = tmp_path / "checkpoint-6"  # of a training that was killed while it saved
+    begun.mkdir()
+    for name in (".flux_routers.safetensors.1a2b3c4d.tmp", "rng_state_1.pth", "objective-1.safetensors"):
+        (begun / name).write_bytes(b"")
     check_output(tmp_path)
     patched_model().save_pretrained(tmp_path / "checkpoint-8")
     with pytest.raises(ValueError, match=r"checkpoint-8 is no checkpoint of routers \(it holds a model"):

@@ -214,3 +214,10 @@ def test_dynamic_int8_before_and_after_patching() -> None:
     assert (close[:, 0] - logits[:, 0]).abs().max() < 0.2 * logits[:, 0].abs().max() and not torch.equal(close, logits)
     quantized.generate(ids, max_new_tokens=3)
     assert torch.equal(routes_and_logits(patched, ids)[1], logits)
+
+
+def test_a_hook_of_the_backward_pass_is_called() -> None:
+    router, seen = scrambled(LayerRouter), []
+    router.encoder[0].register_full_backward_hook(lambda module, grads, outputs: seen.append(outputs[0]))
+    router(torch.randn(2, 40, 2, 16)).sum().backward()
+    assert len(seen) == 1 and seen[0].abs().sum() > 0

@@ -222,3 +222,15 @@ def test_routers_are_not_taken_to_another_device(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="must be on the device of x"):  # nothing else of the model is there
         flux_ext.patch(b, routers=routers)
     assert all(p.is_meta for p in routers.parameters())
+
+
+def test_a_shallow_copy_of_what_a_module_sees_is_apart() -> None:
+    """As transformers makes one per layer of a model whose layers differ, and takes settings out of it."""
+    config = stock_config()
+    model = patch(make(config))
+    seen = model.model.layers[0].self_attn.config
+    own = copy.copy(seen)
+    del own.__dict__["intermediate_size"]
+    own.hidden_size = 7
+    assert config.hidden_size == model.config.hidden_size == seen.hidden_size != 7
+    assert own._attn_implementation == seen._attn_implementation and config.intermediate_size

@@ -91,6 +91,10 @@ def evaluate(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     patching.get_routers(model)
     tasks = sorted({e.task for e in examples})
+    asked = {t: [x.get(t, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)] for t in tasks}
+    for task, either in asked.items():
+        if not any(either):
+            raise ValueError(f"generate or likelihood must be True for the task {task!r}")
     scores = []
     with (
         evaluation_mode(model),
@@ -100,13 +104,8 @@ def evaluate(
         for mode in modes:
             for task in tasks:
                 bar.set_description(f"evaluating {mode} on {task}")
-                generates, measures = (
-                    x.get(task, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)
-                )
-                if not generates and not measures:
-                    raise ValueError(f"generate or likelihood must be True for the task {task!r}")
                 chosen = [e for e in examples if e.task == task]
-                scores.append(_score(model, tokenizer, chosen, mode, generates, measures, batch_size, bar))
+                scores.append(_score(model, tokenizer, chosen, mode, *asked[task], batch_size, bar))
     return scores
 
 

@@ -107,6 +107,12 @@ class FluxTrainer(Trainer):
             pad = getattr(tokenizer or kwargs.get("processing_class"), "pad_token_id", None)
             kwargs["data_collator"] = PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        for engine, name in (("DeepSpeed", "is_deepspeed_enabled"), ("FSDP", "is_fsdp_enabled")):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{engine} must be off: routers and multipliers would not be whole in its checkpoints. Several "
+                    "processes train with torchrun (DDP)"
+                )
         # Our loss is a mean per batch: the Trainer shall divide it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
