@@ -91,9 +91,11 @@ def evaluate(
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     patching.get_routers(model)
     tasks = sorted({e.task for e in examples})
-    asked = {t: [x.get(t, False) if isinstance(x, Mapping) else x for x in (generate, likelihood)] for t in tasks}
-    for task, either in asked.items():
-        if not any(either):
+    generates, measures = (
+        {t: x.get(t, False) if isinstance(x, Mapping) else x for t in tasks} for x in (generate, likelihood)
+    )
+    for task in tasks:
+        if not generates[task] and not measures[task]:
             raise ValueError(f"generate or likelihood must be True for the task {task!r}")
     scores = []
     with (
@@ -105,7 +107,7 @@ def evaluate(
             for task in tasks:
                 bar.set_description(f"evaluating {mode} on {task}")
                 chosen = [e for e in examples if e.task == task]
-                scores.append(_score(model, tokenizer, chosen, mode, *asked[task], batch_size, bar))
+                scores.append(_score(model, tokenizer, chosen, mode, generates[task], measures[task], batch_size, bar))
     return scores
 
 
