@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--objective", default="counterfactual", choices=["counterfactual", "soft", "straight_through"])
     add("--multipliers", default="inequality", choices=["inequality", "published", "published_abs"])
     add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.02)
+    add(
+        "--whiten", type=options.whole(0), default=0, help="prompts that new routers are fitted to first; 48 are enough"
+    )
     add("--flips", type=options.COUNT, default=1, help="counterfactuals per sequence and step")
     add("--heads-per-flip", type=options.COUNT, default=1)
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
@@ -298,6 +301,7 @@ def _train(args: argparse.Namespace) -> None:
         multipliers=args.multipliers,
         multiplier_lr=args.multiplier_lr,
         start_bias=args.start_bias,
+        whiten=args.whiten,
         flips=args.flips,
         heads_per_flip=args.heads_per_flip,
     )

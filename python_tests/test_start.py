@@ -1,12 +1,14 @@
 """Routers whose first layer is fitted to the pooled states: they see what differs between inputs."""
 
+import copy
+
 import pytest
 import tiny_training
 import torch
 
 import flux_ext
 from flux_ext.router import HeadRouter, LayerRouter
-from flux_ext.training import PackedCollator, PaddedCollator
+from flux_ext.training import PackedCollator, PaddedCollator, Recipe
 from flux_ext.training.start import pooled_states, whiten
 
 
@@ -29,7 +31,7 @@ def test_prompts_and_heads_count_alike_in_head_routers() -> None:
     fold = torch.linalg.lstsq(w, router.encoder[0].weight.detach().double()).solution  # weight = w @ fold
     seen = pooled.double() @ fold.T
     assert (seen - seen.mean(0)).flatten(0, 1).std(0).max() < 1.3  # prompts: about one in every dimension
-    assert 0.5 < (seen - seen.mean(0)).flatten(0, 1).std()
+    assert (seen - seen.mean(0)).flatten(0, 1).std() > 0.5
     between = torch.linalg.svdvals(seen.mean(0) - seen.mean((0, 1))) / 2**0.5
     assert (between[:2] - 1).abs().max() < 0.1, between  # heads: one, along the two directions that tell three apart
 
@@ -46,6 +48,51 @@ def test_states_are_those_of_the_prompts_alone(granularity) -> None:
         assert a.shape == (6, *heads, 8)
         assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
     assert not any(r._forward_pre_hooks for r in flux_ext.get_routers(m).layers)
+
+
+def fresh(granularity):
+    m = tiny_training.model(granularity)
+    config = flux_ext.get_routers(m).config
+    flux_ext.unpatch(m)
+    return flux_ext.patch(m, config)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_starts_from_whitened_states(tmp_path, granularity, packed) -> None:
+    """Of the prompts asked for, taken evenly; once, and not again where a checkpoint is resumed."""
+    m, data = fresh(granularity), tiny_training.dataset(12)
+    rows = [data[i] for i in (0, 2, 4, 7, 9)]
+    want = [copy.deepcopy(r) for r in flux_ext.get_routers(m).layers]
+    for router, states in zip(want, pooled_states(m, [PaddedCollator()(rows)]), strict=True):
+        whiten(router, states)
+    options = {"recipe": Recipe(whiten=5), "data": data, "packed": packed, "learning_rate": 0.0, "max_steps": 1}
+    t = tiny_training.trainer(tmp_path, m, save_strategy="steps", save_steps=1, **options)
+    plain = [r.encoder[0].weight.clone() for r in t.routers.layers]
+    for _ in range(2):
+        t.train()
+        for router, expected, before in zip(t.routers.layers, want, plain, strict=True):
+            torch.testing.assert_close(router.encoder[0].weight, expected.encoder[0].weight, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(router.encoder[0].bias, expected.encoder[0].bias, rtol=1e-3, atol=1e-3)
+            assert not torch.allclose(router.encoder[0].weight, before, rtol=0.1)
+    weights = [r.encoder[0].weight.clone() for r in t.routers.layers]
+    again = tiny_training.trainer(tmp_path, fresh(granularity), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(again.routers.layers, weights, strict=True))
+
+
+def test_trained_routers_keep_their_first_layer(tmp_path) -> None:
+    m = tiny_training.model()  # whose last bias is not a new router's
+    before = [r.encoder[0].weight.clone() for r in flux_ext.get_routers(m).layers]
+    t = tiny_training.trainer(tmp_path, m, Recipe(whiten=4), learning_rate=0.0, max_steps=1)
+    t.train()
+    assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(t.routers.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("whiten", [1, -3, 2.5])
+def test_a_number_of_prompts_that_measures_nothing(whiten) -> None:
+    with pytest.raises(ValueError, match=f"whiten must be 0 or at least 2 prompts, got {whiten}"):
+        Recipe(whiten=whiten)
 
 
 def test_bad_states() -> None:

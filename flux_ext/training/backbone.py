@@ -105,14 +105,23 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
     targets = _targets(inputs)
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
-    arguments = {k: v for k, v in inputs.items() if k not in _OURS}
-    with patching.prompt_lengths(model, inputs["prompt_lengths"]):
-        logits = model(**arguments, use_cache=False, logits_to_keep=columns).logits  # [B, K, V]
+    logits = run(model, inputs, logits_to_keep=columns).logits  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     if inputs.get("cu_seq_lens_q") is None:
         return nats.view_as(targets).sum(1) / counts
     return nats.new_zeros(len(counts)).index_add(0, _sequence_of(columns, inputs), nats) / counts
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """The model's output for a batch, without a cache; the routers decide from the prompts.
+
+    Args:
+        options: further keywords of the model's forward.
+    """
+    arguments = {k: v for k, v in inputs.items() if k not in _OURS}
+    with patching.prompt_lengths(model, inputs["prompt_lengths"]):
+        return model(**arguments, use_cache=False, **options)
 
 
 def answer_lengths(inputs: Mapping[str, Any]) -> Tensor:

@@ -38,6 +38,9 @@ class Recipe:
         start_bias: log-odds of full attention at the start of routers that are still as they were made; trained ones
             keep theirs. None: the objective's own, 4.5 as published, 2 for counterfactuals, whose exploration comes
             from sampling.
+        whiten: prompts of the training data whose pooled states centre and scale the first layers of routers that
+            are still as they were made, before the first step (:mod:`~flux_ext.training.start`). 0: none. A few
+            dozen let routers tell inputs apart that they otherwise route alike.
         flips: counterfactuals per sequence and step; they share one base forward.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
@@ -57,6 +60,7 @@ class Recipe:
     tau_share: float = 0.6
     tau_schedule: ScheduleName = "cosine"
     start_bias: float | None = None
+    whiten: int = 0
     flips: int = 1
     heads_per_flip: int = 1
     logit_bound: float = 4.0
@@ -82,6 +86,8 @@ class Recipe:
             raise ValueError(f"multiplier_lr must be >= 0 and finite, got {self.multiplier_lr}")
         if self.start_bias is not None and not math.isfinite(self.start_bias):
             raise ValueError(f"start_bias must be finite, got {self.start_bias}")
+        if not isinstance(self.whiten, int) or self.whiten < 0 or self.whiten == 1:
+            raise ValueError(f"whiten must be 0 or at least 2 prompts, got {self.whiten}")
         for name in ("flips", "heads_per_flip"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import patching
-from .backbone import losses
+from .backbone import run
 
 FLOOR = 1e-4
 """Deviations below this share of the largest one are rounding, not information."""
@@ -48,7 +48,7 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     try:
         with patching.routes(model, "full"):
             for batch in batches:
-                losses(model, batch)
+                run(model, batch, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .. import patching, strict_json
@@ -29,6 +30,7 @@ from .checkpoint import (
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
+from .start import pooled_states, whiten
 
 for _name in ("_save", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"):  # overridden below
     if not hasattr(Trainer, _name):
@@ -120,7 +122,7 @@ class FluxTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
-        start_at(self.routers, self.recipe.initial_bias)
+        self._fresh = start_at(self.routers, self.recipe.initial_bias)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's.
@@ -136,7 +138,27 @@ class FluxTrainer(Trainer):
         if self.args.should_save:
             check_output_folder(folder)
             self.routers.check_savable(folder)
+        if self.recipe.whiten and not resumed:
+            self._whiten()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whiten(self) -> None:
+        """Fits fresh routers to prompts taken evenly from the training data, the same in every process."""
+        fresh, self._fresh = self._fresh, []
+        if not fresh:
+            return
+        data: Any = self.train_dataset
+        count = min(self.recipe.whiten, len(data))
+        rows = [i * len(data) // count for i in range(count)]
+        size = self.args.per_device_train_batch_size
+        batches = [rows[i : i + size] for i in range(0, count, size)]
+        shown = tqdm(batches, desc="looking at prompts", disable=self.args.disable_tqdm)
+        inputs = (self._prepare_inputs(self.data_collator([data[i] for i in batch])) for batch in shown)
+        with evaluation_mode(self.model):
+            pooled = pooled_states(self.model, inputs)
+        for router, states in zip(self.routers.layers, pooled, strict=True):
+            if router in fresh:
+                whiten(router, states)
 
     def compute_loss(
         self,
@@ -313,13 +335,16 @@ class RouterProgress(ProgressCallback):
 
 
 @torch.no_grad()
-def start_at(routers: nn.Module, log_odds: float) -> None:
-    """Lets routers start at these log-odds of full attention if they are still as they were made.
+def start_at(routers: nn.Module, log_odds: float) -> list[nn.Module]:
+    """Lets routers start at these log-odds of full attention if they are still as they were made; returns those.
 
     That is told by the last bias, (0, :data:`~flux_ext.router.FULL_BIAS`): any step of an optimiser, a start that was
     set before, and the weights of a file that somebody has trained have another.
     """
+    fresh = []
     for router in routers.layers:  # type: ignore[union-attr]
         bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
         if bias.tolist() == [0.0, FULL_BIAS]:
             bias[1] = log_odds
+            fresh.append(router)
+    return fresh
