@@ -1,5 +1,6 @@
 """Routers whose first layer is fitted to the pooled states: they see what differs between inputs."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import flux_ext
 from flux_ext.router import HeadRouter, LayerRouter
-from flux_ext.training import PackedCollator, PaddedCollator, Recipe
+from flux_ext.training import PackedCollator, PaddedCollator, Recipe, start
 from flux_ext.training.start import pooled_states, whiten
 
 
@@ -69,24 +70,46 @@ def test_training_starts_from_whitened_states(tmp_path, granularity, packed) -> 
     options = {"recipe": Recipe(whiten=5), "data": data, "packed": packed, "learning_rate": 0.0, "max_steps": 1}
     t = tiny_training.trainer(tmp_path, m, save_strategy="steps", save_steps=1, **options)
     plain = [r.encoder[0].weight.clone() for r in t.routers.layers]
-    for _ in range(2):
-        t.train()
+    for again in range(2):
+        with pytest.warns(UserWarning, match="whiten=5 has no effect") if again else contextlib.nullcontext():
+            t.train()
         for router, expected, before in zip(t.routers.layers, want, plain, strict=True):
             torch.testing.assert_close(router.encoder[0].weight, expected.encoder[0].weight, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(router.encoder[0].bias, expected.encoder[0].bias, rtol=1e-3, atol=1e-3)
             assert not torch.allclose(router.encoder[0].weight, before, rtol=0.1)
     weights = [r.encoder[0].weight.clone() for r in t.routers.layers]
-    again = tiny_training.trainer(tmp_path, fresh(granularity), **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(again.routers.layers, weights, strict=True))
+    other = tiny_training.trainer(tmp_path, fresh(granularity), **options)
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(other.routers.layers, weights, strict=True))
 
 
 def test_trained_routers_keep_their_first_layer(tmp_path) -> None:
     m = tiny_training.model()  # whose last bias is not a new router's
     before = [r.encoder[0].weight.clone() for r in flux_ext.get_routers(m).layers]
     t = tiny_training.trainer(tmp_path, m, Recipe(whiten=4), learning_rate=0.0, max_steps=1)
-    t.train()
+    with torch.no_grad():
+        for router in t.routers.layers:
+            router.classifier[-1].bias[0] = 0.1
+    with pytest.warns(UserWarning, match="whiten=4 has no effect: the routers are not new"):
+        t.train()
     assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(t.routers.layers, before, strict=True))
+
+
+def test_what_cannot_be_measured_changes_no_router(tmp_path) -> None:
+    t = tiny_training.trainer(tmp_path, fresh("layer"), Recipe(whiten=4), learning_rate=0.0, max_steps=1)
+    before = [r.encoder[0].weight.clone() for r in t.routers.layers]
+    states, seen = start.pooled_states, []
+
+    def broken(*args):
+        seen.append(states(*args))
+        return [*seen[-1][:-1], seen[-1][-1] * torch.nan]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not finite"):
+        patch.setattr("flux_ext.training.trainer.pooled_states", broken)
+        t.train()
+    assert all(torch.equal(r.encoder[0].weight, w) for r, w in zip(t.routers.layers, before, strict=True))
+    t.train()  # once it can
+    assert all(r.is_whitened for r in t.routers.layers)
 
 
 @pytest.mark.parametrize("whiten", [1, -3, 2.5])
@@ -98,12 +121,12 @@ def test_a_number_of_prompts_that_measures_nothing(whiten) -> None:
 def test_bad_states() -> None:
     router = LayerRouter(8, 4)
     for pooled, message in (
-        (torch.randn(1, 8), "pooled must be .*got \\[1, 8\\]"),
-        (torch.randn(4, 6), "pooled must be .*got \\[4, 6\\]"),
+        (torch.randn(1, 8), "at least 2 prompts, got 1"),
+        (torch.randn(4, 6), r"pooled must be \[..., 8\], got \[4, 6\]"),
         (torch.full((4, 8), torch.nan), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
             whiten(router, pooled)
-    constant = torch.ones(4, 8)
-    whiten(router, constant)  # nothing differs: nothing is blown up beyond all measure
-    assert router.encoder[0](constant).isfinite().all()
+    alike = 3 + 1e-7 * torch.randn(40, 8)
+    whiten(router, alike)  # what differs is rounding, and is not blown up beyond all measure
+    assert router.encoder[0](alike * 1.05).abs().max() < 1e3

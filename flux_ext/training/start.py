@@ -18,7 +18,21 @@ from .. import patching
 from .backbone import run
 
 FLOOR = 1e-4
-"""Deviations below this share of the largest one are rounding, not information."""
+"""Deviations below this share of the largest state are rounding, not information."""
+
+
+def is_new(router: nn.Module) -> bool:
+    """Whether a router was neither trained (any step moves the first of its last biases from 0) nor whitened."""
+    bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
+    return float(bias[0].detach()) == 0 and not getattr(router, "is_whitened", False)  # type: ignore[index]
+
+
+def check_pooled(pooled: Tensor) -> None:
+    """ValueError where pooled states ``[N, ...]`` cannot be measured: fewer than two, or not finite."""
+    if len(pooled) < 2:
+        raise ValueError(f"pooled must be of at least 2 prompts, got {len(pooled)}")
+    if not bool(pooled.isfinite().all()):
+        raise ValueError("pooled has values that are not finite")
 
 
 @torch.no_grad()
@@ -75,17 +89,16 @@ def whiten(router: nn.Module, pooled: Tensor) -> None:
         ValueError: fewer than two prompts, another width than the router's, or a value that is not finite.
     """
     first: nn.Linear = router.encoder[0]  # type: ignore[index,assignment]
-    if len(pooled) < 2 or pooled.shape[-1] != first.in_features:
-        raise ValueError(f"pooled must be [N >= 2, {first.in_features}], got {list(pooled.shape)}")
-    if not bool(pooled.isfinite().all()):
-        raise ValueError("pooled has values that are not finite")
+    check_pooled(pooled)
+    if pooled.shape[-1] != first.in_features:
+        raise ValueError(f"pooled must be [..., {first.in_features}], got {list(pooled.shape)}")
     pooled = pooled.to(first.weight.device, torch.float64)
     if pooled.dim() == 2:
         pooled = pooled[:, None]
     heads = pooled.mean(0)  # [H, D]
     mean = heads.mean(0)
     deviation = (pooled - heads).square().sum(0).mean(0).div(len(pooled) - 1).sqrt()
-    deviation = deviation.clamp(min=FLOOR * max(float(deviation.max()), FLOOR))
+    deviation = deviation.clamp(min=max(FLOOR * float(pooled.abs().max()), torch.finfo(torch.float32).tiny))
     fold = torch.diag(1 / deviation)  # [D, D]: the router shall see fold (x - mean)
     if len(heads) > 1:
         _, spread, directions = torch.linalg.svd((heads - mean) / deviation, full_matrices=False)  # [k], [k, D]
@@ -94,3 +107,4 @@ def whiten(router: nn.Module, pooled: Tensor) -> None:
     weight = first.weight.double() @ fold
     first.bias.sub_((weight @ mean).to(first.bias.dtype))
     first.weight.copy_(weight)
+    router.is_whitened = True  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .checkpoint import (
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
-from .start import pooled_states, whiten
+from .start import check_pooled, is_new, pooled_states, whiten
 
 for _name in ("_save", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"):  # overridden below
     if not hasattr(Trainer, _name):
@@ -122,7 +123,7 @@ class FluxTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
-        self._fresh = start_at(self.routers, self.recipe.initial_bias)
+        start_at(self.routers, self.recipe.initial_bias)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's.
@@ -143,21 +144,25 @@ class FluxTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _whiten(self) -> None:
-        """Fits fresh routers to prompts taken evenly from the training data, the same in every process."""
-        fresh, self._fresh = self._fresh, []
-        if not fresh:
+        """Fits new routers to prompts taken evenly from the training data, the same in every process."""
+        new = [is_new(router) for router in self.routers.layers]
+        if not any(new):
+            warnings.warn(f"whiten={self.recipe.whiten} has no effect: the routers are not new", stacklevel=3)
             return
         data: Any = self.train_dataset
+        model: Any = self.model
         count = min(self.recipe.whiten, len(data))
         rows = [i * len(data) // count for i in range(count)]
         size = self.args.per_device_train_batch_size
         batches = [rows[i : i + size] for i in range(0, count, size)]
         shown = tqdm(batches, desc="looking at prompts", disable=self.args.disable_tqdm)
         inputs = (self._prepare_inputs(self.data_collator([data[i] for i in batch])) for batch in shown)
-        with evaluation_mode(self.model):
-            pooled = pooled_states(self.model, inputs)
-        for router, states in zip(self.routers.layers, pooled, strict=True):
-            if router in fresh:
+        with evaluation_mode(model):
+            pooled = pooled_states(model, inputs)
+        for states in pooled:
+            check_pooled(states)  # all of them, before the first router changes
+        for router, states, fit in zip(self.routers.layers, pooled, new, strict=True):
+            if fit:
                 whiten(router, states)
 
     def compute_loss(
@@ -335,16 +340,13 @@ class RouterProgress(ProgressCallback):
 
 
 @torch.no_grad()
-def start_at(routers: nn.Module, log_odds: float) -> list[nn.Module]:
-    """Lets routers start at these log-odds of full attention if they are still as they were made; returns those.
+def start_at(routers: nn.Module, log_odds: float) -> None:
+    """Lets routers start at these log-odds of full attention if they are still as they were made.
 
     That is told by the last bias, (0, :data:`~flux_ext.router.FULL_BIAS`): any step of an optimiser, a start that was
     set before, and the weights of a file that somebody has trained have another.
     """
-    fresh = []
     for router in routers.layers:  # type: ignore[union-attr]
         bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
         if bias.tolist() == [0.0, FULL_BIAS]:
             bias[1] = log_odds
-            fresh.append(router)
-    return fresh
