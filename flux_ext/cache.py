@@ -19,6 +19,7 @@ ones is removed (:mod:`flux_ext.history`).
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -378,6 +379,8 @@ class FluxCache(Cache):
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[i] = FluxLayer(flux, page_size, routed is None or i in routed)
+        # As they are made: a release's own reset may only zero what they hold.
+        self._empty = {i: copy.deepcopy(layer) for i, layer in enumerate(layers) if not isinstance(layer, FluxLayer)}
         super().__init__(layers=layers)
         self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
         self.history = History()
@@ -430,6 +433,8 @@ class FluxCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        for i, layer in self._empty.items():
+            self.layers[i] = copy.deepcopy(layer)
         self.history.clear()
 
     def reorder_cache(self, beam_idx: Any) -> None:

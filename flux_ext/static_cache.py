@@ -268,7 +268,7 @@ class FluxStaticCache(FluxCache):
             for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)
-        self.prompt_len, self.history = None, History()
+        self.prompt_len, self.history, self._empty = None, History(), {}
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)
