@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.cuda.problems import Setting
-from flux_ext import BlockSparse, Full, Streaming, ops
-from flux_ext.patterns import Pattern
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext import BlockSparse, Full, Streaming, operators
+from flux_ext.operators.patterns import Pattern
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 Call = Callable[[], object]
 
@@ -38,7 +38,7 @@ def attention(
     k, v = (s.random(batch, kv_len, heads[1], dim) for _ in range(2))
     count = round(share * heads[1])
     route = s.int32([[1] * count + [0] * (heads[1] - count)] * batch)
-    return lambda: ops.attend(q, k, v, route, Full(), sparse, dim**-0.5 if scale is None else scale)
+    return lambda: operators.attend(q, k, v, route, Full(), sparse, dim**-0.5 if scale is None else scale)
 
 
 def paged(s: Setting) -> Call:
@@ -47,7 +47,7 @@ def paged(s: Setting) -> Call:
     k, v = (s.random(40, 16, 2, 128) for _ in range(2))
     table, kv_len = s.int32(list(reversed(range(40)))).view(2, 20), s.int32([300, 17])
     route = s.int32([0, 1])
-    return lambda: ops.attend(
+    return lambda: operators.attend(
         q, k, v, route, Full(), Streaming(16, 48), 128**-0.5, None, None, None, kv_len, table
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ def router(s: Setting, kind: type[LayerRouter] | type[HeadRouter], length: int, 
     """A fused router."""
     module = kind(128).to(s.device, s.dtype).requires_grad_(False)
     x = s.random(batch, length, 8, 128)
-    return lambda: ops.route(x, module.weights(), module.pool_size, module.per_head)
+    return lambda: operators.route(x, module.weights(), module.pool_size, module.per_head)
 
 
 def model_step(s: Setting) -> Call:

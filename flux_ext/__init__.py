@@ -10,28 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .config import FluxConfig
-from .ops import attention
-from .patterns import BlockSparse, Full, Streaming, Triangle
+from .operators import attention
+from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 
 if TYPE_CHECKING:
-    from .cache import FluxCache
-    from .patching import get_routers, is_patched, patch, patched, routes, unpatch
-    from .routers import FluxRouters
-    from .static_cache import FluxStaticCache
+    from .caches.dynamic import FluxCache
+    from .caches.static import FluxStaticCache
+    from .models.patching import get_routers, is_patched, patch, patched, routes, unpatch
+    from .routers.collection import FluxRouters
 
 __version__ = "0.1.0"
 
 # Names that need transformers are imported when first used.
 _LAZY = {
-    "FluxCache": "cache",
-    "FluxRouters": "routers",
-    "FluxStaticCache": "static_cache",
-    "get_routers": "patching",
-    "is_patched": "patching",
-    "patch": "patching",
-    "patched": "patching",
-    "routes": "patching",
-    "unpatch": "patching",
+    "FluxCache": "caches.dynamic",
+    "FluxRouters": "routers.collection",
+    "FluxStaticCache": "caches.static",
+    "get_routers": "models.patching",
+    "is_patched": "models.patching",
+    "patch": "models.patching",
+    "patched": "models.patching",
+    "routes": "models.patching",
+    "unpatch": "models.patching",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .patterns import Streaming, Triangle
+from .operators.patterns import Streaming, Triangle
 
 FORMAT_VERSION = 1
 """Of saved routers: 1 has files of its own names; files without a version are 0, fields alone in ``config.json``."""

@@ -20,7 +20,7 @@ class Decision(NamedTuple):
 
 
 @dataclass
-class Batch:
+class ForwardContext:
     """The sequences of one forward.
 
     ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
@@ -43,7 +43,7 @@ class Batch:
     decisions: dict[int, Decision] = field(default_factory=dict)
     _host: list[Tensor] = field(default_factory=list)  # shared by copies on other devices
 
-    def to(self, device: Any, *args: Any, **kwargs: Any) -> Batch:
+    def to(self, device: Any, *args: Any, **kwargs: Any) -> ForwardContext:
         """The same on another device; accelerate calls this where a model is spread over several."""
         names = ("seq_start", "seq_end", "cu_seqlens", "mask", "prompt_lengths")
         return replace(self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None})
@@ -86,7 +86,7 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> Batch:
+def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> ForwardContext:
     """The sequences of a decoder's forward, from its keyword arguments.
 
     Sequences packed into one row are found by ``cu_seq_lens_q``, or by position_ids that restart. The latter waits
@@ -126,17 +126,19 @@ def make_batch(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, ca
                 raise ValueError("attention_mask beside cu_seq_lens_q cannot be checked while compiling: leave it out")
             if not bool(mask.all()):
                 raise ValueError("attention_mask has padding beside cu_seq_lens_q: leave one of them out")
-            return Batch(policy, cu_seqlens=packed_bounds(kwargs))
+            return ForwardContext(policy, cu_seqlens=packed_bounds(kwargs))
         if not known:
-            return Batch(policy, torch.zeros_like(mask[:, 0], dtype=torch.int32), cache.active(mask), None, mask)
+            return ForwardContext(
+                policy, torch.zeros_like(mask[:, 0], dtype=torch.int32), cache.active(mask), None, mask
+            )
         mask = mask[:, : seen + q_len]
-        return Batch(policy, *span(mask[:, seen:]), None, mask, seen)
+        return ForwardContext(policy, *span(mask[:, seen:]), None, mask, seen)
     if packed:
-        return Batch(policy, cu_seqlens=packed_bounds(kwargs))
+        return ForwardContext(policy, cu_seqlens=packed_bounds(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or not known or seen > 0:
-        return Batch(policy)
-    return Batch(policy, cu_seqlens=restarts(positions, q_len, batch_size, cache is not None))
+        return ForwardContext(policy)
+    return ForwardContext(policy, cu_seqlens=restarts(positions, q_len, batch_size, cache is not None))
 
 
 def packed_bounds(kwargs: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from .patterns import Full, Pattern, Streaming
+from .operators.patterns import Full, Pattern, Streaming
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,8 @@ Everything private, and everything public that a release has renamed before, sta
 is absent. What is needed and absent is an ImportError, when ``flux_ext.patch`` is first used or when it is called,
 that names the installed version and those tried: nothing that a patch replaces or looks for fails open.
 
-Names of modules, arguments and layers that one model family has and another has not are in :mod:`flux_ext.families`.
+Names of modules, arguments and layers that one model family has and another has not are in
+:mod:`flux_ext.models.families`.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def take_cache(kwargs: MutableMapping[str, Any]) -> Any:
 # --- The attention function. What stock ones take by name is what models may ask for.
 
 ATTENTION_TERMS = ("softcap", "s_aux", "position_bias", "dropout")
-"""Keywords that change the scores in ways the kernels do not compute; :mod:`flux_ext.attention_function` refuses."""
+"""Keywords that change the scores in ways the kernels do not compute; ``attention_function.py`` refuses them."""
 ATTENTION_KEYWORDS = ("scaling", "sliding_window", "is_causal", *ATTENTION_TERMS)
 """Keywords that an attention function is called with, beside the module, the states and the mask."""
 _GIVEN = {"module", "query", "key", "value", "attention_mask", "kwargs"}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flux_ext import BlockSparse, Full, Streaming, Triangle
-from flux_ext.patterns import Pattern
-from flux_ext.testing import poisoned
+from flux_ext.operators.patterns import Pattern
+from flux_ext.operators.testing import poisoned
 
 CACHES = ("cached", "cached_per_head", "paged", "paged_per_head")
 """Layouts of keys; ``packed_`` before one: the queries are packed."""

@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor, nn
 
 import flux_ext
-from flux_ext.patching import get_routers, last_routing
+from flux_ext.models.patching import get_routers, last_routing
 
 SMALL: dict[str, Any] = {"sink": 4, "window": 16, "pool_size": 20}
 """A pattern that drops most of the tests' prompts."""

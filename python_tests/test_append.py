@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_ext import Full, Streaming, Triangle, ops, reference
+from flux_ext import Full, Streaming, Triangle, operators
+from flux_ext.operators import reference
 
 DEVICES = [
     "cpu",
@@ -160,7 +161,7 @@ def test_equals_the_twin(case: Case, device: str) -> None:
         reference.append(k, v, **want)
         # Not a plain .to(device): it would make the strides dense.
         there = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=device).copy_(t) for t in (k, v)]
-        ops.append(*there, **got)
+        operators.append(*there, **got)
         assert_same_bits(got, want, f"after step {step}")
         assert torch.equal(got["base"].cpu(), want["base"]) and torch.equal(got["ring"].cpu(), want["ring"])
 
@@ -179,7 +180,7 @@ def test_sequences_without_a_token_and_tokens_not_to_be_trusted(dtype: torch.dty
         if step == 20:
             active[1] = -1
         reference.append(k, v, **want, active=active)
-        ops.append(k.to(device), v.to(device), **got, active=active.to(device))
+        operators.append(k.to(device), v.to(device), **got, active=active.to(device))
         assert_same_bits(got, want, f"after step {step}")
         if active[0]:
             one = {
@@ -209,8 +210,8 @@ def test_a_token_without_a_place_makes_its_row_nan(device: str) -> None:
     q, k = (torch.randn(2, 2, 1, 64, dtype=dtype, device=device) for _ in range(2))
     route = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)
     for full in (False, True, True):
-        ops.append(k, k, **x)
-        out, _ = ops.attend(
+        operators.append(k, k, **x)
+        out, _ = operators.attend(
             q.transpose(1, 2),
             x["k_pool"],
             x["v_pool"],
@@ -240,7 +241,7 @@ def test_the_table_lists_what_a_query_sees(pattern: Streaming, page_size: int, d
     sink, unit = -(-pattern.sink // page_size) * page_size, math.lcm(pattern.align, page_size)
     for position in range(450):
         k = (rows + position)[..., None, None].repeat(1, 1, 1, 8)
-        ops.append(k, -k, **x)
+        operators.append(k, -k, **x)
         window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
         for b in range(2):
             for h in range(3):
@@ -262,7 +263,7 @@ def test_the_table_lists_what_a_query_sees(pattern: Streaming, page_size: int, d
 def test_gradients_stay_out() -> None:
     case = Case()
     x, k = cache(case), tokens(case, 0, exact=False).requires_grad_()
-    ops.append(k, k * 2, **x)
+    operators.append(k, k * 2, **x)
     assert not any(x[name].requires_grad for name in WRITTEN)
 
 
@@ -276,7 +277,7 @@ def test_in_inference_mode_and_out_again(device: str) -> None:
         reference.append(k, k, **twin)
         with torch.inference_mode(step % 2 == 0):
             k = k.to(device)
-            ops.append(k, k, **x)
+            operators.append(k, k, **x)
     assert_same_bits(x, twin)
 
 
@@ -290,7 +291,7 @@ def test_compiles_as_one_graph(backend: str, device: str) -> None:
 
     def step(k: Tensor, x: dict[str, Any]) -> Tensor:
         before = x["slots"] + 0
-        ops.append(k, k * 2, **x)
+        operators.append(k, k * 2, **x)
         return x["slots"] - before + x["kv_len"]
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -321,7 +322,7 @@ def test_replays_in_a_cuda_graph() -> None:
     k, v = (torch.empty(3, 3, 1, case.dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.append(k, v, **x)
+        operators.append(k, v, **x)
     for step in range(100):
         new = tokens(case, 0), tokens(case, 1)
         reference.append(*new, **want)
@@ -339,7 +340,7 @@ def test_is_one_kernel_on_a_gpu_and_never_waits() -> None:
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(3):
-                ops.append(k, v, **x)
+                operators.append(k, v, **x)
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
     finally:
@@ -359,7 +360,7 @@ def test_wrong_values_on_a_gpu_stay_inside_the_tensors(name: str, value: int) ->
     x[name].fill_(value)
     for _ in range(3):
         k = tokens(case, 0).cuda()
-        ops.append(k, k, **x)
+        operators.append(k, k, **x)
     torch.cuda.synchronize()
     assert int(x["kv_len"].min()) >= 1 and int(x["kv_len"].max()) <= case.max_cache_len
     for row in range(4):
@@ -432,12 +433,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("broken", "message"), BAD, ids=[f"{'-'.join(b)}-{i}" for i, (b, _) in enumerate(BAD)])
 def test_refuses(broken: dict[str, Any], message: str) -> None:
-    ops.append(**good())
+    operators.append(**good())
     x = good()
     x |= {name: y(x[name]) if isinstance(y, Callable) else y for name, y in broken.items()}
     before = copy_of(x)
     with pytest.raises(ValueError, match=message):
-        ops.append(**x)
+        operators.append(**x)
     for name in set(WRITTEN) - set(broken):
         assert torch.equal(x[name].nan_to_num(), before[name].nan_to_num()), f"{name} was written"
 
@@ -450,5 +451,5 @@ def test_refuses_a_pattern_of_other_numbers() -> None:
         ([4, 0, 0, 1], r"pattern.window must be a positive multiple of align \(1\), got 0"),
         ([4, 24, 0, 0], r"pattern.align must be >= 1, got 0"),
     ):
-        with pytest.raises((ValueError, RuntimeError), match=message):  # the type depends on torch (flux_ext/ops.py)
+        with pytest.raises((ValueError, RuntimeError), match=message):  # which one depends on torch
             torch.ops.flux_ext.append(*[pattern if name == "pattern" else t for name, t in x.items()])

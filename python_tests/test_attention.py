@@ -5,9 +5,10 @@ import torch
 from cases import Case, cases, make
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, Triangle, reference
-from flux_ext.patterns import dense_mask
-from flux_ext.testing import assert_as_accurate
+from flux_ext import BlockSparse, Full, Streaming, Triangle
+from flux_ext.operators import reference
+from flux_ext.operators.patterns import dense_mask
+from flux_ext.operators.testing import assert_as_accurate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

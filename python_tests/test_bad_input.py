@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import flux_ext
-from flux_ext import ops, reference
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext import operators
+from flux_ext.operators import reference
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 
 def good() -> dict[str, Any]:
@@ -229,11 +230,23 @@ def test_attention_refuses_other_kinds(broken, message) -> None:
         (lambda: flux_ext.BlockSparse(blocks=ints([[[0]]]), counts=[1]), r"counts must be a tensor or None, got list"),
         (lambda: flux_ext.BlockSparse(threshold="a"), "threshold must be a number, got str 'a'"),
         (lambda: flux_ext.BlockSparse(threshold=0.9, width=128.0), "width must be an integer, got float 128.0"),
-        (lambda: ops.route("x", [], 1, False), "x must be a tensor, got str 'x'"),
-        (lambda: ops.route(torch.randn(1, 2, 2, 8), "w", 1, False), "weights must be a list of tensors, got str 'w'"),
-        (lambda: ops.route(torch.randn(1, 2, 2, 8), [1.0] * 10, 1, False), r"weights\[0\] must be a tensor, got float"),
-        (lambda: ops.route(torch.randn(1, 2, 2, 8), [], 1.5, False), "pool_size must be an integer, got float 1.5"),
-        (lambda: ops.route(torch.randn(1, 2, 2, 8), [], 1, False, [0]), r"begin must be a tensor or None, got list"),
+        (lambda: operators.route("x", [], 1, False), "x must be a tensor, got str 'x'"),
+        (
+            lambda: operators.route(torch.randn(1, 2, 2, 8), "w", 1, False),
+            "weights must be a list of tensors, got str 'w'",
+        ),
+        (
+            lambda: operators.route(torch.randn(1, 2, 2, 8), [1.0] * 10, 1, False),
+            r"weights\[0\] must be a tensor, got float",
+        ),
+        (
+            lambda: operators.route(torch.randn(1, 2, 2, 8), [], 1.5, False),
+            "pool_size must be an integer, got float 1.5",
+        ),
+        (
+            lambda: operators.route(torch.randn(1, 2, 2, 8), [], 1, False, [0]),
+            r"begin must be a tensor or None, got list",
+        ),
         (lambda: LayerRouter(16).decide(np.zeros((1, 2, 2, 16))), "x must be a tensor, got ndarray"),
     ],
 )
@@ -326,14 +339,14 @@ def test_backward_checks_what_the_forward_left():
         ((out, q, q, q, out.half(), lse), r"out must have the dtype of q"),
         ((out, q, q, q, out, lse[..., :4]), r"lse must be float32 \[B, Hq, S\]"),
     ):
-        with pytest.raises((ValueError, RuntimeError), match=message):  # the type depends on torch (flux_ext/ops.py)
+        with pytest.raises((ValueError, RuntimeError), match=message):  # which one depends on torch
             backward(*args, *rest)
 
 
 def test_sequences_share_no_rows_that_are_written():
     q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16).requires_grad_()
 
-    def attend(q_spans, kv_spans, attention=ops.attend):
+    def attend(q_spans, kv_spans, attention=operators.attend):
         bounds = [ints(*(span[i] for span in spans)) for spans in (q_spans, kv_spans) for i in (0, 1)]
         return attention(q, k, k, None, flux_ext.Full(), flux_ext.Full(), 0.25, *bounds)[0]
 

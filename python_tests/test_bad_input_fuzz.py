@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, Triangle, ops
-from flux_ext.router import LayerRouter
+from flux_ext import BlockSparse, Full, Streaming, Triangle, operators
+from flux_ext.routers.modules import LayerRouter
 
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn),
@@ -124,7 +124,7 @@ def test_attention(layout, broken, chosen, scale, return_lse):
 def test_attend(broken):
     q, k = torch.randn(2, 3, 2, 16), torch.randn(2, 5, 1, 16)
     arguments = {"q": q, "k": k, "v": k, "route": None, "full": Full(), "sparse": Streaming(1, 2), "scale": 0.25}
-    check(lambda: ops.attend(**{**arguments, **broken}))
+    check(lambda: operators.attend(**{**arguments, **broken}))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -141,4 +141,4 @@ def test_route(broken, weight):
     if weight is not None:
         weights[weight[0]] = weight[1]
     arguments = {"x": torch.randn(2, 9, 2, 16), "weights": weights, "pool_size": 3, "per_head": False}
-    check(lambda: ops.route(**{**arguments, **broken}))
+    check(lambda: operators.route(**{**arguments, **broken}))

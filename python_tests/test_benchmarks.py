@@ -24,7 +24,7 @@ from benchmarks.cuda import compare, criteria, measure, run, table  # noqa: E402
 from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
 from benchmarks.cuda.problems import OURS, Setting, Spec, visible_pairs  # noqa: E402
 from flux_ext import Full, Streaming, Triangle  # noqa: E402
-from flux_ext.patterns import dense_mask  # noqa: E402
+from flux_ext.operators.patterns import dense_mask  # noqa: E402
 
 K = 1024
 TINY = Setting("cpu", tiny=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flux_ext
-from flux_ext.block_sparse import antidiagonal_scores, keep_mass, select_blocks
-from flux_ext.patterns import BlockSparse, dense_mask
+from flux_ext.operators.block_selection import antidiagonal_scores, keep_mass, select_blocks
+from flux_ext.operators.patterns import BlockSparse, dense_mask
 
 
 def scores_by_definition(q, k, stride, width):

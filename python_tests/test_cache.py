@@ -13,9 +13,9 @@ from transformers import DynamicCache, StaticCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
-from flux_ext.batch import Batch
-from flux_ext.cache import FluxLayer
-from flux_ext.patterns import dense_mask
+from flux_ext.caches.dynamic import FluxLayer
+from flux_ext.forward_context import ForwardContext
+from flux_ext.operators.patterns import dense_mask
 
 
 @pytest.fixture(autouse=True)
@@ -307,7 +307,7 @@ def test_random_operations_keep_every_token_in_place() -> None:
             next_token += 3 * n
             new = np.arange(n) >= begin[:, None]
             valid = np.concatenate([valid, new], 1)
-            layer.begin(Batch(mask=torch.from_numpy(valid)))
+            layer.begin(ForwardContext(mask=torch.from_numpy(valid)))
             if not layer.continues:
                 layer.set_route(route)
             layer.update(k, -k)

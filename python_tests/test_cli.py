@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flux_ext import FluxRouters, cli
-from flux_ext.evaluation.tasks import Example
-from flux_ext.router_files import CONFIG_FILE, WEIGHTS_FILE
+from flux_ext import FluxRouters
+from flux_ext.cli import commands
+from flux_ext.examples import Example
+from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.training import save_examples
 
 PATTERN = ["--sink", "2", "--window", "8", "--pool-size", "4"]
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    return cli.main([str(a) for a in args])
+    return commands.main([str(a) for a in args])
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_bench(capsys):
 
 def test_python_m():
     # From the folder of the package under test: in a checkout another one may lie in the working directory.
-    folder = Path(cli.__file__).parent.parent
+    folder = Path(commands.__file__).parents[2]
     done = subprocess.run([sys.executable, "-m", "flux_ext", "--version"], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0 and done.stdout.startswith("flux-ext ")
 
@@ -171,7 +172,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("the model was loaded before the options were checked")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(commands, "_load", load)
 
 
 def train(folder, output, *args):

@@ -6,7 +6,7 @@ from models import patched_model, ragged
 
 import flux_ext
 from flux_ext import FluxCache
-from flux_ext.patching import last_routing
+from flux_ext.models.patching import last_routing
 
 
 def test_position_ids_and_packed_rows_compile_as_one_graph() -> None:

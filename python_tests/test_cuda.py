@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, Triangle, ops, reference
-from flux_ext.patterns import Pattern
-from flux_ext.router import LayerRouter
+from flux_ext import BlockSparse, Full, Streaming, Triangle, operators
+from flux_ext.operators import reference
+from flux_ext.operators.patterns import Pattern
+from flux_ext.routers.modules import LayerRouter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DEVICE = "cuda"
@@ -20,7 +21,7 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class Case:
-    """One call of ``ops.attend``: everything its inputs are made from."""
+    """One call of ``operators.attend``: everything its inputs are made from."""
 
     q_lens: tuple[int, ...] = (130, 77)
     kv_lens: tuple[int, ...] | None = None  # None: as q_lens
@@ -54,7 +55,7 @@ def int32(values) -> torch.Tensor:
 
 
 def make(case: Case) -> dict:
-    """Arguments of ``ops.attend``; every row of k and v that no sequence owns is NaN."""
+    """Arguments of ``operators.attend``; every row of k and v that no sequence owns is NaN."""
     torch.manual_seed(zlib.crc32(case.label().encode()))
     batch, kv_lens = len(case.q_lens), case.kv_lens or case.q_lens
     make_random = lambda *shape: random(*shape, dtype=case.dtype, odd=case.odd_strides)  # noqa: E731
@@ -154,12 +155,12 @@ def error_of(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def check(case: Case) -> None:
     arguments = make(case)
-    out, lse = ops.attend(**arguments)
+    out, lse = operators.attend(**arguments)
     exact_out, exact_lse = reference.attend(**upcast(arguments))
     plain_out, _ = reference.attend(**arguments)
     assert error_of(out, exact_out) <= 2 * error_of(plain_out, exact_out) + 1e-4
     assert error_of(lse, exact_lse) <= 2e-5  # fp32 throughout
-    again, lse_again = ops.attend(**arguments)
+    again, lse_again = operators.attend(**arguments)
     assert torch.equal(out, again) and torch.equal(lse, lse_again)  # the same bits
 
 
@@ -258,7 +259,7 @@ def test_long_prompts_of_narrow_heads(case: Case) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         return
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        ops.attend(**make(case))
+        operators.attend(**make(case))
         torch.cuda.synchronize()
     names = [event.name.replace("(int)", "") for event in profiler.events() if "attend_kernel" in event.name]
     assert names and all("64, 3, 128>" in name for name in names), names  # three warpgroups
@@ -298,7 +299,7 @@ def test_a_million_keys(q_len: int, layout: str) -> None:
 def test_a_prompt_of_a_million_tokens() -> None:
     """Rows from all over it, each against the reference over the keys before it."""
     arguments = make(Case((MILLION,), sparse=Streaming(128, 2048)))
-    out, lse = ops.attend(**arguments)
+    out, lse = operators.attend(**arguments)
     for end in (40, MILLION // 2 + 3, MILLION):
         part = {**arguments, "q": arguments["q"][:, end - 40 : end], "k": arguments["k"][:, :end]}
         part["v"] = arguments["v"][:, :end]
@@ -312,7 +313,7 @@ def test_large_scores() -> None:
     """Scores of thousands: the running maximum keeps every exponential finite."""
     arguments = make(Case((200,), route="none", dim=64))
     arguments["q"] = arguments["q"] * 200
-    out, lse = ops.attend(**arguments)
+    out, lse = operators.attend(**arguments)
     exact_out, exact_lse = reference.attend(**upcast(arguments))
     assert error_of(out, exact_out) < 1e-2 and error_of(lse, exact_lse) < 1e-3
 
@@ -335,11 +336,11 @@ def test_rows_without_keys_are_zero_and_rows_of_infinities_nan(q_len: int, kv_le
 
 def test_other_stream() -> None:
     arguments = make(Case((1, 1), (3000, 2000), layout="cache"))
-    expected = ops.attend(**arguments)
+    expected = operators.attend(**arguments)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = ops.attend(**arguments)
+        got = operators.attend(**arguments)
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
@@ -356,14 +357,14 @@ def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
     elsewhere = {name: move(x) for name, x in arguments.items()}
     x = random(2, 150, 4, 128, dtype=torch.bfloat16)
     router = LayerRouter(128).to("cuda:1").requires_grad_(False)
-    got = ops.attend(**elsewhere)
-    expected = ops.attend(**arguments)
-    _, route = ops.route(x.to("cuda:1"), router.weights(), 100, False)
+    got = operators.attend(**elsewhere)
+    expected = operators.attend(**arguments)
+    _, route = operators.route(x.to("cuda:1"), router.weights(), 100, False)
     assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda:1") for t in (*got, route))
     assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, got, strict=True))
     with torch.cuda.device(1):
-        again = ops.attend(**arguments)
+        again = operators.attend(**arguments)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
@@ -371,9 +372,9 @@ def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
 def test_tensors_on_two_gpus_are_refused() -> None:
     q, k = (random(1, 8, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     with pytest.raises(ValueError, match=r"k must be on the device of q \(cuda:0\), got cuda:1"):
-        ops.attend(q, k.to("cuda:1"), k, None, Full(), Full(), 1.0)
+        operators.attend(q, k.to("cuda:1"), k, None, Full(), Full(), 1.0)
     with pytest.raises(ValueError, match=r"route must be on the device of q \(cuda:0\), got cuda:1"):
-        ops.attend(q, k, k, int32([0]).to("cuda:1"), Full(), Full(), 1.0)
+        operators.attend(q, k, k, int32([0]).to("cuda:1"), Full(), Full(), 1.0)
 
 
 @pytest.mark.parametrize("layout", ("cache", "paged"))
@@ -384,11 +385,11 @@ def test_graph_with_growing_lengths(layout: str) -> None:
     arguments["v"] = torch.nan_to_num(arguments["v"])
     most = arguments["kv_end"].clone()
     lens_now = most.clone()
-    ops.attend(**arguments)
+    operators.attend(**arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         arguments["kv_end"].copy_(lens_now)  # a copy, not a kernel, is what the launch overlaps with
-        out, lse = ops.attend(**arguments)
+        out, lse = operators.attend(**arguments)
     for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
         lens_now.copy_(torch.minimum(int32(lens), most))
         arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
@@ -402,4 +403,4 @@ def test_graph_with_growing_lengths(layout: str) -> None:
 def test_float32_is_refused() -> None:
     x = torch.randn(1, 8, 2, 64, device=DEVICE)
     with pytest.raises(ValueError, match="float16 or bfloat16 on CUDA, got float32"):
-        ops.attend(x, x, x, None, Full(), Full(), 1.0)
+        operators.attend(x, x, x, None, Full(), Full(), 1.0)

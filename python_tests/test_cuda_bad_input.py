@@ -10,8 +10,9 @@ import torch
 from test_cuda import DEVICE, int32, random
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, ops, reference
-from flux_ext.router import LayerRouter
+from flux_ext import BlockSparse, Full, Streaming, operators
+from flux_ext.operators import reference
+from flux_ext.routers.modules import LayerRouter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -92,7 +93,7 @@ def test_tensors_on_the_host_are_refused() -> None:
     with pytest.raises(ValueError, match="on the device of x|on CUDA"):
         router(q)
     with pytest.raises(ValueError, match="x must be on CUDA as another tensor is, got cpu"):
-        ops.route(q.cpu(), router.to(DEVICE).weights(), 3, False)
+        operators.route(q.cpu(), router.to(DEVICE).weights(), 3, False)
 
 
 def test_forward_mode() -> None:
@@ -124,5 +125,5 @@ def test_a_cache_that_is_copied_says_so_once() -> None:
 
 def test_hard_routes_other_than_0_are_sparse() -> None:
     q = random(1, 90, 2, 64, dtype=torch.bfloat16)
-    outs = [ops.attend(q, q, q, int32([r]), Full(), Streaming(1, 9), 0.125)[0] for r in (1, -1, 7)]
+    outs = [operators.attend(q, q, q, int32([r]), Full(), Streaming(1, 9), 0.125)[0] for r in (1, -1, 7)]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

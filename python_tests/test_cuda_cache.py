@@ -11,7 +11,7 @@ from transformers.generation import CompileConfig
 
 import flux_ext
 from flux_ext import FluxCache, FluxStaticCache
-from flux_ext.patching import get_routers
+from flux_ext.models.patching import get_routers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUTES = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.int32)

@@ -5,7 +5,7 @@ import torch
 from models import tiny
 
 import flux_ext
-from flux_ext.static_cache import FluxStaticCache
+from flux_ext.caches.static import FluxStaticCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIG = {"sink": 4, "window": 16, "pool_size": 20}

@@ -7,19 +7,20 @@ import torch
 from test_cuda import DEVICE, error_of, int32
 from torch import Tensor
 
-from flux_ext import ops, reference
-from flux_ext.router import HeadRouter, LayerRouter, Router
+from flux_ext import operators
+from flux_ext.operators import reference
+from flux_ext.routers.modules import HeadRouter, LayerRouter, Router
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def check(x: Tensor, weights: list[Tensor], pool_size: int, per_head: bool, *bounds: Tensor | None) -> None:
     """Logits near the reference, the route theirs, and the same bits again."""
-    logits, route = ops.route(x, weights, pool_size, per_head, *bounds)
+    logits, route = operators.route(x, weights, pool_size, per_head, *bounds)
     exact, _ = reference.route(x.double(), [w.double() for w in weights], pool_size, per_head, *bounds)
     assert error_of(logits, exact) < 1e-5
     assert torch.equal(route, reference.decide(logits))
-    again, _ = ops.route(x, weights, pool_size, per_head, *bounds)
+    again, _ = operators.route(x, weights, pool_size, per_head, *bounds)
     assert torch.equal(logits, again)
 
 
@@ -114,12 +115,12 @@ def test_what_is_not_finite_stays_in_its_decision_and_is_full(batch: int, value:
     weights = random_weights((64, 256, 64, 256, 64), torch.bfloat16)
     x = torch.randn(batch, 120, 8, 64, device=DEVICE, dtype=torch.bfloat16)
     weights[-1].copy_(torch.tensor([1e4, 0.0]))  # sparse, whatever x is
-    clean, route = ops.route(x, weights, 50, True)
+    clean, route = operators.route(x, weights, 50, True)
     assert route.all()
     x[1, 3, 5, 7] = value
-    logits, spoilt = ops.route(x, weights, 50, True)
+    logits, spoilt = operators.route(x, weights, 50, True)
     assert not logits[1, 5].isfinite().any() and spoilt[1, 5] == 0
-    on_cpu = ops.route(x.cpu(), [w.cpu() for w in weights], 50, True)[1]
+    on_cpu = operators.route(x.cpu(), [w.cpu() for w in weights], 50, True)[1]
     assert torch.equal(on_cpu, spoilt.cpu())
     logits[1, 5], spoilt[1, 5] = clean[1, 5], route[1, 5]
     assert torch.equal(logits, clean) and torch.equal(spoilt, route)
@@ -147,8 +148,8 @@ def test_weights_written_just_before() -> None:
     for i in range(6):
         for w, values in zip(reversed(weights), reversed(kept), strict=True):
             w.copy_(values[i])
-        found.append(ops.route(x, weights, 100, False)[0])
-        found.append(ops.route(x, weights, 100, False)[0])
+        found.append(operators.route(x, weights, 100, False)[0])
+        found.append(operators.route(x, weights, 100, False)[0])
     torch.cuda.synchronize()
     for i in range(6):
         exact, _ = reference.route(x.double(), [values[i].double() for values in kept], 100, False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import flux_ext
-from flux_ext import cli, demo
+from flux_ext.cli import commands, demo
 from flux_ext.evaluation import tasks
 from flux_ext.evaluation.runner import Score
 
@@ -57,7 +57,7 @@ def test_verdicts_say_no_where_it_is_no():
 def test_a_missed_expectation_is_an_error_only_where_it_is_asked_for(monkeypatch, capsys):
     def status(scores, *options):
         monkeypatch.setattr(demo, "run", lambda *_, **__: scores)
-        return cli.main(["demo", *options])
+        return commands.main(["demo", *options])
 
     missed = [replace(s, accuracy=0.5) if s.mode == "routed" else s for s in GOOD]
     assert status(GOOD, "--check") == status(missed) == 0

@@ -32,11 +32,11 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_command_line_in_the_readme_exists(capsys):
-    from flux_ext import cli
+    from flux_ext.cli import commands
 
     for command in sorted(set(re.findall(r"^    flux-ext (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))):
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
+            commands.main([command, "--help"])
         assert stop.value.code == 0
         options = set(
             re.findall(rf"^    flux-ext {command} (.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.MULTILINE)

@@ -8,7 +8,7 @@ from models import FAMILIES, MIXED, OTHERS, SMALL, ragged, scramble, tiny
 
 import flux_ext
 from flux_ext import FluxConfig
-from flux_ext.patching import last_routing, policy
+from flux_ext.models.patching import last_routing, policy
 from flux_ext.transformers_seam import CACHE, cache_of
 
 
@@ -215,7 +215,7 @@ def test_attention_dropout_in_training_is_refused() -> None:
 
 def test_a_wrong_tap_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose norm acts after the projection, tapped at the projection, must not pass."""
-    from flux_ext import families
+    from flux_ext.models import families
 
     monkeypatch.setattr(families, "NORMS", {"query": (), "key": ()})
     model = tiny("qwen3")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import flux_ext
-from flux_ext import ops
-from flux_ext.router import LayerRouter
+from flux_ext import operators
+from flux_ext.routers.modules import LayerRouter
 
 STEPS = (2**31, 2**32)  # cut to 32 bits, the first leads outside the tensor and the second to another element
 
@@ -97,7 +97,7 @@ def test_appended_tokens(memory: Tensor) -> None:
         base, ring = (ints(*x).view(2, 1) for x in ((0, 2), (2, 2)))
         table, kv_len, seen = (torch.zeros(s, dtype=torch.int32) for s in ((2, 1, 2), (2, 1), (2, 1)))
         slots = torch.zeros((), dtype=torch.int64)
-        ops.append(k, k, *pools, base, ring, table, kv_len, seen, slots, flux_ext.Streaming(1, 3), 16)
+        operators.append(k, k, *pools, base, ring, table, kv_len, seen, slots, flux_ext.Streaming(1, 3), 16)
         return pools[0]
 
     assert torch.equal(append(far(floats, new, 2**31, 16, 16, 1)), append(new))

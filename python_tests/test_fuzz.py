@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flux_ext
-from flux_ext import Full, Streaming, Triangle, reference
-from flux_ext.testing import assert_as_accurate
+from flux_ext import Full, Streaming, Triangle
+from flux_ext.operators import reference
+from flux_ext.operators.testing import assert_as_accurate
 
 
 @st.composite

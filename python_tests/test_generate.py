@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
-from flux_ext.patching import last_routing, policy
+from flux_ext.models.patching import last_routing, policy
 
 
 @pytest.fixture(scope="module")

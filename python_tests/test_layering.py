@@ -17,8 +17,25 @@ MAY_INCLUDE = {
     "torch": {"core", "cpu", "cuda"},
     "python": {"core", "cpu"},
 }
-# What each part of the Python package may import of the package.
-TOP = {"training", "evaluation", "cli", "demo"}
+# What each room of the Python package (a folder, or a file of its own at the top) may import of the package.
+MAY_IMPORT: dict[str, set[str]] = {
+    "_library": set(),
+    "strict_json": set(),
+    "transformers_seam": set(),
+    "forward_context": set(),
+    "examples": set(),
+    "operators": {"_library"},
+    "config": {"operators"},
+    "pictures": {"operators", "_C"},
+    "routers": {"operators", "config"},
+    "caches": {"operators", "config", "forward_context", "transformers_seam"},
+    "models": {"operators", "config", "forward_context", "transformers_seam", "caches", "routers"},
+}
+MAY_IMPORT["evaluation"] = {"examples", "transformers_seam", "models"}
+MAY_IMPORT["training"] = {"examples", "strict_json", "transformers_seam", "models", "routers"}
+MAY_IMPORT["cli"] = {"__init__", *MAY_IMPORT, "_C"}  # the public names too, as a user has them
+MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models"}
+MAY_IMPORT["__main__"] = {"cli"}
 
 
 @pytest.mark.skipif(not SOURCES, reason="the sources are not beside the tests")
@@ -38,24 +55,36 @@ def test_includes(path: Path) -> None:
 
 
 def package_imports(path: Path) -> set[str]:
-    """First-level modules of flux_ext that a file imports."""
+    """The rooms of flux_ext that a file imports; "__init__" for a public name."""
     found = set()
     package = path.relative_to(ROOT / "flux_ext").parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - (node.level - 1)]
-            names = [node.module] if node.module else [a.name for a in node.names]
-            found |= {(base + tuple(n.split(".")))[0] for n in names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flux_ext."):
-            found.add(node.module.split(".")[1])
+            module = base + tuple((node.module or "").split(".") if node.module else ())
+            names = [module[0]] if module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flux_ext":
+            names = node.module.split(".")[1:2] or [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("flux_ext.")}
+            modules = [alias.name.split(".") for alias in node.names]
+            names = [[*module, "__init__"][1] for module in modules if module[0] == "flux_ext"]
+        else:
+            continue
+        found |= {name if name in MAY_IMPORT or name == "_C" else "__init__" for name in names if name != "__version__"}
     return found
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "flux_ext").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports(path: Path) -> None:
     room = path.relative_to(ROOT / "flux_ext").with_suffix("").parts[0]
-    if room in TOP or room in ("__main__", "__init__"):
-        return
-    assert not package_imports(path) & TOP, f"{room} must not import training, evaluation or the command line"
+    imports = package_imports(path) - {room}
+    assert imports <= MAY_IMPORT[room], f"{room} must not import {sorted(imports - MAY_IMPORT[room])}"
+
+
+def test_every_room_is_there() -> None:
+    rooms = {p.relative_to(ROOT / "flux_ext").with_suffix("").parts[0] for p in (ROOT / "flux_ext").rglob("*.py")}
+    assert rooms == set(MAY_IMPORT)
+    seen: set[str] = set()
+    for room, below in MAY_IMPORT.items():  # top to bottom: what a room imports stands before it
+        assert below - {"_C", "__init__"} <= seen or room == "__init__", room
+        seen.add(room)

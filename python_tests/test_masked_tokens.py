@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
-from flux_ext.cache import FluxLayer
-from flux_ext.pages import PagedRows
-from flux_ext.patching import get_routers
+from flux_ext.caches.dynamic import FluxLayer
+from flux_ext.caches.pages import PagedRows
+from flux_ext.models.patching import get_routers
 
 BATCH, LENGTH = 3, 40
 ROUTES = torch.tensor(

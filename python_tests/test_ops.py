@@ -5,7 +5,7 @@ import torch
 from cases import Case, make
 
 import flux_ext
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 ops = torch.ops.flux_ext
 STREAMING = [0, 1 << 30, 0, 1, 0, 3, 8, 0, 1, 0]

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import flux_ext
-from flux_ext import demo, patching
+from flux_ext.cli import demo
 from flux_ext.evaluation import tasks
+from flux_ext.models import patching
 from flux_ext.training import PaddedCollator, RouterDataset
 from flux_ext.training.data import IGNORED
 

@@ -6,8 +6,8 @@ from models import patched_model, ragged, routes_and_logits
 from torch import Tensor
 
 import flux_ext
-from flux_ext.batch import Batch
-from flux_ext.patching import get_routers
+from flux_ext.forward_context import ForwardContext
+from flux_ext.models.patching import get_routers
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -81,7 +81,7 @@ def test_packing_that_cannot_be_honoured() -> None:
 
 
 def test_a_mask_is_read_once_for_copies_of_a_batch() -> None:
-    batch = Batch(mask=torch.tensor([[False, True]]))
+    batch = ForwardContext(mask=torch.tensor([[False, True]]))
     assert batch.to("cpu").host_mask() is batch.host_mask() is not None
 
 

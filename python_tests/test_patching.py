@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
-from flux_ext.cache import FluxLayer
-from flux_ext.patching import get_routers, last_routing, policy
+from flux_ext.caches.dynamic import FluxLayer
+from flux_ext.models.patching import get_routers, last_routing, policy
 
 # --- Routes and policies
 

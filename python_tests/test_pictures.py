@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flux_ext import pictures
-from flux_ext.patterns import Full, Streaming
+from flux_ext.operators.patterns import Full, Streaming
 
 
 def test_schedule_shows_every_block_once(tmp_path):

@@ -12,8 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
 import flux_ext
-from flux_ext import FluxConfig, attention_function, proof
-from flux_ext.patching import last_routing
+from flux_ext import FluxConfig
+from flux_ext.models import attention_function, proof
+from flux_ext.models.patching import last_routing
 from flux_ext.transformers_seam import CACHE, cache_of
 
 

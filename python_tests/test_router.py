@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flux_ext import reference
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext.operators import reference
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 ROUTERS = [LayerRouter, HeadRouter]
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from test_routers_hub import check_same, published
 
 import flux_ext
-from flux_ext import FluxConfig, FluxRouters, get_routers, router_files
-from flux_ext.router import HeadRouter, LayerRouter
-from flux_ext.router_files import CONFIG_FILE, WEIGHTS_FILE
-from flux_ext.routers import check_output
+from flux_ext import FluxConfig, FluxRouters, get_routers
+from flux_ext.routers import files as router_files
+from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE, check_output
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 OURS = {CONFIG_FILE, WEIGHTS_FILE}
 
@@ -175,7 +175,7 @@ def test_a_save_that_ends_between_two_files_is_found(tmp_path: Path, monkeypatch
         replace(source, target)
 
     with monkeypatch.context() as m:
-        m.setattr(router_files.os, "replace", interrupted)
+        m.setattr(files.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(tmp_path)
     assert set(files(tmp_path)) == OURS | {"README.md"}
@@ -368,7 +368,7 @@ def test_a_hub_without_routers(hub: Any, offline: bool) -> None:
 def test_pushing_leaves_what_a_repository_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: set[str], through: str
 ) -> None:
-    import flux_ext.routers as module
+    import flux_ext.routers.collection as module
 
     pushed: dict[str, Any] = {}
 

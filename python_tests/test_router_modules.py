@@ -9,8 +9,10 @@ from models import SMALL, patched_model, ragged, routes_and_logits, scramble, ti
 from torch import Tensor, nn
 
 import flux_ext
-from flux_ext import FluxConfig, families, get_routers, reference
-from flux_ext.router import HeadRouter, LayerRouter, Router, pool_sequences
+from flux_ext import FluxConfig, get_routers
+from flux_ext.models import families
+from flux_ext.operators import reference
+from flux_ext.routers.modules import HeadRouter, LayerRouter, Router, pool_sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize")
 

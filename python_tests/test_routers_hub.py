@@ -12,9 +12,9 @@ from torch import Tensor
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
-from flux_ext.patching import get_routers
-from flux_ext.router import HeadRouter, LayerRouter
-from flux_ext.router_files import CONFIG_FILE, WEIGHTS_FILE
+from flux_ext.models.patching import get_routers
+from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 

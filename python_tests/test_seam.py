@@ -13,8 +13,9 @@ from test_layering import ROOT, TOP
 from transformers.generation.utils import GenerationMixin
 
 import flux_ext
-from flux_ext import FluxConfig, attention_function, model_patch
+from flux_ext import FluxConfig
 from flux_ext import transformers_seam as seam
+from flux_ext.models import attention_function, model_patch
 
 SOURCE = Path(seam.__file__)
 IMPORTED = [

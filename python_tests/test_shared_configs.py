@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import flux_ext
-from flux_ext import FluxConfig, families, get_routers
+from flux_ext import FluxConfig, get_routers
+from flux_ext.models import families
 
 IDS = torch.randint(2, 128, (2, 50), generator=torch.Generator().manual_seed(1))
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}

@@ -8,7 +8,7 @@ import tiny_training
 import torch
 
 import flux_ext
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 from flux_ext.training import PackedCollator, PaddedCollator, Recipe, start
 from flux_ext.training.start import pooled_states, whiten
 

@@ -13,8 +13,8 @@ from transformers.generation import CompileConfig
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
-from flux_ext.batch import Batch
-from flux_ext.patching import get_routers
+from flux_ext.forward_context import ForwardContext
+from flux_ext.models.patching import get_routers
 
 SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
@@ -91,7 +91,7 @@ def test_a_step_is_stored_by_one_operator() -> None:
     cache = FluxStaticCache(model.config, get_routers(model).config, 60)
     model(torch.randint(2, 128, (2, 40)), past_key_values=cache)
     k = torch.randn(2, 2, 1, 16)
-    cache.layers[0].begin(Batch())
+    cache.layers[0].begin(ForwardContext())
     with Calls() as calls:
         cache.layers[0].update(k, k)
     work = [n for n in calls.names if n not in ("aten::detach", "aten::_local_scalar_dense")]  # views; the CPU's check

@@ -9,7 +9,7 @@ import transformers
 from tiny_training import LAYERS, Grab, batch_rows, dataset, model, snapshot, trainer
 
 import flux_ext
-from flux_ext import patching
+from flux_ext.models import patching
 from flux_ext.training import PackedCollator, PaddedCollator, Recipe
 from flux_ext.training.backbone import PatchedModel, answer_lengths, losses
 

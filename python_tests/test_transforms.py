@@ -7,8 +7,9 @@ from cases import Case, make
 from torch import Tensor
 
 import flux_ext
-from flux_ext import BlockSparse, Streaming, Triangle, ops, reference
-from flux_ext.router import HeadRouter, LayerRouter
+from flux_ext import BlockSparse, Streaming, Triangle, operators
+from flux_ext.operators import reference
+from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 CASES = [
     Case((12, 12), (20, 20), head_dim=16),
@@ -138,21 +139,21 @@ def test_router(router):
     weights = [w.detach() for w in router.weights()]
 
     def f(x):
-        return ops.route(x, weights, 4, router.per_head, None, end)[0]
+        return operators.route(x, weights, 4, router.per_head, None, end)[0]
 
     def twin(x):
         return reference.route(x, [w.double() for w in weights], 4, router.per_head, None, end)[0]
 
     close(torch.func.jvp(f, (x,), (dx,))[1], by_differences(twin, (x,), (dx,)))
-    got = torch.func.grad(lambda w: ops.route(x, w, 4, router.per_head)[0].square().sum())(weights)
+    got = torch.func.grad(lambda w: operators.route(x, w, 4, router.per_head)[0].square().sum())(weights)
     want = torch.func.grad(lambda w: reference.route(x, w, 4, router.per_head)[0].square().sum())(weights)
     for a, b in zip(got, want, strict=True):
         close(a, b)
     close(torch.func.vmap(f)(torch.stack([x, dx])), torch.stack([f(x), f(dx)]))
     double = [torch.stack([w, 2 * w], -1) for w in weights]
     close(
-        torch.func.vmap(lambda w: ops.route(x, w, 4, router.per_head)[0], -1)(double),
-        torch.stack([ops.route(x, [n * w for w in weights], 4, router.per_head)[0] for n in (1, 2)]),
+        torch.func.vmap(lambda w: operators.route(x, w, 4, router.per_head)[0], -1)(double),
+        torch.stack([operators.route(x, [n * w for w in weights], 4, router.per_head)[0] for n in (1, 2)]),
     )
 
 
@@ -171,4 +172,4 @@ def test_appending_has_no_derivative():
         pools = torch.zeros(2, 16, 1, 16), torch.zeros(2, 16, 1, 16)
         one = [torch.ones(1, 1, dtype=torch.int32) for _ in range(4)]
         table, slots = torch.zeros(1, 1, 2, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-        ops.append(fw.make_dual(k, k), k, *pools, *one[:2], table, *one[2:], slots, Streaming(1, 3), 32)
+        operators.append(fw.make_dual(k, k), k, *pools, *one[:2], table, *one[2:], slots, Streaming(1, 3), 32)

@@ -35,7 +35,7 @@ Every causal language model of transformers {version}, made tiny with random wei
 `python tools/list_families.py`, which wrote this page. Of {count} (some with other settings once more), {works} work:
 with every route full, padded or not, they give the logits and the tokens of the unpatched model, and with half of the
 layers sparse the same from the trimmed cache as without one. The others are refused at `flux_ext.patch` by a ValueError
-with the reason given here. A model counts as it is, not by its name: `patch` tries each (`flux_ext/proof.py`).
+with the reason given here. A model counts as it is, not by its name: `patch` tries each (`flux_ext/models/proof.py`).
 
 | family | class | patched | why not |
 | --- | --- | --- | --- |

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from flux_ext import ops
-from flux_ext.router import HeadRouter, LayerRouter, Router
+from flux_ext import operators
+from flux_ext.routers.modules import HeadRouter, LayerRouter, Router
 
 from . import peers
 from .measure import Call
@@ -114,7 +114,7 @@ def build_router(spec: Spec, setting: Setting) -> Problem:
     states = [buffer[:, i * 256 :][:, : spec.length] for i in range(count)]
     problem = Problem()
     problem.contenders[OURS] = [
-        lambda x=x, w=m.weights(), m=m: ops.route(x, w, m.pool_size, m.per_head)
+        lambda x=x, w=m.weights(), m=m: operators.route(x, w, m.pool_size, m.per_head)
         for x, m in zip(states, modules, strict=True)
     ]
     if setting.peers:
@@ -144,7 +144,7 @@ def build_append(spec: Spec, setting: Setting) -> Problem:
     kv_len, slots = torch.zeros_like(base), torch.zeros((), dtype=torch.int64, device=setting.device)
     problem = Problem()
     problem.contenders[OURS] = [
-        lambda: ops.append(k, v, *pools, base, rings, table, kv_len, seen, slots, sparse, spec.length)
+        lambda: operators.append(k, v, *pools, base, rings, table, kv_len, seen, slots, sparse, spec.length)
     ]
     if setting.peers:
         place = base.view(-1).long() * PAGE_SIZE

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from flux_ext import BlockSparse, Full
-from flux_ext.block_sparse import select_blocks
-from flux_ext.patterns import Q_BLOCK, Pattern
+from flux_ext.operators.block_selection import select_blocks
+from flux_ext.operators.patterns import Q_BLOCK, Pattern
 
 from . import peers
 from .decode import K, M

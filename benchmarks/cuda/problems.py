@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flux_ext import Full, Streaming, ops
-from flux_ext.patterns import Pattern
+from flux_ext import Full, Streaming, operators
+from flux_ext.operators.patterns import Pattern
 
 from .measure import Call
 
@@ -105,7 +105,7 @@ class Group:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, sparse: Pattern, **bounds: Tensor | None) -> Tensor:
     """Our operator, causal with hard routes."""
-    return ops.attend(q, k, v, route, Full(), sparse, q.shape[-1] ** -0.5, **bounds)[0]
+    return operators.attend(q, k, v, route, Full(), sparse, q.shape[-1] ** -0.5, **bounds)[0]
 
 
 SHARES = {"full": 0.0, "dense": 0.0, "quarter": 0.25, "half": 0.5, "streaming": 1.0}

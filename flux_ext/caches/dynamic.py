@@ -14,7 +14,7 @@ streaming pattern evaluated on stored indices is the pattern on true positions:
 So one attention call serves any mix of routes, and no kernel knows of the gap (semantics, section 6).
 
 Rows hold tokens, never padding: a mask says which of a forward's slots are tokens, and what it takes back of earlier
-ones is removed (:mod:`flux_ext.history`).
+ones is removed (:mod:`flux_ext.caches.history`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cache_ops, ops
-from .batch import Batch
-from .config import FluxConfig
+from .. import operators
+from ..config import FluxConfig
+from ..forward_context import ForwardContext
+from ..operators.patterns import Full
+from ..transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from . import steps
 from .history import FAILED, History, Step
 from .pages import PagedRows, normal
-from .patterns import Full
-from .transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 class FluxLayer(CacheLayerMixin):
@@ -60,7 +61,7 @@ class FluxLayer(CacheLayerMixin):
         self.unit = math.lcm(self.pattern.align, page_size)  # tokens are dropped by this many
         self.record_past = False
         self.history = History()  # of a whole cache, one for all layers
-        self.handle = cache_ops.new_handle(self)
+        self.handle = steps.new_handle(self)
         self._clear()
 
     def _clear(self) -> None:
@@ -70,7 +71,7 @@ class FluxLayer(CacheLayerMixin):
         self.continues = False  # whether the forward in flight adds to tokens already here
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
-        self._batch: Batch | None = None
+        self._batch: ForwardContext | None = None
         self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,12 +80,12 @@ class FluxLayer(CacheLayerMixin):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
         self.__dict__ = {name: normal(x) for name, x in state.items()}
-        self.handle, self._batch = cache_ops.new_handle(self), None
+        self.handle, self._batch = steps.new_handle(self), None
 
     # --- One forward: begin (patch), set_route (router), update (model), attend (attention function). In a graph, the
     # two that keep books on the host, store and attend_stored, are operators.
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: ForwardContext) -> None:
         """Announces a forward's sequences."""
         self._batch = batch
         self.continues = self.is_initialized
@@ -129,9 +130,9 @@ class FluxLayer(CacheLayerMixin):
         self._update(key_states.detach(), value_states.detach(), self.route, batch)
         return key_states, value_states
 
-    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: Batch) -> None:
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: ForwardContext) -> None:
         if torch.compiler.is_compiling():
-            cache_ops.store(self.handle, k, v, route, batch.host_mask())
+            steps.store(self.handle, k, v, route, batch.host_mask())
         else:
             self.store(k, v, route, batch.host_mask())
 
@@ -176,13 +177,13 @@ class FluxLayer(CacheLayerMixin):
     def _by_row(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(-1, self.rows.num_heads)
 
-    def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
+    def attend(self, q: Tensor, scale: float, batch: ForwardContext) -> Tensor:
         """Attention of queries ``[B, S, Hq, D]`` over everything stored; returns the same shape."""
         assert self.route is not None
         # What a single query of padding gets is never used: no bounds, no rows to clear.
         bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
         if torch.compiler.is_compiling():
-            return cache_ops.attend(self.handle, q, self.route, *bounds, scale)
+            return steps.attend(self.handle, q, self.route, *bounds, scale)
         return self.attend_stored(q, self.route, *bounds, scale)
 
     def attend_stored(
@@ -191,7 +192,7 @@ class FluxLayer(CacheLayerMixin):
         """:meth:`attend` with its tensors spelt out."""
         if not self.rows.length.any():  # only padding so far
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        return ops.attend(
+        return operators.attend(
             q.to(self.dtype),
             self.rows.keys,
             self.rows.values,

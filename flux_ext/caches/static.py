@@ -8,9 +8,10 @@ page ``base + place(t // page_size)``, where ``place`` keeps the sink's pages an
 
 A full row's ring is as long as the cache. A sparse row's is as long as the window: what its oldest page is
 overwritten with comes when no query can see it any more. The page table lists the stored tokens in order, with
-the gap of :mod:`flux_ext.cache` after the sink, so the attention call is the same as there. The prompt is stored
-with torch's operators, a step with one of ours: :func:`flux_ext.ops.append`. It stores tokens only: whether a step has
-one, and in which sequences, is said on the device, by the column of the mask that ``slots`` points to.
+the gap of :mod:`flux_ext.caches.dynamic` after the sink, so the attention call is the same as there. The prompt is
+stored with torch's operators, a step with one of ours: :func:`flux_ext.operators.append`. It stores tokens only:
+whether a step has one, and in which sequences, is said on the device, by the column of the mask that ``slots`` points
+to.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
-from .batch import Batch
-from .cache import FluxCache, FluxLayer, stock_layers
-from .config import FluxConfig
+from .. import operators
+from ..config import FluxConfig
+from ..forward_context import ForwardContext
+from ..operators.patterns import Full
+from ..transformers_seam import Cache, DynamicLayer
+from .dynamic import FluxCache, FluxLayer, stock_layers
 from .history import FAILED, History, token_rows
 from .pages import normal
-from .patterns import Full
-from .transformers_seam import Cache, DynamicLayer
 
 
 class FluxStaticLayer(FluxLayer):
     """One layer: a prompt, then steps of one token per sequence.
 
     Args:
-        config, page_size, routed: as for :class:`~flux_ext.cache.FluxLayer`.
+        config, page_size, routed: as for :class:`~flux_ext.caches.dynamic.FluxLayer`.
         max_cache_len: tokens per sequence, padding included.
         any_routes: whether the pools have room for full rows only.
     """
@@ -135,7 +136,7 @@ class FluxStaticLayer(FluxLayer):
         gap = (window_begin - self.head).clamp(min=0) // self.unit * self.unit
         return gap * (self.head_pages + self.ring < self.full_pages)
 
-    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: Batch) -> None:
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: ForwardContext) -> None:
         if not self.continues:
             return super()._update(k, v, route, batch)
         if k.shape[2] != 1:
@@ -143,7 +144,7 @@ class FluxStaticLayer(FluxLayer):
         assert self.k_pool is not None
         if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.slots) >= self.max_cache_len:
             raise ValueError(f"the cache is full: max_cache_len is {self.max_cache_len}")
-        ops.append(
+        operators.append(
             k,
             v,
             self.k_pool,
@@ -197,12 +198,14 @@ class FluxStaticLayer(FluxLayer):
             for t in (self.seen, self.kv_len, self.slots):
                 t.zero_()
 
-    def attend(self, q: Tensor, scale: float, batch: Batch) -> Tensor:
+    def attend(self, q: Tensor, scale: float, batch: ForwardContext) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
         assert self.k_pool is not None and self.route_kept is not None
         spans = (None, None, None, self.kv_len)
         pools = self.k_pool, self.v_pool
-        out = ops.attend(q.to(self.dtype), *pools, self.route_kept, Full(), self.pattern, scale, *spans, self.table)[0]
+        out = operators.attend(
+            q.to(self.dtype), *pools, self.route_kept, Full(), self.pattern, scale, *spans, self.table
+        )[0]
         return out.to(q.dtype)
 
     def get_seq_length(self) -> Any:
@@ -277,7 +280,7 @@ class FluxStaticCache(FluxCache):
             raise RuntimeError(FAILED)
 
     def active(self, mask: Tensor) -> Tensor:
-        """int32 ``[B]`` of a step, as :func:`flux_ext.ops.append` takes it, from a mask, bool ``[B, slots or more]``.
+        """int32 ``[B]`` of a step, as ``append`` takes it, from a mask, bool ``[B, slots or more]``.
 
         Raises:
             ValueError: the mask contradicts what is stored, where no wait for the device is needed to see it.

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from . import __version__, options
+from .. import __version__
+from . import options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,7 +192,7 @@ def _info(args: argparse.Namespace) -> None:
 
 def info() -> dict[str, str]:
     """What is built and found, by name."""
-    from . import _library
+    from .. import _library
 
     def version(package: str) -> str:
         try:
@@ -200,7 +201,7 @@ def info() -> dict[str, str]:
             return "not installed"
 
     try:
-        from . import _C
+        from .. import _C
 
         isa = _C.isa()
     except ImportError as error:
@@ -208,7 +209,7 @@ def info() -> dict[str, str]:
     cuda = "loaded" if _library.has_cuda_library else "not built (no nvcc at build time, or FLUX_CUDA=OFF)"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "flux-ext": f"{__version__} in {Path(__file__).parent}",
+        "flux-ext": f"{__version__} in {Path(__file__).parents[1]}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "transformers": version("transformers"),
@@ -261,7 +262,7 @@ def _prompt(file: Path) -> str:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from .transformers_seam import cache_of
+    from ..transformers_seam import cache_of
 
     prompt = _prompt(args.prompt_file)
     model, tokenizer = _load(args, args.routers)
@@ -291,8 +292,9 @@ def _generate(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     import flux_ext
 
-    from .training import FluxTrainer, Recipe, RouterDataset, load_examples, training_arguments
-    from .training.checkpoint import Checkpoint, check_output_folder, check_progress, latest_checkpoint
+    from ..examples import load_examples
+    from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
+    from ..training.checkpoint import Checkpoint, check_output_folder, check_progress, latest_checkpoint
 
     recipe = Recipe(
         objective=args.objective,
@@ -348,7 +350,7 @@ def _train(args: argparse.Namespace) -> None:
     trainer.save_model()
     print(f"routers written to {args.output}")
     if held_out:
-        from .evaluation.runner import evaluate, format_table
+        from ..evaluation.runner import evaluate, format_table
 
         print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
 
@@ -356,9 +358,9 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from . import strict_json
-    from .evaluation.runner import evaluate, format_table
-    from .training import load_examples
+    from .. import strict_json
+    from ..evaluation.runner import evaluate, format_table
+    from ..examples import load_examples
 
     examples = load_examples(args.data)
     model, tokenizer = _load(args, args.routers)
@@ -374,7 +376,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     import torch.nn.functional as F
 
-    from . import Streaming, attention
+    from .. import Streaming, attention
 
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv-heads, {args.kv_heads}, got {args.heads}")

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import FluxConfig, get_routers, patch, pictures, strict_json
-from .evaluation import tasks
-from .evaluation.runner import MODES, Score, evaluate, format_table
-from .training import FluxTrainer, Recipe, RouterDataset, training_arguments
-from .training.config import ObjectiveName
-from .transformers_seam import cache_of
+from .. import FluxConfig, get_routers, patch, pictures, strict_json
+from ..evaluation import tasks
+from ..evaluation.runner import MODES, Score, evaluate, format_table
+from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
+from ..training.config import ObjectiveName
+from ..transformers_seam import cache_of
 
-BACKBONE = Path(__file__).parent / "assets" / "demo_backbone"
+BACKBONE = Path(__file__).parents[1] / "assets" / "demo_backbone"
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import patching
+from ..examples import Example
+from ..models import patching
 from ..transformers_seam import CACHE, cache_of
-from .tasks import Example
 
 Mode = Literal["dense", "sparse", "routed"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
@@ -99,7 +99,7 @@ def evaluate(
             raise ValueError(f"generate or likelihood must be True for the task {task!r}")
     scores = []
     with (
-        evaluation_mode(model),
+        patching.evaluation_mode(model),
         torch.inference_mode(),
         tqdm(total=len(examples) * len(modes), disable=not progress, unit="example") as bar,
     ):
@@ -109,18 +109,6 @@ def evaluate(
                 chosen = [e for e in examples if e.task == task]
                 scores.append(_score(model, tokenizer, chosen, mode, generates[task], measures[task], batch_size, bar))
     return scores
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """As ``model.eval()`` within a ``with`` block; afterwards each module is in the mode it was found in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _score(

@@ -32,15 +32,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 import string
 import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
+
+from ..examples import Example
 
 RETRIEVAL, CONTINUATION = TASKS = ("retrieval", "continuation")
 SPLITS = ("train", "heldout")
@@ -48,34 +48,6 @@ SPLITS = ("train", "heldout")
 # Not the library's own code, or not code: installed packages, tests, generated tables and help texts.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 _HELDOUT_SHARE = 0.08
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt (``context + question``), the text that should follow it, and the task it belongs to.
-
-    Raises:
-        ValueError: a text has half of a surrogate pair (JSON can write one): no encoding has a form for it.
-    """
-
-    context: str
-    question: str
-    answer: str
-    task: str
-
-    def __post_init__(self) -> None:
-        for name, text in vars(self).items():
-            if isinstance(text, str) and (half := _SURROGATE.search(text)):
-                raise ValueError(
-                    f"the column {name!r} must be text that UTF-8 can hold, its character {half.start() + 1} is half "
-                    f"of a surrogate pair (\\u{ord(half[0]):04x})"
-                )
-
-    @property
-    def prompt(self) -> str:
-        """What the model reads before it answers."""
-        return self.context + self.question
 
 
 def is_heldout(name: str) -> bool:

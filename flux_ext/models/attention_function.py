@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .patterns import Streaming
-from .transformers_seam import (
+from .. import operators
+from ..operators.patterns import Streaming
+from ..transformers_seam import (
     ATTENTION_TERMS,
     UNKNOWN_KEYWORDS,
     AttentionInterface,
@@ -53,9 +53,11 @@ def flux_attention(
     if cache is not None and cache.continues:
         return cache.attend(q, scaling, batch), None
     if batch.cu_seqlens is not None:
-        out = ops.attention(q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens)
+        out = operators.attention(
+            q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens
+        )
         return out[None], None
-    out = ops.attention(
+    out = operators.attention(
         q, k, v, route, sparse=layer.pattern, scale=scaling, seq_start=batch.seq_start, seq_end=batch.seq_end
     )
     return out, None
@@ -76,13 +78,13 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: 
     """A layer with a sliding window of its own: streaming without a sink, over what its stock cache gives."""
     pattern = Streaming(sink=0, window=window)
     if batch.cu_seqlens is not None:
-        return ops.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=batch.cu_seqlens)[None]
+        return operators.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=batch.cu_seqlens)[None]
     if batch.has_holes(k.shape[1]):
         return _sliding_with_holes(q, k, v, scale, batch.mask[:, -k.shape[1] :], window)
     kv_begin, kv_end = batch.kv_bounds(k.shape[1])
     bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
     spans = (*bounds, kv_begin, kv_end)
-    return ops.attend(q, k, v, None, pattern, pattern, scale, *spans)[0]
+    return operators.attend(q, k, v, None, pattern, pattern, scale, *spans)[0]
 
 
 def _sliding_with_holes(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .transformers_seam import offloaded_to, setting, tensor_parallel_size
+from ..transformers_seam import offloaded_to, setting, tensor_parallel_size
 
 NORMS = {"query": ("q_norm", "q_layernorm", "query_layernorm"), "key": ("k_norm", "k_layernorm", "key_layernorm")}
 PROJECTIONS = {"query": "q_proj", "key": "k_proj"}
@@ -55,8 +55,9 @@ class Tap:
         return states if self.norm is None else getattr(attention, self.norm)(states)
 
     def sees(self, output: Tensor, given: Tensor, attention: nn.Module) -> bool:
-        """Whether the states are what attention was ``given``, ``[2, H, S, D]``, where :func:`flux_ext.proof.look`
-        looked: at position 0 in the first row, and the same states at another position in the second.
+        """Whether the states are what attention was ``given``, ``[2, H, S, D]``, where
+        :func:`flux_ext.models.proof.look` looked: at position 0 in the first row, and the same states at another
+        position in the second.
 
         A rotary embedding may scale the features it rotates (YaRN), by one factor, also at position 0.
         """
@@ -87,7 +88,7 @@ def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, i
 
     Args:
         given: the states that attention was given, ``[2, H, S, D]``, and
-        outputs: those of the submodules, by name, where :func:`flux_ext.proof.look` looked.
+        outputs: those of the submodules, by name, where :func:`flux_ext.models.proof.look` looked.
         heads: num_q_heads, num_kv_heads, head_dim.
 
     Raises:

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention_function, families, proof, transformers_seam
-from .batch import Batch, Decision, Policy, make_batch
-from .cache import FluxCache, FluxLayer, stock_layers
-from .config import FluxConfig
+from .. import transformers_seam
+from ..caches.dynamic import FluxCache, FluxLayer, stock_layers
+from ..caches.static import FluxStaticCache
+from ..config import FluxConfig
+from ..forward_context import Decision, ForwardContext, Policy, read_forward
+from ..operators import decide
+from ..routers.collection import FluxRouters
+from ..transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
+from . import attention_function, families, proof
 from .config_view import Views
-from .reference import decide
-from .routers import FluxRouters
-from .static_cache import FluxStaticCache
-from .transformers_seam import CACHE, DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
 
 BATCH = "flux_ext_batch"
-"""The keyword with which the decoder hands a :class:`Batch` through its layers, also when they are recomputed."""
+"""The keyword with which the decoder hands a :class:`ForwardContext` through its layers, also when recomputed."""
 
 HELD = "flux_ext_routes"
 """The keyword with which ``generate`` hands the prompt's routes from forward to forward where no cache keeps them."""
@@ -48,7 +49,7 @@ class _Local(threading.local):
 
     # Set in every thread, not by the class: torch 2.11 compiles what the class says instead of what the thread has.
     def __init__(self) -> None:
-        self.forward: Any = None  # Batch of the decoder's forward
+        self.forward: Any = None  # ForwardContext of the decoder's forward
         self.batch: Any = None  # the same in an attention module, on its device
         self.cache: FluxLayer | None = None
         self.policy: Policy | None = None
@@ -97,8 +98,8 @@ class PatchedLayer:
                 handle.remove()
         del self.attention._flux_ext
 
-    def current(self) -> tuple[Batch, FluxLayer | None, Tensor | None]:
-        """Batch, cache layer and route of the forward in flight; called by the attention function."""
+    def current(self) -> tuple[ForwardContext, FluxLayer | None, Tensor | None]:
+        """ForwardContext, cache layer and route of the forward in flight; called by the attention function."""
         local = self.patch.local
         route = None
         if self.slot is not None:
@@ -375,7 +376,7 @@ class Patch:
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         self.check_checkpointing()
-        batch = make_batch(self.local.policy, kwargs, tokens, cache)
+        batch = read_forward(self.local.policy, kwargs, tokens, cache)
         batch.prompt_lengths = self.local.prompt_lengths
         batch.held = kwargs.pop(HELD, None)
         if cache is not None:

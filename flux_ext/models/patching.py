@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Decision, Policy
-from .config import FluxConfig
+from ..config import FluxConfig
+from ..forward_context import Decision, Policy
+from ..routers.collection import FluxRouters
+from ..transformers_seam import PreTrainedModel
 from .model_patch import Patch
-from .routers import FluxRouters
-from .transformers_seam import PreTrainedModel
 
 
 class Routing:
@@ -220,3 +220,15 @@ def routes(model: Any, route: str | Tensor) -> Iterator[None]:
 
     with policy(model, forced):
         yield
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """As ``model.eval()`` within a ``with`` block; afterwards each module is in the mode it was found in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..transformers_seam import AttentionInterface, AttentionMaskInterface, cache_of, setting
 from . import families
 from .attention_function import flux_mask, refuse_terms
-from .transformers_seam import AttentionInterface, AttentionMaskInterface, cache_of, setting
 
 LOOK = "flux_ext_look"
 PROMPT, PADDING = 9, 3

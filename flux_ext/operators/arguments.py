@@ -105,7 +105,7 @@ def row_spans(
     kv_len: Tensor | None,
     page_table: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(q_begin, q_end, kv_begin, kv_end)`` of :func:`flux_ext.ops.attend`, from those of :func:`flux_ext.attention`.
+    """``(q_begin, q_end, kv_begin, kv_end)`` of ``operators.attend``, from those of :func:`flux_ext.attention`.
 
     Where the rows of packed sequences follow each other, ``cu_seqlens`` takes the place of the first bound alone.
 

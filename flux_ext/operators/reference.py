@@ -150,7 +150,7 @@ def append(
     max_cache_len: int,
     active: Tensor | None = None,
 ) -> None:
-    """As :func:`flux_ext.ops.append`, row by row and page by page."""
+    """As :func:`flux_ext.operators.append`, row by row and page by page."""
     page_size, max_pages = k_pool.shape[1], page_table.shape[2]
     sink_pages = -(-pattern.sink // page_size)
     unit = math.lcm(pattern.align, page_size)

@@ -1,22 +1,20 @@
-"""The registered operators with their tensors and patterns, and the public operation on top.
+"""The attention operator with its tensors and patterns, and the public operation on top.
 
-The schemas are in ``csrc/torch/library.cpp``.
+The schema is in ``csrc/torch/library.cpp``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import gradients  # noqa: F401  (makes the operators differentiable)
-from .arguments import call, check_integer, check_tensors, described, row_spans, to_float
-from .block_sparse import select_blocks
-from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming, Triangle
+from . import attention_gradient  # noqa: F401  (makes the operator differentiable)
+from .arguments import call, check_tensors, described, row_spans, to_float
+from .block_selection import select_blocks
+from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
 
 _ops = torch.ops.flux_ext
 _CHOICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -39,8 +37,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, with every row bound spelt out: the operator with its tensors and patterns.
 
-    Arguments as for :func:`flux_ext.reference.attend`, the bounds int32, and beyond it block lists by threshold for
-    plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
+    Arguments as for :func:`flux_ext.operators.reference.attend`, the bounds int32, and beyond it block lists by
+    threshold for plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
 
     Raises:
         TypeError, ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may
@@ -149,7 +147,7 @@ def attention(
         route: ``[B]`` or ``[B, Hkv]``. Integers or booleans are a hard choice, 0 full and 1 sparse, and
             cost only what is visible. Floating-point ``w`` in [0, 1] mixes ``(1 - w) * full + w * sparse``,
             differentiable in q, k, v and w (training). None: all full.
-        sparse, full: the two patterns; see :mod:`flux_ext.patterns`.
+        sparse, full: the two patterns; see :mod:`flux_ext.operators.patterns`.
         scale: softmax scale, finite; default ``D ** -0.5``.
         cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0: of q, and of k and v where those
             are packed too. Rows after the last bound give 0. Over a cache, the ``q_len`` queries of a sequence are
@@ -169,7 +167,7 @@ def attention(
         ``out`` with the shape and dtype of ``q``, or ``(out, lse)``.
 
     Forward-mode derivatives and ``torch.func`` are right to any order, by plain PyTorch with dense masks
-    (:mod:`flux_ext.reference`); ``torch.func.vmap`` calls the operator once per entry.
+    (:mod:`flux_ext.operators.reference`); ``torch.func.vmap`` calls the operator once per entry.
 
     Raises:
         TypeError: something else where a tensor, a pattern or a number belongs.
@@ -212,119 +210,3 @@ def attention(
         return (1 - w) * all_full + w * run(hard + 1)[0]
     out, lse = run(route)
     return (out, lse) if return_lse else out
-
-
-def route(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    pool_size: int,
-    per_head: bool,
-    begin: Tensor | None = None,
-    end: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.reference.route`.
-
-    ``x`` fp16, bf16 or fp32; weights of one such dtype; bounds int32. Returns logits, fp32, differentiable in ``x``
-    and the weights, and the route, int32.
-
-    Where the pooled states are not finite (NaN, or what overflowed), neither are the logits, and the route is full.
-
-    Raises:
-        TypeError: something else where a tensor or an integer belongs.
-        ValueError: an argument breaks a rule; the message names argument, rule and value. Bounds in CUDA tensors are
-            not read back but clamped.
-    """
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights must be a list of tensors, got {described(weights)}")
-    check_tensors({"x": x}, {"begin": begin, "end": end})
-    check_integer("pool_size", pool_size)
-    try:
-        _, logits, decision = call(_ops.route, x, weights, pool_size, bool(per_head), begin, end)
-    except RuntimeError:  # perhaps the dispatcher's; looked into late, as there are ten weights
-        check_tensors({f"weights[{i}]": w for i, w in enumerate(weights)}, {})
-        raise
-    return logits, decision
-
-
-def append(
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    base: Tensor,
-    ring: Tensor,
-    page_table: Tensor,
-    kv_len: Tensor,
-    seen: Tensor,
-    slots: Tensor,
-    pattern: Streaming,
-    max_cache_len: int,
-    active: Tensor | None = None,
-) -> None:
-    """One token more in every row of a cache with fixed addresses, in place and in one launch.
-
-    A row, i.e. (sequence, KV head), owns the pages of the pools from ``base`` on. Its token ``t`` lies in page
-    ``base + place(t // page_size)``, where ``place`` keeps the pages of the sink (``ceil(sink / page_size)`` of
-    them) and goes round the ``ring`` pages after those. A row whose sink and ring have fewer pages than
-    ``page_table`` has columns drops, in whole pages and multiples of ``align``, what lies between the sink and the
-    window: ``page_table`` and ``kv_len`` then say what is stored, in order, as :func:`attention` takes it.
-
-    All on one device; all but k and v contiguous. Nothing is read back from the device. k and v are not
-    differentiated: this is for inference.
-
-    Args:
-        k, v: the new tokens, ``[B, Hkv, 1, D]``, fp16, bf16 or fp32, ``D`` up to 256; any strides with the last
-            dimension contiguous. Cast to the pools' dtype.
-        k_pool, v_pool: ``[num_pages, page_size, 1, D]``, both fp16, bf16 or fp32; the tokens are written here.
-        base: int32 ``[B, Hkv]``, the first page of each row.
-        ring: int32 ``[B, Hkv]``, the pages each row goes round: at least
-            ``ceil((window + lcm(align, page_size) - 1) / page_size)`` where it drops.
-        page_table: int32 ``[B, Hkv, max_pages]``. Of each row the entries that count by ``kv_len`` are written.
-        kv_len: int32 ``[B, Hkv]``, written: the tokens stored, the new one included.
-        seen: int32 ``[B, Hkv]``, the tokens so far, i.e. the position of the new one; counted up. (One count per
-            row, though a sequence's are equal: so no thread block reads what another writes.)
-        slots: int64, one number, counted up.
-        pattern: what sparse rows see.
-        max_cache_len: tokens per row, at most ``max_pages * page_size``. Instead of a token more, NaN is stored in
-            place of the last one: what attends to the row then says that it was full.
-        active: int32 ``[B]``. 1: the sequence has a token in this step; 0: it has none, and its rows stay as they are;
-            -1: NaN is stored in place of its token. None: all have one.
-
-    Raises:
-        ValueError: an argument breaks a rule; the message names argument, rule and value, and nothing was written.
-            Values inside CUDA tensors are not read back: pages outside the pools are clamped.
-    """
-    required = {
-        "k": k,
-        "v": v,
-        "k_pool": k_pool,
-        "v_pool": v_pool,
-        "base": base,
-        "ring": ring,
-        "page_table": page_table,
-        "kv_len": kv_len,
-        "seen": seen,
-        "slots": slots,
-    }
-    check_tensors(required, {"active": active})
-    if not isinstance(pattern, (Streaming, Triangle)):
-        raise TypeError(f"pattern must be Streaming, got {described(pattern)}")
-    check_integer("max_cache_len", max_cache_len)
-    if forward_ad._current_level >= 0:
-        raise RuntimeError("flux_ext.ops.append has no forward-mode derivative: it is for inference")
-    call(
-        _ops.append,
-        k.detach(),
-        v.detach(),
-        k_pool,
-        v_pool,
-        base,
-        ring,
-        page_table,
-        kv_len,
-        seen,
-        slots,
-        pattern.numbers(),
-        max_cache_len,
-        active,
-    )

@@ -9,11 +9,11 @@ import torch
 from huggingface_hub import HfApi, PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from . import router_files
-from .config import FluxConfig, check_integer
-from .router import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter
-from .router_files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_WEIGHTS_FILE, WEIGHTS_FILE, Place
-from .router_files import check_output as check_output  # public here
+from ..config import FluxConfig, check_integer
+from . import files
+from .files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_WEIGHTS_FILE, WEIGHTS_FILE, Place
+from .files import check_output as check_output  # public here
+from .modules import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter
 
 # No `from __future__ import annotations` here: the Hub mixin reads the annotation of `config` as a type.
 
@@ -27,7 +27,7 @@ class FluxRouters(
     library_name="flux-ext",
     tags=["flux-ext", "sparse-attention"],
 ):
-    """One :class:`~flux_ext.router.LayerRouter` or :class:`~flux_ext.router.HeadRouter` per routed layer.
+    """One router (:mod:`flux_ext.routers.modules`) per routed layer.
 
     ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` are the Hugging Face Hub's. The files are
     ``flux_routers.safetensors`` and ``flux_config.json``, the :class:`~flux_ext.FluxConfig`: they may lie beside a
@@ -70,7 +70,7 @@ class FluxRouters(
                 quantised one). Nothing was written.
         """
         folder = Path(save_directory)
-        router_files.write(folder, self.config.to_dict(), self._tensors())
+        files.write(folder, self.config.to_dict(), self._tensors())
         if not (folder / CARD_FILE).exists() and not (folder / MODEL_CONFIG_FILE).exists():
             self.generate_model_card(**(model_card_kwargs or {})).save(folder / CARD_FILE)
         if not push_to_hub:
@@ -79,7 +79,7 @@ class FluxRouters(
 
     def check_savable(self, folder: str | os.PathLike[str]) -> None:
         """ValueError where :meth:`save_pretrained` would refuse the folder or these routers."""
-        router_files.refuse_foreign(Path(folder))
+        files.refuse_foreign(Path(folder))
         self._tensors()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -142,27 +142,27 @@ class FluxRouters(
         if (file := place.file(CONFIG_FILE)) is not None:
             return cls._load(place, file, WEIGHTS_FILE, map_location)
         if (file := place.file(MODEL_CONFIG_FILE)) is not None:
-            config = router_files.read_json(file)
+            config = files.read_json(file)
             if _is_published(config):
                 return cls.load_published(pretrained_model_name_or_path, subfolder=subfolder, **hub).to(map_location)
-            if router_files.is_unversioned(config):
+            if files.is_unversioned(config):
                 return cls._load(place, file, MODEL_WEIGHTS_FILE, map_location)
-        holds = router_files.contents(place)
+        holds = files.contents(place)
         raise ValueError(f"{place} has no {CONFIG_FILE}: no routers are there; it holds {holds}") from place.unreachable
 
     @classmethod
     def _load(cls, place: Place, config_file: Path, weights_name: str, device: str) -> "FluxRouters":
-        values = router_files.read_json(config_file)
-        save_id = values.pop(router_files.SAVE_ID, None) if isinstance(values, dict) else None
+        values = files.read_json(config_file)
+        save_id = values.pop(files.SAVE_ID, None) if isinstance(values, dict) else None
         config = FluxConfig.from_dict(values, str(config_file))
         try:
             routers = cls(config)
         except ValueError as error:
             raise ValueError(f"{config_file}: {error}") from None
         file = place.needed(weights_name)
-        tensors, metadata = router_files.read_tensors(file, device=device)
+        tensors, metadata = files.read_tensors(file, device=device)
         routers.load_weights(tensors, str(file))
-        if save_id != metadata.get(router_files.SAVE_ID, save_id):
+        if save_id != metadata.get(files.SAVE_ID, save_id):
             raise ValueError(f"{config_file} and {file} were not saved together: a save was interrupted, save again")
         return routers.to(device).eval()
 
@@ -213,7 +213,7 @@ class FluxRouters(
             place = Place(source, subfolder, **hub)
             if config is None:
                 name = str(place.needed(MODEL_CONFIG_FILE))
-                config = router_files.read_json(Path(name))
+                config = files.read_json(Path(name))
             tensors = _read_router_tensors(place)
         layers = sorted({int(key.split("layers.")[1].split(".")[0]) for key in tensors if _is_router(key)})
         if not layers:
@@ -283,12 +283,12 @@ def _read_router_tensors(place: Place) -> dict[str, Tensor]:
     names = [MODEL_WEIGHTS_FILE]
     index = place.file(MODEL_WEIGHTS_FILE + ".index.json")
     if index is not None:
-        shards = router_files.read_json(index)
+        shards = files.read_json(index)
         shards = shards.get("weight_map") if isinstance(shards, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(f, str) and Path(f).name == f for f in shards.values()):
             raise ValueError(f"{index} must have a weight_map from tensors to names of files beside it")
         names = sorted({file for key, file in shards.items() if _is_router(key)})
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors |= router_files.read_tensors(place.needed(name), _is_router)[0]
+        tensors |= files.read_tensors(place.needed(name), _is_router)[0]
     return tensors

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .reference import decide
+from .. import operators
+from ..operators import decide
 
 PUBLISHED_ENCODER = "cls_feat_extractor"
 PUBLISHED_CLASSIFIER = "cls_router_head_agnostic"
@@ -108,7 +108,7 @@ class Router(nn.Module):
         Where the pooled states are not finite, neither are the logits, and the route is full.
         """
         if self.is_plain():
-            return ops.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
+            return operators.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
         pooled = pool_sequences(x, self.pool_size, self.per_head, seq_start, seq_end)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # as the operator, which autocast does not see
@@ -164,7 +164,7 @@ def _is_hooked(module: nn.Module) -> bool:
 def pool_sequences(
     x: Tensor, pool_size: int, per_head: bool, seq_start: Tensor | None = None, seq_end: Tensor | None = None
 ) -> Tensor:
-    """:func:`flux_ext.reference.pool` of all sequences at once, without reading bounds back from the device.
+    """:func:`flux_ext.operators.reference.pool` of all sequences at once, without reading bounds back from the device.
 
     Args:
         x, seq_start, seq_end: as for :meth:`Router.decide`.

@@ -1,7 +1,8 @@
 """Training routers while the backbone stays frozen."""
 
+from ..examples import load_examples, save_examples
 from .config import Recipe, training_arguments
-from .data import PackedCollator, PaddedCollator, RouterDataset, load_examples, save_examples
+from .data import PackedCollator, PaddedCollator, RouterDataset
 from .objective import Counterfactual, Multipliers, Objective, Soft, Step, StraightThrough, make_objective
 from .trainer import FluxTrainer
 

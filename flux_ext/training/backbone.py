@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import patching
+from ..models import patching
 from .data import IGNORED
 from .objective import Policy
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..routers import FluxRouters, check_output
+from ..routers.collection import FluxRouters
+from ..routers.files import check_output
 from .config import Recipe
 
 RECIPE_FILE = "recipe.json"
@@ -34,7 +35,7 @@ def objective_file(rank: int) -> str:
 
 def check_output_folder(folder: str | os.PathLike[str]) -> None:
     """ValueError where keeping a training in a folder would replace files or checkpoints of something else; see
-    :func:`flux_ext.routers.check_output`."""
+    :func:`flux_ext.routers.files.check_output`."""
     folder = Path(folder)
     also: tuple[str, ...] = (RECIPE_FILE, OBJECTIVE_FILE, ARGUMENTS_FILE)
     with contextlib.suppress(ValueError):

@@ -1,112 +1,19 @@
-"""Training and evaluation examples: files, tokens, batches.
-
-A file is JSON lines (``.jsonl``) or Parquet (``.parquet``, needs pyarrow) with the columns ``context``,
-``question``, ``answer`` and ``task``. The prompt is ``context + question``; the loss is that of the answer's
-tokens alone.
-"""
+"""Examples as tokens, and batches of them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..evaluation.tasks import Example
+from ..examples import Example
 
-COLUMNS = ("context", "question", "answer", "task")
 IGNORED = -100
 """The label of tokens without a loss, as in transformers."""
-
-
-def load_examples(path: str | Path) -> list[Example]:
-    """Reads a ``.jsonl`` or ``.parquet`` file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind or empty, or a line breaks a rule; the message names file, line and
-            column.
-        ImportError: a Parquet file without pyarrow.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        rows = _json_lines(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet(path)
-    else:
-        raise ValueError(f"{path}: the name must end in .jsonl or .parquet")
-    examples = [_example(row, where) for where, row in rows]
-    if not examples:
-        raise ValueError(f"{path}: the file has no examples")
-    return examples
-
-
-def save_examples(examples: Sequence[Example], path: str | Path) -> None:
-    """Writes JSON lines that :func:`load_examples` reads."""
-    with open(path, "w", encoding="utf-8") as file:
-        for e in examples:
-            file.write(json.dumps({c: getattr(e, c) for c in COLUMNS}, ensure_ascii=False) + "\n")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line.decode("utf-8").rstrip())
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-                raise ValueError(f"{where}: not an example ({error})") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"{path}: Parquet needs pyarrow (pip install 'flux-ext[parquet]')") from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [c for c in COLUMNS if c in file.schema_arrow.names]
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, line {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = "not a Parquet file" if number == 0 else f"damaged after line {number}"
-        raise ValueError(f"{path}: {what} ({error})") from error
-
-
-def _example(row: Any, where: str) -> Example:
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a line must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}")
-    for column in COLUMNS:
-        if column not in row:
-            raise ValueError(f"{where}: the column {column!r} is missing")
-        if not isinstance(row[column], str):
-            raise ValueError(f"{where}: the column {column!r} must be text, got {type(row[column]).__name__}")
-    for column in ("answer", "task"):
-        if not row[column]:
-            raise ValueError(f"{where}: the column {column!r} is empty")
-    if not row["context"] and not row["question"]:
-        raise ValueError(f"{where}: the columns 'context' and 'question' are both empty")
-    try:
-        return Example(*(row[c] for c in COLUMNS))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 class RouterDataset(Dataset):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import patching
+from ..models import patching
 from .backbone import run
 
 FLOOR = 1e-4
@@ -82,7 +82,7 @@ def whiten(router: nn.Module, pooled: Tensor) -> None:
     heads stay apart, and do not drown what prompts say.
 
     Args:
-        router: a :class:`~flux_ext.router.Router`.
+        router: a :class:`~flux_ext.routers.modules.Router`.
         pooled: ``[N, D]``, of head routers ``[N, H, D]``, finite; N at least 2.
 
     Raises:

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .. import patching, strict_json
-from ..evaluation.runner import evaluation_mode
-from ..router import FULL_BIAS
+from .. import strict_json
+from ..models import patching
+from ..models.patching import evaluation_mode
+from ..routers.modules import FULL_BIAS
 from ..transformers_seam import missing
 from .backbone import PatchedModel, answered, losses
 from .checkpoint import (
@@ -343,8 +344,8 @@ class RouterProgress(ProgressCallback):
 def start_at(routers: nn.Module, log_odds: float) -> None:
     """Lets routers start at these log-odds of full attention if they are still as they were made.
 
-    That is told by the last bias, (0, :data:`~flux_ext.router.FULL_BIAS`): any step of an optimiser, a start that was
-    set before, and the weights of a file that somebody has trained have another.
+    That is told by the last bias, (0, :data:`~flux_ext.routers.modules.FULL_BIAS`): any step of an optimiser, a start
+    that was set before, and the weights of a file that somebody has trained have another.
     """
     for router in routers.layers:  # type: ignore[union-attr]
         bias = router.classifier[-1].bias  # type: ignore[index,union-attr]

@@ -1,0 +1,1 @@
+"""A transformers model and what a patch changes in it."""

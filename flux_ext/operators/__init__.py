@@ -1,0 +1,10 @@
+"""The operators with their tensors and patterns, and plain PyTorch that says what each computes (``reference``).
+
+Nothing here knows transformers.
+"""
+
+from .cache_append import append
+from .routed_attention import attend, attention
+from .router_scoring import decide, route
+
+__all__ = ["append", "attend", "attention", "decide", "route"]

@@ -1,0 +1,1 @@
+"""The routers of a model: modules, collection, files."""
