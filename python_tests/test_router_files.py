@@ -175,7 +175,7 @@ def test_a_save_that_ends_between_two_files_is_found(tmp_path: Path, monkeypatch
         replace(source, target)
 
     with monkeypatch.context() as m:
-        m.setattr(files.os, "replace", interrupted)
+        m.setattr(router_files.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(tmp_path)
     assert set(files(tmp_path)) == OURS | {"README.md"}
