@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .transformers_seam import FULL_MASK
+
 Policy = Callable[[int, Tensor], Tensor]
 
 
@@ -108,9 +110,9 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     known = not isinstance(seen, Tensor)  # of a step over a static cache, only the device knows which slot it is
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # prepared per layer type by generate; ours are all the same padding mask
-        if "full_attention" not in mask:
-            raise ValueError(f"attention_mask by layer type lacks 'full_attention', it has {sorted(mask)}")
-        mask = mask["full_attention"]
+        if FULL_MASK not in mask:
+            raise ValueError(f"attention_mask by layer type lacks {FULL_MASK!r}, it has {sorted(mask)}")
+        mask = mask[FULL_MASK]
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(f"attention_mask must be a padding mask [B, tokens], got shape {list(mask.shape)}")

@@ -39,6 +39,7 @@ try:
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import (
+        LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
         AttentionMaskInterface,
         causal_mask_function,
         create_causal_mask,
@@ -113,6 +114,9 @@ UNKNOWN_KEYWORDS = tuple(sorted(_taken - _GIVEN - set(ATTENTION_KEYWORDS)))
 
 # --- The mask function.
 
+FULL_MASK = "full_attention"
+"""The type of the layers that are routed, under which ``generate`` hands over their mask."""
+
 
 def attends_ahead(mask_function: Any) -> bool:
     """Whether a mask function is a union: something beside the causal mask, as images that see all of themselves.
@@ -179,6 +183,8 @@ def check_installed() -> None:
         for name in names:
             if not hasattr(owner, name):
                 raise missing(f"{owner.__name__ if isinstance(owner, type) else type(owner).__name__}.{name}")
+    if FULL_MASK not in LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING:
+        raise missing(f"mask of layers of the type {FULL_MASK}")
     if "gradient_checkpointing_func" not in inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters:
         raise missing("argument gradient_checkpointing_func of PreTrainedModel._set_gradient_checkpointing")
 
@@ -218,6 +224,72 @@ def setting(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except Exception:  # the error of heterogeneous configurations, of another name in every release
         return next((x for c in config.per_layer_config if (x := getattr(c, name, None))), None)
+
+
+# --- Logits of some columns only.
+
+KEEP_LOGITS = "logits_to_keep"
+"""The keyword with which a model makes logits of its last columns (a number), or of some (their indices)."""
+
+
+def kept_logits(model: nn.Module, output: Any, count: int) -> torch.Tensor:
+    """The logits ``[B, count, V]`` of a forward that was given :data:`KEEP_LOGITS`.
+
+    Raises:
+        ValueError: they are of other columns: this model's forward has no such keyword.
+    """
+    logits: torch.Tensor = output.logits
+    if logits.shape[1] != count:
+        raise ValueError(
+            f"{type(model).__name__} must take {KEEP_LOGITS}: asked for the logits of {count} columns it gave "
+            f"{logits.shape[1]}"
+        )
+    return logits
+
+
+# --- The Trainer.
+
+TRAINER_METHODS = {  # those that ours overrides or calls, and the arguments that it relies on
+    "train": ("resume_from_checkpoint",),
+    "evaluate": (),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "prediction_step": ("model", "inputs"),
+    "create_optimizer": ("model",),
+    "get_optimizer_cls_and_kwargs": ("args",),
+    "log": ("logs",),
+    "_prepare_inputs": ("inputs",),
+    "_save": ("output_dir", "state_dict"),
+    "_save_rng_state": ("output_dir",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+}
+TRAINER_FIELDS = (
+    "can_return_loss",
+    "is_deepspeed_enabled",
+    "is_fsdp_enabled",
+    "model_accepts_loss_kwargs",
+    "optimizer_cls_and_kwargs",
+)
+"""What a Trainer sets on itself, and ours reads or sets."""
+
+
+def check_trainer(trainer: type) -> None:
+    """That transformers' ``Trainer`` (which imports much, so it is given) has all that ours overrides or calls.
+
+    Raises:
+        ImportError: something is gone or takes other arguments: ours would no longer be called.
+    """
+    for name, arguments in TRAINER_METHODS.items():
+        if not hasattr(trainer, name):
+            raise missing(f"method {name} of Trainer")
+        parameters = inspect.signature(getattr(trainer, name)).parameters
+        for argument in arguments:
+            if argument not in parameters:
+                raise missing(f"argument {argument} of Trainer.{name}")
+    code = inspect.getsource(trainer)
+    for name in TRAINER_FIELDS:
+        if f"self.{name}" not in code:
+            raise missing(f"field {name} of Trainer")
 
 
 # --- Where weights are. Tensor parallelism is transformers' own, offloading is accelerate's.

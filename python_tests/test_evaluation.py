@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from flux_ext.examples import Example
 from tiny_training import Bytes, model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import flux_ext
 from flux_ext import strict_json
 from flux_ext.evaluation.runner import evaluate
+from flux_ext.examples import Example
 
 EXAMPLES = [Example("The source of it", " is?", answer, "q") for answer in ("abc", "a")]
 WORDS = ["<unk>", "<s>", "</s>", "▁The", "▁capital", "▁is", "▁Paris", "Paris", ":", "▁", "▁A"]

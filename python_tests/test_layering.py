@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_library": set(),
     "strict_json": set(),
     "transformers_seam": set(),
-    "forward_context": set(),
+    "forward_context": {"transformers_seam"},
     "examples": set(),
     "operators": {"_library"},
     "config": {"operators"},

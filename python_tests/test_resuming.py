@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flux_ext.examples import Example
 from safetensors.torch import save_file
 from tiny_training import Bytes, model, snapshot, trainer
 
 import flux_ext
+from flux_ext.examples import Example
 from flux_ext.training import Recipe, RouterDataset
 from flux_ext.training.checkpoint import latest_checkpoint
 

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import flux_ext
 from flux_ext import FluxConfig
 from flux_ext import transformers_seam as seam
 from flux_ext.models import attention_function, model_patch
+from flux_ext.training import FluxTrainer
 
 SOURCE = Path(seam.__file__)
 IMPORTED = [
@@ -95,6 +97,49 @@ def test_a_release_without_a_keyword_of_attention(name: str, monkeypatch: pytest
 def test_a_release_with_other_checkpointing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.PreTrainedModel, "_set_gradient_checkpointing", lambda self, enable: None)
     refused("gradient_checkpointing_func")
+
+
+def test_a_release_without_masks_for_full_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(seam.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, seam.FULL_MASK)
+    refused(seam.FULL_MASK)
+
+
+@pytest.mark.parametrize("name", [n for n, arguments in seam.TRAINER_METHODS.items() if arguments])
+def test_a_release_in_which_the_trainer_takes_other_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seam.check_trainer(transformers.Trainer)
+    monkeypatch.setattr(transformers.Trainer, name, lambda self: None)
+    with pytest.raises(ImportError, match=rf"argument .* of Trainer.{name}\b.*5\.17\.0"):
+        seam.check_trainer(transformers.Trainer)
+
+
+@pytest.mark.parametrize("name", seam.TRAINER_METHODS)
+def test_a_release_without_a_method_of_the_trainer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(transformers.Trainer, name, monkeypatch)
+    with pytest.raises(ImportError, match=rf"method {name} of Trainer.*5\.17\.0"):
+        seam.check_trainer(transformers.Trainer)
+
+
+@pytest.mark.parametrize("name", seam.TRAINER_FIELDS)
+def test_a_release_without_a_field_of_the_trainer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam.inspect, "getsource", lambda cls: cls.__doc__)
+    monkeypatch.setattr(seam, "TRAINER_FIELDS", (name,))
+    with pytest.raises(ImportError, match=f"field {name} of Trainer"):
+        seam.check_trainer(transformers.Trainer)
+
+
+def test_what_the_trainer_overrides_is_checked() -> None:
+    own = {name for name, x in vars(FluxTrainer).items() if callable(x) and hasattr(transformers.Trainer, name)}
+    assert {name for name in own if not name.startswith("__")} <= seam.TRAINER_METHODS.keys()
+
+
+def test_a_model_that_makes_all_logits() -> None:
+    class Stubborn(torch.nn.Module):
+        pass
+
+    with pytest.raises(
+        ValueError, match="Stubborn must take logits_to_keep: asked for the logits of 2 columns it gave 5"
+    ):
+        seam.kept_logits(Stubborn(), SimpleNamespace(logits=torch.zeros(1, 5, 8)), 2)
 
 
 def test_checkpointed_layers_without_their_function() -> None:

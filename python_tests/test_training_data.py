@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from flux_ext.examples import Example, load_examples, save_examples
 
+from flux_ext.examples import Example, load_examples, save_examples
 from flux_ext.training.data import IGNORED, PackedCollator, PaddedCollator, RouterDataset
 
 EXAMPLES = [Example("some code ", "what?", "an äns", "a"), Example("", "why?", "so", "b")]

@@ -1,10 +1,10 @@
 """Routers of a tiny random model in training: what the tests of the trainer share."""
 
 import torch
-from flux_ext.examples import Example
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 import flux_ext
+from flux_ext.examples import Example
 from flux_ext.training import FluxTrainer, Recipe, RouterDataset, training_arguments
 
 LAYERS = 3

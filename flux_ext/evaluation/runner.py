@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..examples import Example
 from ..models import patching
-from ..transformers_seam import CACHE, cache_of
+from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
 
 Mode = Literal["dense", "sparse", "routed"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
@@ -177,13 +177,13 @@ def _continue(
     model: nn.Module, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
 ) -> tuple[float, int, Tensor]:
     """Nats of the answers, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
-    out = model(prompt, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    out = model(prompt, attention_mask=mask, use_cache=True, **{KEEP_LOGITS: 1})
     cache = cache_of(out)
     kept, routes = cache.nbytes(), cache.routes.clone()
     longest = max(map(len, answers))
     tokens = torch.tensor([[*a] + [0] * (longest - len(a)) for a in answers], device=prompt.device)
     counted = torch.tensor([[1.0] * len(a) + [0.0] * (longest - len(a)) for a in answers], device=prompt.device)
-    logits = out.logits
+    logits = kept_logits(model, out, 1)
     if longest > 1:
         fed = tokens[:, :-1]
         grown = torch.cat([mask, torch.ones_like(fed)], 1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import patching
+from ..transformers_seam import KEEP_LOGITS, kept_logits
 from .data import IGNORED
 from .objective import Policy
 
@@ -105,7 +106,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
     targets = _targets(inputs)
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
-    logits = run(model, inputs, logits_to_keep=columns).logits  # [B, K, V]
+    logits = kept_logits(model, run(model, inputs, **{KEEP_LOGITS: columns}), len(columns))  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     if inputs.get("cu_seq_lens_q") is None:

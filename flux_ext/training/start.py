@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import patching
+from ..transformers_seam import KEEP_LOGITS
 from .backbone import run
 
 FLOOR = 1e-4
@@ -62,7 +63,7 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     try:
         with patching.routes(model, "full"):
             for batch in batches:
-                run(model, batch, logits_to_keep=1)
+                run(model, batch, **{KEEP_LOGITS: 1})
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ from .. import strict_json
 from ..models import patching
 from ..models.patching import evaluation_mode
 from ..routers.modules import FULL_BIAS
-from ..transformers_seam import missing
+from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .checkpoint import (
     ARGUMENTS_FILE,
@@ -34,9 +34,7 @@ from .data import PackedCollator, PaddedCollator
 from .objective import Objective, Step, make_objective
 from .start import check_pooled, is_new, pooled_states, whiten
 
-for _name in ("_save", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"):  # overridden below
-    if not hasattr(Trainer, _name):
-        raise missing(f"Trainer.{_name}")
+check_trainer(Trainer)  # an override of a method that was renamed would never be called
 
 # Arguments of the Trainer that nothing here would ask.
 _UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
