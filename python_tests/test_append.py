@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flux_ext import Full, Streaming, Triangle, operators
-from flux_ext.operators import reference
+from flux_ext import Streaming, Triangle, operators
+from flux_ext.operators import KeyValues, Routing, reference
 
 DEVICES = [
     "cpu",
@@ -211,17 +211,8 @@ def test_a_token_without_a_place_makes_its_row_nan(device: str) -> None:
     route = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=device)
     for full in (False, True, True):
         operators.append(k, k, **x)
-        out, _ = operators.attend(
-            q.transpose(1, 2),
-            x["k_pool"],
-            x["v_pool"],
-            route,
-            Full(),
-            case.pattern,
-            0.125,
-            kv_end=x["kv_len"],
-            page_table=x["page_table"],
-        )
+        kv = KeyValues(x["k_pool"], x["v_pool"], end=x["kv_len"], page_table=x["page_table"])
+        out, _ = operators.attend(q.transpose(1, 2), kv, Routing(route, sparse=case.pattern), 0.125)
         assert not out[0].isnan().any() and out[1].isnan().all() == full
     assert x["kv_len"].tolist() == [[14, 14], [14, 14]]
 

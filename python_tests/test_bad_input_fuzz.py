@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, operators
+from flux_ext.operators import KeyValues, Routing
 from flux_ext.routers.modules import LayerRouter
 
 DTYPES = (
@@ -113,18 +114,23 @@ def test_attention(layout, broken, chosen, scale, return_lse):
     check(call)
 
 
+KV_NAMES = ("k", "v", "kv_begin", "kv_end", "page_table")
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     broken=st.dictionaries(
-        st.sampled_from(["q", "k", "v", "route", "q_begin", "q_end", "kv_begin", "kv_end", "page_table"]),
+        st.sampled_from(["q", "route", "q_begin", "q_end", *KV_NAMES]),
         st.none() | OTHER_KINDS | tensors() | tensors(dims=(1, 2), dtypes=(torch.int32,)),
         max_size=3,
     )
 )
 def test_attend(broken):
     q, k = torch.randn(2, 3, 2, 16), torch.randn(2, 5, 1, 16)
-    arguments = {"q": q, "k": k, "v": k, "route": None, "full": Full(), "sparse": Streaming(1, 2), "scale": 0.25}
-    check(lambda: operators.attend(**{**arguments, **broken}))
+    kv = {"k": k, "v": k} | {n.removeprefix("kv_"): x for n, x in broken.items() if n in KV_NAMES}
+    rest = {n: x for n, x in broken.items() if n in ("q_begin", "q_end")}
+    routing = Routing(broken.get("route"), Full(), Streaming(1, 2))
+    check(lambda: operators.attend(broken.get("q", q), KeyValues(**kv), routing, 0.25, **rest))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ import torch
 
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, operators
-from flux_ext.operators import reference
+from flux_ext.operators import KeyValues, Routing, reference
 from flux_ext.operators.patterns import Pattern
 from flux_ext.routers.modules import LayerRouter
 
@@ -59,7 +59,8 @@ def make(case: Case) -> dict:
     torch.manual_seed(zlib.crc32(case.label().encode()))
     batch, kv_lens = len(case.q_lens), case.kv_lens or case.q_lens
     make_random = lambda *shape: random(*shape, dtype=case.dtype, odd=case.odd_strides)  # noqa: E731
-    bounds: dict = {}
+    bounds: dict = {}  # of q
+    owned_kv: dict = {}  # of k and v: their bounds, the page table
     longest_q, longest_kv = max(case.q_lens), max(kv_lens)
     if case.layout == "packed":
         gap = 3  # rows between sequences that belong to none
@@ -74,9 +75,9 @@ def make(case: Case) -> dict:
         bounds = {
             "q_begin": int32(q_starts),
             "q_end": int32([s + n for s, n in zip(q_starts, case.q_lens, strict=True)]),
-            "kv_begin": int32(kv_starts),
-            "kv_end": int32([s + n for s, n in zip(kv_starts, kv_lens, strict=True)]),
         }
+        kv_ends = int32([s + n for s, n in zip(kv_starts, kv_lens, strict=True)])
+        owned_kv = {"begin": int32(kv_starts), "end": kv_ends}
     elif case.layout in ("left", "right", "batched"):
         q = make_random(batch, longest_q, case.heads, case.dim)
         k, v = (make_random(batch, longest_kv, case.kv_heads, case.dim) for _ in range(2))
@@ -86,12 +87,10 @@ def make(case: Case) -> dict:
             unused = slice(0, longest_kv - nk) if case.layout == "left" else slice(nk, longest_kv)
             k[b, unused], v[b, unused] = math.nan, math.nan
         if case.layout == "left":
-            bounds = {
-                "q_begin": int32([longest_q - n for n in case.q_lens]),
-                "kv_begin": int32([longest_kv - n for n in kv_lens]),
-            }
+            bounds = {"q_begin": int32([longest_q - n for n in case.q_lens])}
+            owned_kv = {"begin": int32([longest_kv - n for n in kv_lens])}
         elif case.layout == "right":
-            bounds = {"q_end": int32(case.q_lens), "kv_end": int32(kv_lens)}
+            bounds, owned_kv = {"q_end": int32(case.q_lens)}, {"end": int32(kv_lens)}
     else:
         assert len(set(case.q_lens)) == 1
         q = make_random(batch, longest_q, case.heads, case.dim)
@@ -119,8 +118,8 @@ def make(case: Case) -> dict:
                     used = -(-int(lens[b, t]) // case.page_size)
                     table[b, t, used:] = 2**30  # entries beyond the length are never read
             k[~owned.to(DEVICE)], v[~owned.to(DEVICE)] = math.nan, math.nan
-            bounds["page_table"] = int32((table if per_head else table[:, 0]).tolist())
-        bounds["kv_end"] = int32((lens if per_head else lens[:, 0]).tolist())
+            owned_kv["page_table"] = int32((table if per_head else table[:, 0]).tolist())
+        owned_kv["end"] = int32((lens if per_head else lens[:, 0]).tolist())
     route = None
     if case.route != "none":
         sizes = (batch,) if case.route == "sequence" else (batch, case.kv_heads)
@@ -128,18 +127,17 @@ def make(case: Case) -> dict:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     return {
         "q": q,
-        "k": k,
-        "v": v,
-        "route": route,
-        "full": case.full,
-        "sparse": case.sparse,
+        "kv": KeyValues(k, v, **owned_kv),
+        "routing": Routing(route, case.full, case.sparse),
         "scale": scale,
         **bounds,
     }
 
 
 def upcast(arguments: dict, dtype: torch.dtype = torch.float64) -> dict:
-    return {**arguments, **{name: arguments[name].to(dtype) for name in "qkv"}}
+    kv = arguments["kv"]
+    kv = kv._replace(k=kv.k.to(dtype), v=kv.v.to(dtype))
+    return {**arguments, "q": arguments["q"].to(dtype), "kv": kv}
 
 
 def error_of(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -301,8 +299,8 @@ def test_a_prompt_of_a_million_tokens() -> None:
     arguments = make(Case((MILLION,), sparse=Streaming(128, 2048)))
     out, lse = operators.attend(**arguments)
     for end in (40, MILLION // 2 + 3, MILLION):
-        part = {**arguments, "q": arguments["q"][:, end - 40 : end], "k": arguments["k"][:, :end]}
-        part["v"] = arguments["v"][:, :end]
+        kv = KeyValues(arguments["kv"].k[:, :end], arguments["kv"].v[:, :end])
+        part = {**arguments, "q": arguments["q"][:, end - 40 : end], "kv": kv}
         exact_out, exact_lse = reference.attend(**upcast(part))
         plain_out, _ = reference.attend(**part)
         assert error_of(out[:, end - 40 : end], exact_out) <= 2 * error_of(plain_out, exact_out) + 1e-4
@@ -353,8 +351,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
     """Whatever the current device is, and with both at work at once."""
     arguments = make(Case((q_len, q_len), (700, 900), layout="cache"))
-    move = lambda x: x.to("cuda:1") if isinstance(x, torch.Tensor) else x  # noqa: E731
-    elsewhere = {name: move(x) for name, x in arguments.items()}
+    elsewhere = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("cuda:1"), arguments)
     x = random(2, 150, 4, 128, dtype=torch.bfloat16)
     router = LayerRouter(128).to("cuda:1").requires_grad_(False)
     got = operators.attend(**elsewhere)
@@ -372,27 +369,28 @@ def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
 def test_tensors_on_two_gpus_are_refused() -> None:
     q, k = (random(1, 8, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     with pytest.raises(ValueError, match=r"k must be on the device of q \(cuda:0\), got cuda:1"):
-        operators.attend(q, k.to("cuda:1"), k, None, Full(), Full(), 1.0)
+        operators.attend(q, KeyValues(k.to("cuda:1"), k), Routing(), 1.0)
     with pytest.raises(ValueError, match=r"route must be on the device of q \(cuda:0\), got cuda:1"):
-        operators.attend(q, k, k, int32([0]).to("cuda:1"), Full(), Full(), 1.0)
+        operators.attend(q, KeyValues(k, k), Routing(int32([0]).to("cuda:1")), 1.0)
 
 
 @pytest.mark.parametrize("layout", ("cache", "paged"))
 def test_graph_with_growing_lengths(layout: str) -> None:
     """A captured decode step stays right while lengths and routes on the device change between replays."""
     arguments = make(Case((2, 2, 2), (5000, 3000, 4000), heads=8, layout=layout, sparse=Streaming(64, 128)))
-    arguments["k"] = torch.nan_to_num(arguments["k"])
-    arguments["v"] = torch.nan_to_num(arguments["v"])
-    most = arguments["kv_end"].clone()
+    kv, route = arguments["kv"], arguments["routing"].route
+    for x in (kv.k, kv.v):
+        x.nan_to_num_()
+    most = kv.end.clone()
     lens_now = most.clone()
     operators.attend(**arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        arguments["kv_end"].copy_(lens_now)  # a copy, not a kernel, is what the launch overlaps with
+        kv.end.copy_(lens_now)  # a copy, not a kernel, is what the launch overlaps with
         out, lse = operators.attend(**arguments)
     for step, lens in enumerate(([2, 2, 2], [64, 0, 1], [1000, 3000, 65], [4999, 7, 4000])):
         lens_now.copy_(torch.minimum(int32(lens), most))
-        arguments["route"].copy_(torch.randint(0, 2, arguments["route"].shape, generator=torch.manual_seed(step)))
+        route.copy_(torch.randint(0, 2, route.shape, generator=torch.manual_seed(step)))
         out.fill_(math.nan)
         graph.replay()
         exact_out, exact_lse = reference.attend(**upcast(arguments))
@@ -403,4 +401,4 @@ def test_graph_with_growing_lengths(layout: str) -> None:
 def test_float32_is_refused() -> None:
     x = torch.randn(1, 8, 2, 64, device=DEVICE)
     with pytest.raises(ValueError, match="float16 or bfloat16 on CUDA, got float32"):
-        operators.attend(x, x, x, None, Full(), Full(), 1.0)
+        operators.attend(x, KeyValues(x, x), Routing(), 1.0)

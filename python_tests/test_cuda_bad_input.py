@@ -10,8 +10,8 @@ import torch
 from test_cuda import DEVICE, int32, random
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, operators
-from flux_ext.operators import reference
+from flux_ext import BlockSparse, Streaming, operators
+from flux_ext.operators import KeyValues, Routing, reference
 from flux_ext.routers.modules import LayerRouter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -125,5 +125,6 @@ def test_a_cache_that_is_copied_says_so_once() -> None:
 
 def test_hard_routes_other_than_0_are_sparse() -> None:
     q = random(1, 90, 2, 64, dtype=torch.bfloat16)
-    outs = [operators.attend(q, q, q, int32([r]), Full(), Streaming(1, 9), 0.125)[0] for r in (1, -1, 7)]
+    routings = [Routing(int32([r]), sparse=Streaming(1, 9)) for r in (1, -1, 7)]
+    outs = [operators.attend(q, KeyValues(q, q), routing, 0.125)[0] for routing in routings]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

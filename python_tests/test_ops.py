@@ -5,6 +5,7 @@ import torch
 from cases import Case, make
 
 import flux_ext
+from flux_ext.operators.operands import AttendArguments
 from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 ops = torch.ops.flux_ext
@@ -15,18 +16,22 @@ def arguments(layout: str, grad: bool = True):
     x = make(Case((12, 12), (12, 12), layout, head_dim=16))
     bounds = [x.kwargs["cu_seqlens"][:-1], x.kwargs["cu_seqlens"][1:]] * 2 if layout == "packed" else [None] * 4
     q, k, v = (t.nan_to_num().requires_grad_(grad) for t in (x.q, x.k, x.v))
-    return [q, k, v, x.route, STREAMING, None, None, None, None, 0.25, *bounds]
+    return list(AttendArguments(q, k, v, x.route, STREAMING, None, None, None, None, 0.25, *bounds, None))
+
+
+def test_the_flat_arguments_are_those_of_the_schema():
+    assert AttendArguments._fields == tuple(x.name for x in ops.attend.default._schema.arguments)
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 def test_opcheck_attend(layout):
-    torch.library.opcheck(ops.attend.default, [*arguments(layout), None])
+    torch.library.opcheck(ops.attend.default, arguments(layout))
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 def test_opcheck_attend_backward(layout):
-    q, k, v, *rest = arguments(layout, grad=False)
-    out, lse = ops.attend(q, k, v, *rest, None)
+    q, k, v, *rest, page_table = arguments(layout, grad=False)
+    out, lse = ops.attend(q, k, v, *rest, page_table)
     torch.library.opcheck(ops.attend_backward.default, [torch.randn_like(out), q, k, v, out, lse, *rest])
 
 

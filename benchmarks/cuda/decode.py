@@ -55,7 +55,7 @@ def build_decode(spec: Spec, setting: Setting) -> Problem:
         k, v, tables = _paged(spec, setting, count)
         kv_len = setting.int32([spec.length] * spec.batch)
         problem.contenders[OURS] = [
-            lambda q=q, t=t: attend(q, k, v, route, setting.sparse, kv_end=kv_len, page_table=t)
+            lambda q=q, t=t: attend(q, k, v, route, setting.sparse, end=kv_len, page_table=t)
             for q, t in zip(queries, tables, strict=True)
         ]
         return problem

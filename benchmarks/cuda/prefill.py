@@ -63,8 +63,8 @@ def build_sequences(spec: Spec, setting: Setting) -> Problem:
     for n, sparse in zip(lengths, route.tolist(), strict=True):
         pairs = visible_pairs(setting.sparse if sparse else Full(), n, n)
         problem.flops += 4.0 * spec.dim * spec.heads * pairs
-    bounds = {"q_begin": begin, "q_end": end, "kv_begin": begin, "kv_end": end}
-    problem.contenders[OURS] = [lambda: attend(q, k, v, route, setting.sparse, **bounds)]
+    call = lambda: attend(q, k, v, route, setting.sparse, (begin, end), begin=begin, end=end)  # noqa: E731
+    problem.contenders[OURS] = [call]
 
     def apart() -> None:
         for i, (start, stop) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flux_ext import Full, Streaming, operators
+from flux_ext import Streaming, operators
+from flux_ext.operators import KeyValues, Routing
 from flux_ext.operators.patterns import Pattern
 
 from .measure import Call
@@ -103,9 +104,18 @@ class Group:
     build: Callable[[Spec, Setting], Problem]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, sparse: Pattern, **bounds: Tensor | None) -> Tensor:
-    """Our operator, causal with hard routes."""
-    return operators.attend(q, k, v, route, Full(), sparse, q.shape[-1] ** -0.5, **bounds)[0]
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    sparse: Pattern,
+    q_bounds: Sequence[Tensor] = (),
+    **of_kv: Tensor,
+) -> Tensor:
+    """Our operator, causal with hard routes; ``of_kv``: the bounds of k and v, their page table."""
+    routing = Routing(route, sparse=sparse)
+    return operators.attend(q, KeyValues(k, v, **of_kv), routing, q.shape[-1] ** -0.5, *q_bounds)[0]
 
 
 SHARES = {"full": 0.0, "dense": 0.0, "quarter": 0.25, "half": 0.5, "streaming": 1.0}

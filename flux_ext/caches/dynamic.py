@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import operators
 from ..config import FluxConfig
 from ..forward_context import ForwardContext
-from ..operators.patterns import Full
+from ..operators import KeyValues, Routing
 from ..transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from . import steps
 from .history import FAILED, History, Step
@@ -192,20 +192,10 @@ class FluxLayer(CacheLayerMixin):
         """:meth:`attend` with its tensors spelt out."""
         if not self.rows.length.any():  # only padding so far
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        return operators.attend(
-            q.to(self.dtype),
-            self.rows.keys,
-            self.rows.values,
-            route,
-            Full(),
-            self.pattern,
-            scale,
-            q_begin,
-            q_end,
-            None,
-            self.rows.kv_len(),
-            self.rows.page_table(),
-        )[0].to(q.dtype)
+        kv = KeyValues(self.rows.keys, self.rows.values, end=self.rows.kv_len(), page_table=self.rows.page_table())
+        return operators.attend(q.to(self.dtype), kv, Routing(route, sparse=self.pattern), scale, q_begin, q_end)[0].to(
+            q.dtype
+        )
 
     # --- Dropping
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import operators
 from ..config import FluxConfig
 from ..forward_context import ForwardContext
-from ..operators.patterns import Full
+from ..operators import KeyValues, Routing
 from ..transformers_seam import Cache, DynamicLayer
 from .dynamic import FluxCache, FluxLayer, stock_layers
 from .history import FAILED, History, token_rows
@@ -201,12 +201,10 @@ class FluxStaticLayer(FluxLayer):
     def attend(self, q: Tensor, scale: float, batch: ForwardContext) -> Tensor:
         """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
         assert self.k_pool is not None and self.route_kept is not None
-        spans = (None, None, None, self.kv_len)
-        pools = self.k_pool, self.v_pool
-        out = operators.attend(
-            q.to(self.dtype), *pools, self.route_kept, Full(), self.pattern, scale, *spans, self.table
-        )[0]
-        return out.to(q.dtype)
+        kv = KeyValues(self.k_pool, self.v_pool, end=self.kv_len, page_table=self.table)
+        return operators.attend(q.to(self.dtype), kv, Routing(self.route_kept, sparse=self.pattern), scale)[0].to(
+            q.dtype
+        )
 
     def get_seq_length(self) -> Any:
         return self.slots if self.is_initialized else 0

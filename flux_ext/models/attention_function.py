@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import operators
+from ..operators import KeyValues, Routing
 from ..operators.patterns import Streaming
 from ..transformers_seam import (
     ATTENTION_TERMS,
@@ -83,8 +84,7 @@ def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: 
         return _sliding_with_holes(q, k, v, scale, batch.mask[:, -k.shape[1] :], window)
     kv_begin, kv_end = batch.kv_bounds(k.shape[1])
     bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
-    spans = (*bounds, kv_begin, kv_end)
-    return operators.attend(q, k, v, None, pattern, pattern, scale, *spans)[0]
+    return operators.attend(q, KeyValues(k, v, kv_begin, kv_end), Routing(full=pattern), scale, *bounds)[0]
 
 
 def _sliding_with_holes(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int) -> Tensor:

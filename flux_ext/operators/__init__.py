@@ -4,7 +4,8 @@ Nothing here knows transformers.
 """
 
 from .cache_append import append
+from .operands import KeyValues, Routing
 from .routed_attention import attend, attention
 from .router_scoring import decide, route
 
-__all__ = ["append", "attend", "attention", "decide", "route"]
+__all__ = ["KeyValues", "Routing", "append", "attend", "attention", "decide", "route"]

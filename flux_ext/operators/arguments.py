@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LAYOUT = "(tensors are [B, S, H, D], tokens before heads: q is {}, k {})"
-
-
 _BROKEN_RULE = "invalid argument: "
 """How the operators' messages begin where an argument breaks a rule (csrc/core/broken_rule.h)."""
 
@@ -94,71 +91,3 @@ def to_float(name: str, x: Any) -> Any:
         return float(x)
     except OverflowError:
         raise ValueError(f"{name} must be a finite number, got {described(x)}") from None
-
-
-def row_spans(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor | None,
-    seq_start: Tensor | None,
-    seq_end: Tensor | None,
-    kv_len: Tensor | None,
-    page_table: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(q_begin, q_end, kv_begin, kv_end)`` of ``operators.attend``, from those of :func:`flux_ext.attention`.
-
-    Where the rows of packed sequences follow each other, ``cu_seqlens`` takes the place of the first bound alone.
-
-    Raises:
-        ValueError: they contradict each other, or a shape or dtype is wrong.
-    """
-    if q.is_nested or k.is_nested:
-        raise ValueError("q and k must be dense tensors, got a nested one: pack its sequences, with cu_seqlens")
-    q_shape, k_shape = q.shape, k.shape
-    if len(q_shape) not in (3, 4):
-        raise ValueError(f"q must be [B, S, Hq, D], or packed [T, Hq, D], got {list(q_shape)}")
-    if len(k_shape) not in (3, 4):
-        rule = "k must be [B, Skv, Hkv, D], packed [T, Hkv, D] or pages [num_pages, page_size, Hkv or 1, D]"
-        raise ValueError(f"{rule}, got {list(k_shape)}")
-    padded = seq_start is not None or seq_end is not None
-    if padded and (cu_seqlens is not None or kv_len is not None):
-        raise ValueError("seq_start and seq_end bound the rows of q, k and v alike: they exclude cu_seqlens and kv_len")
-    if page_table is not None and kv_len is None:
-        raise ValueError("page_table needs kv_len")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
-        raise ValueError(f"cu_seqlens must be [B + 1] with B >= 1, got shape {list(cu_seqlens.shape)}")
-    if (cu_seqlens is not None) != (len(q_shape) == 3):
-        raise ValueError(
-            f"cu_seqlens goes with a packed q [T, Hq, D], got q of shape {list(q_shape)} "
-            f"{'with' if cu_seqlens is not None else 'without'} cu_seqlens"
-        )
-    if padded:
-        for name, bounds in (("seq_start", seq_start), ("seq_end", seq_end)):
-            if bounds is not None and bounds.dtype != torch.int32:
-                raise ValueError(f"{name} must be int32, got {bounds.dtype}")
-        if k_shape[-3] != q_shape[-3]:
-            raise ValueError(
-                f"seq_start and seq_end bound the rows of q and k alike: k must have the {q_shape[-3]} rows of q, "
-                f"got {k_shape[-3]} {_LAYOUT.format(list(q_shape), list(k_shape))}"
-            )
-        return seq_start, seq_end, seq_start, seq_end
-    if cu_seqlens is None:
-        if kv_len is None and len(k_shape) == 4 and q_shape[1] > k_shape[1]:
-            raise ValueError(
-                f"without kv_len or cu_seqlens q must have no more rows than k, got {q_shape[1]} and {k_shape[1]} "
-                f"{_LAYOUT.format(list(q_shape), list(k_shape))}"
-            )
-        return None, None, None, kv_len
-    if len(k_shape) != 3:  # a cache
-        return cu_seqlens, None, None, kv_len
-    if kv_len is not None:
-        raise ValueError(
-            "kv_len bounds a cache [B, Skv, Hkv, D] or pages, a packed k is bounded by cu_seqlens: "
-            f"got both and k of shape {list(k_shape)}"
-        )
-    if k_shape[0] != q_shape[0]:
-        raise ValueError(
-            f"cu_seqlens bounds the rows of a packed q and k alike: k must have the {q_shape[0]} rows of q, "
-            f"got {k_shape[0]} (packed tensors are [T, H, D]: q is {list(q_shape)}, k {list(k_shape)})"
-        )
-    return cu_seqlens, None, cu_seqlens, None

@@ -8,18 +8,22 @@ from torch import Tensor
 from . import reference
 from .arguments import call, check_devices
 from .autograd import below, differentiable
-from .patterns import BlockSparse, Pattern, Triangle
+from .operands import AttendArguments
 
 _ops = torch.ops.flux_ext
+_NAMES = {"full_blocks": "blocks", "sparse_blocks": "blocks", "full_counts": "counts", "sparse_counts": "counts"}
+_NAMES["kv_end"] = "kv_len"
+"""What messages call an argument, where that is not its name in the schema."""
 
 # The shape functions. The dispatcher comes to them as soon as one tensor is a meta tensor, so they compare devices.
 
 
 @torch.library.register_fake("flux_ext::attend")
-def _(q, k, v, route, patterns, fb, fc, sb, sc, scale, q_begin, q_end, kv_begin, kv_end, page_table):
-    check_devices("q", q, k=k, v=v, route=route, blocks=fb, counts=fc)
-    check_devices("q", q, blocks=sb, counts=sc, page_table=page_table)
-    check_devices("q", q, q_begin=q_begin, q_end=q_end, kv_begin=kv_begin, kv_len=kv_end)
+def _(*args):
+    for name, x in zip(AttendArguments._fields, args, strict=True):
+        if isinstance(x, Tensor):
+            check_devices("q", args[0], **{_NAMES.get(name, name): x})
+    q = args[0]
     lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)
 
@@ -36,15 +40,15 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, route, patterns, fb, fc, sb, sc, scale, q_begin, q_end, kv_begin, kv_end, page_table = inputs
-        out, lse = output
+        x, (out, lse) = AttendArguments(*inputs), output
         ctx.mark_non_differentiable(lse)
-        ctx.patterns, ctx.scale = patterns, scale
-        ctx.save_for_backward(q, k, v, out, lse, route, fb, fc, sb, sc, q_begin, q_end, kv_begin, kv_end, page_table)
+        ctx.patterns, ctx.scale = x.patterns, x.scale
+        ctx.save_for_backward(out, lse, *x._replace(patterns=None, scale=None))
 
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):
-        q, k, v, out, lse, route, fb, fc, sb, sc, *spans, page_table = ctx.saved_tensors
+        out, lse, *inputs = ctx.saved_tensors
+        q, k, v, *rest, page_table = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
         if page_table is not None:
             raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
         if q.is_cuda:
@@ -52,20 +56,15 @@ class _Attend(torch.autograd.Function):
                 "attention has no gradient on CUDA yet: train with the counterfactual objective, which needs none, "
                 "or on the CPU"
             )
-        rest = (route, ctx.patterns, fb, fc, sb, sc, ctx.scale, *spans)
-        return (*call(_ops.attend_backward, grad_out, q, k, v, out, lse, *rest), *(None,) * 12)
+        gradients = call(_ops.attend_backward, grad_out, q, k, v, out, lse, *rest)
+        return (*gradients, *(None for _ in inputs[3:]))
 
 
-def _pattern(numbers: list[int], blocks: Tensor | None, counts: Tensor | None) -> Pattern:
-    """A pattern from what the operators take."""
-    sink, window, last_q, align, width = numbers
-    return Triangle(sink, window, last_q, align) if blocks is None else BlockSparse(blocks, counts, width)
-
-
-def _attend_twin(q, k, v, route, patterns, fb, fc, sb, sc, scale, *spans):
-    full, sparse = _pattern(patterns[:5], fb, fc), _pattern(patterns[5:], sb, sc)
-    out, lse = reference.attend(q.float(), k.float(), v.float(), route, full, sparse, scale, *spans)
-    return out.to(q.dtype), lse
+def _attend_twin(*args):
+    x = AttendArguments(*args)
+    kv = x.key_values._replace(k=x.k.float(), v=x.v.float())
+    out, lse = reference.attend(x.q.float(), kv, x.routing, x.scale, x.q_begin, x.q_end)
+    return out.to(x.q.dtype), lse
 
 
 differentiable(_ops.attend.default, _Attend.apply, _attend_twin)
@@ -87,7 +86,7 @@ class _AttendBackward(torch.autograd.Function):
 
 def _attend_backward_twin(grad_out, q, k, v, _out, _lse, *rest):
     def attend(*qkv):
-        return _attend_twin(*qkv, *rest, None)[0]
+        return _attend_twin(*qkv, *rest, None)[0]  # no page_table
 
     return torch.func.vjp(attend, q, k, v)[1](grad_out)
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import row_spans
+from .mixture import attend_or_mix
+from .operands import KeyValues, Routing, bound_rows
 from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
@@ -53,36 +54,27 @@ def _in_place(pieces: list[_Piece], size: int, zero: Tensor) -> tuple[Tensor, Te
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    route: Tensor | None,
-    full: Pattern,
-    sparse: Pattern,
+    kv: KeyValues,
+    routing: Routing,
     scale: float,
     q_begin: Tensor | None = None,
     q_end: Tensor | None = None,
-    kv_begin: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, in the dtype of ``q`` (upcast first for a precise answer).
 
-    Rows ``[q_begin, q_end)`` of ``q`` and ``[kv_begin, kv_end)`` of ``k`` belong to a sequence.
-
     Args:
         q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
-        k, v: ``[B, Skv, Hkv, D]``; packed beside a packed q, ``[T, Hkv, D]``; paged, as in ``attention``.
-        route: ``[B]`` or ``[B, Hkv]``, 0 full and 1 sparse; None: all full.
-        full, sparse: the two patterns; block lists, not a threshold.
+        kv: keys and values, packed, paged or not, whatever q is (packed ones beside a packed q only).
+        routing: the route and its two patterns; block lists, not a threshold.
         scale: softmax scale.
-        q_begin, q_end, kv_begin, kv_end: ``[B]``, or of keys ``[B, Hkv]``; None: the whole tensor. Those of a packed
-            tensor must be given: both, or ``cu_seqlens [B + 1]`` as the first alone.
-        page_table: ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; its rows count page after page.
+        q_begin, q_end: ``[B]``, rows ``[q_begin, q_end)`` of q belong to the sequence; None: all. Of a packed q they
+            must be given: both, or ``cu_seqlens [B + 1]`` as the first alone.
 
     Returns:
         ``out`` like ``q``, and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``) in the dtype of ``q``, natural logarithm:
         0 and ``-inf`` where a query sees no key and in rows that belong to no sequence.
     """
+    k, v, kv_begin, kv_end, page_table = kv
     packed = q.dim() == 3
     num_q_heads = q.shape[-2]
     num_kv_heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
@@ -97,16 +89,16 @@ def attend(
     capacity = page_table.shape[-1] * k.shape[1] if page_table is not None else k.shape[-3]
     device = q.device
 
-    def bound(t: Tensor | None, b: int, h: int, default: int) -> int:
+    def entry(t: Tensor | None, b: int, h: int, default: int) -> int:
         if t is None:
             return default
         return int(t[b, h] if t.dim() == 2 else t[b])
 
     found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else batch))]
     for b in range(batch):
-        q0, q1 = bound(q_begin, b, 0, 0), bound(q_end, b, 0, q.shape[-3])
+        q0, q1 = entry(q_begin, b, 0, 0), entry(q_end, b, 0, q.shape[-3])
         for h in range(num_kv_heads):
-            k0, k1 = bound(kv_begin, b, h, 0), bound(kv_end, b, h, capacity)
+            k0, k1 = entry(kv_begin, b, h, 0), entry(kv_end, b, h, capacity)
             if page_table is not None:
                 pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
                 keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
@@ -114,8 +106,7 @@ def attend(
                 keys, values = k[k0:k1, h], v[k0:k1, h]
             else:
                 keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
-            mode = 0 if route is None else int(route[b, h] if route.dim() == 2 else route[b])
-            pattern = sparse if mode else full
+            pattern = routing.sparse if entry(routing.route, b, h, 0) else routing.full
             mask = dense_mask(pattern, q1 - q0, k1 - k0, device)
             if isinstance(pattern, BlockSparse):
                 mask = mask[b, h]
@@ -193,20 +184,9 @@ def attention(
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`flux_ext.attention`, by one dense mask after the other."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
-
-    def run(r: Tensor | None) -> tuple[Tensor, Tensor]:
-        return attend(q, k, v, r, full, sparse, scale, *spans, page_table)
-
-    if route is not None and route.is_floating_point():
-        if return_lse:
-            raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
-        hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
-        w = mixing_weight(route, q, cu_seqlens)
-        return (1 - w) * run(hard)[0] + w * run(hard + 1)[0]
-    out, lse = run(route)
-    return (out, lse) if return_lse else out
+    kv, q_begin, q_end = bound_rows(q, k, v, cu_seqlens, seq_start, seq_end, kv_len, page_table)
+    routing = Routing(route, full, sparse)
+    return attend_or_mix(attend, mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
 
 
 def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -12,28 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import attention_gradient  # noqa: F401  (makes the operator differentiable)
-from .arguments import call, check_tensors, described, row_spans, to_float
+from .arguments import call, check_tensors, described, to_float
 from .block_selection import select_blocks
+from .mixture import attend_or_mix
+from .operands import KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
 
 _ops = torch.ops.flux_ext
 _CHOICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    route: Tensor | None,
-    full: Pattern,
-    sparse: Pattern,
+    kv: KeyValues,
+    routing: Routing,
     scale: float,
     q_begin: Tensor | None = None,
     q_end: Tensor | None = None,
-    kv_begin: Tensor | None = None,
-    kv_end: Tensor | None = None,
-    page_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, with every row bound spelt out: the operator with its tensors and patterns.
 
@@ -45,25 +40,30 @@ def attend(
             share), or a threshold meets bounds.
         RuntimeError: in the backward pass, as for :func:`attention`.
     """
-    required = {"q": q, "k": k, "v": v}
+    if not isinstance(kv, KeyValues):
+        raise TypeError(f"kv must be KeyValues, got {described(kv)}")
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing must be Routing, got {described(routing)}")
     optional = {
-        "route": route,
+        "route": routing.route,
         "q_begin": q_begin,
         "q_end": q_end,
-        "kv_begin": kv_begin,
-        "kv_end": kv_end,
-        "page_table": page_table,
+        "kv_begin": kv.begin,
+        "kv_end": kv.end,
+        "page_table": kv.page_table,
     }
-    check_tensors(required, optional)
-    return _attend(q, k, v, route, full, sparse, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+    check_tensors({"q": q, "k": kv.k, "v": kv.v}, optional)
+    return _attend(q, kv, routing, scale, q_begin, q_end)
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, full: Pattern, sparse: Pattern, scale: float, *spans: Any
+    q: Tensor, kv: KeyValues, routing: Routing, scale: float, q_begin: Tensor | None, q_end: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attend`, its tensors known to be tensors of one device."""
+    """:func:`attend`, its tensors known to be tensors."""
     if type(scale) is not float:
         scale = to_float("scale", scale)
+    k, v, kv_begin, kv_end, page_table = kv
+    route, full, sparse = routing
     if route is not None and route.dtype != torch.int32:
         if route.dtype not in _CHOICES or route.layout is not torch.strided:
             kind = route.dtype if route.layout is torch.strided else route.layout
@@ -76,7 +76,7 @@ def _attend(
     for name, pattern in (("full", full), ("sparse", sparse)):
         if isinstance(pattern, BlockSparse):
             if pattern.threshold is not None:
-                if any(x is not None for x in spans):
+                if any(x is not None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
                     raise ValueError(
                         "BlockSparse(threshold=...) scores plain batches [B, S, H, D] only: "
                         "for packed, padded or cached keys give it blocks"
@@ -90,7 +90,8 @@ def _attend(
         else:
             kinds = ", ".join(kind.__name__ for kind in PATTERNS)
             raise TypeError(f"{name} must be one of {kinds}, got {described(pattern)}")
-    return call(_ops.attend, q, k, v, route, patterns, *lists, scale, *spans)
+    # In the order of the schema; AttendArguments is the way back.
+    return call(_ops.attend, q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
 
 
 def _values_hidden(x: Tensor) -> bool:
@@ -190,23 +191,6 @@ def attention(
         "page_table": page_table,
     }
     check_tensors(required, optional)
-    spans = row_spans(q, k, cu_seqlens, seq_start, seq_end, kv_len, page_table)
-    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
-
-    def run(hard: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _attend(q, k, v, hard, full, sparse, scale, *spans, page_table)
-
-    if route is not None and route.is_floating_point():
-        if route.dim() not in (1, 2):
-            raise ValueError(f"route must be [B] or [B, Hkv], got shape {list(route.shape)}")
-        if route.dtype not in _FRACTIONS or route.layout is not torch.strided:
-            kind = route.dtype if route.layout is torch.strided else route.layout
-            raise ValueError(f"a fractional route must be dense float16, bfloat16, float32 or float64, got {kind}")
-        if return_lse:
-            raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
-        hard = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
-        all_full = run(hard)[0]  # checks the arguments, the shape of the route too
-        w = _mixing_weight(route, q, cu_seqlens)
-        return (1 - w) * all_full + w * run(hard + 1)[0]
-    out, lse = run(route)
-    return (out, lse) if return_lse else out
+    kv, q_begin, q_end = bound_rows(q, k, v, cu_seqlens, seq_start, seq_end, kv_len, page_table)
+    routing = Routing(route, full, sparse)
+    return attend_or_mix(_attend, _mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
