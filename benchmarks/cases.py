@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flux_ext import Streaming
+from flux_ext import Full, Streaming
+
+from .cuda.problems import visible_pairs
 
 SPARSE = Streaming(sink=128, window=2048)
 
@@ -31,10 +33,7 @@ class Case:
 
     def visible_pairs(self) -> int:
         """(query, key) pairs one query head sees."""
-        seen = torch.arange(self.kv_len - self.q_len, self.kv_len) + 1
-        if self.pattern == "streaming":
-            seen = seen.clamp(max=SPARSE.sink + SPARSE.window)
-        return int(seen.sum())
+        return visible_pairs(SPARSE if self.pattern == "streaming" else Full(), self.q_len, self.kv_len)
 
     def flops(self) -> float:
         """``4 * D`` per visible (query head, query, key) triple forward, ``10 * D`` backward."""

@@ -12,6 +12,14 @@ from flux_ext import BlockSparse, Full, Streaming, Triangle
 from flux_ext.operators.patterns import Pattern
 from flux_ext.operators.testing import poisoned
 
+FEW = Streaming(1, 3)
+"""For prompts of some ten tokens."""
+STREAMING = Streaming(sink=5, window=17)
+"""Its numbers divide neither each other nor a block nor a page."""
+ALIGNED = Streaming(4, 8, align=4)
+PUBLISHED = Streaming(128, 2048)
+"""Sink and window of the published checkpoints."""
+
 CACHES = ("cached", "cached_per_head", "paged", "paged_per_head")
 """Layouts of keys; ``packed_`` before one: the queries are packed."""
 LAYOUTS = ("batched", "left_padded", "right_padded", "packed", *CACHES, *(f"packed_{x}" for x in CACHES))
@@ -29,7 +37,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 32
-    sparse: Pattern = field(default_factory=lambda: Streaming(sink=5, window=17))
+    sparse: Pattern = STREAMING
     full: Pattern = field(default_factory=Full)
     route: str = "head"
     strides: str = "plain"

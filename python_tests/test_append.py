@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import PUBLISHED
 from torch import Tensor
 
 from flux_ext import Streaming, Triangle, operators
@@ -78,7 +79,7 @@ CASES = [
     Case((70, 20), 20, routes=(0, 0)),
     Case((70, 20), 20, routes=(1, 1, 1)),
     Case(tuple(range(70)), 2, routes=(0, 1, 1, 0, 1)),
-    Case((9000, 33000), 2, pattern=Streaming(128, 2048), max_cache_len=40_000),
+    Case((9000, 33000), 2, pattern=PUBLISHED, max_cache_len=40_000),
     # Widths and strides: 16 bytes at a time and less.
     *(Case((0, 40), 3, dim=d, strides=s) for d in (1, 4, 20, 128, 256) for s in ("projected", "contiguous", "sliced")),
     # Dtypes.
@@ -233,7 +234,7 @@ def test_the_table_lists_what_a_query_sees(pattern: Streaming, page_size: int, d
     for position in range(450):
         k = (rows + position)[..., None, None].repeat(1, 1, 1, 8)
         operators.append(k, -k, **x)
-        window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
+        window_begin = pattern.window_begin(position)
         for b in range(2):
             for h in range(3):
                 n = int(x["kv_len"][b, h])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import Case, cases, make
+from cases import ALIGNED, FEW, STREAMING, Case, cases, make
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, Triangle
+from flux_ext import BlockSparse, Full, Triangle
 from flux_ext.operators import reference
 from flux_ext.operators.patterns import dense_mask
 from flux_ext.operators.testing import assert_as_accurate
@@ -190,8 +190,8 @@ def test_any_number_of_threads(threads: int) -> None:
 def test_fractional_route_mixes_the_two_patterns() -> None:
     x = make(Case((80, 80), (80, 80), head_dim=16))
     w = torch.tensor([[0.0, 0.25], [1.0, 0.5]])
-    full, sparse = (flux_ext.attention(x.q, x.k, x.v, torch.full((2, 2), r), sparse=Streaming(5, 17)) for r in (0, 1))
-    out = flux_ext.attention(x.q, x.k, x.v, w, sparse=Streaming(5, 17))
+    full, sparse = (flux_ext.attention(x.q, x.k, x.v, torch.full((2, 2), r), sparse=STREAMING) for r in (0, 1))
+    out = flux_ext.attention(x.q, x.k, x.v, w, sparse=STREAMING)
     weight = w.repeat_interleave(2, 1)[:, None, :, None]
     torch.testing.assert_close(out, (1 - weight) * full + weight * sparse)
 
@@ -203,9 +203,7 @@ def test_booleans_and_other_integers_are_routes_too() -> None:
         assert torch.equal(flux_ext.attention(x.q, x.k, x.v, x.route.to(dtype), **x.kwargs), want)
 
 
-@pytest.mark.parametrize(
-    "pattern", [Full(), Streaming(3, 8), Streaming(4, 8, align=4), Triangle(2, 6, last_q=5)], ids=str
-)
+@pytest.mark.parametrize("pattern", [Full(), FEW, ALIGNED, Triangle(2, 6, last_q=5)], ids=str)
 @pytest.mark.parametrize("lens", [(12, 12), (5, 30), (30, 5), (0, 4), (1, 1)], ids=str)
 def test_core_mask_is_the_python_mask(pattern, lens) -> None:
     core = pytest.importorskip("flux_ext._C")

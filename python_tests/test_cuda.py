@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from cases import PUBLISHED, STREAMING
 
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming, Triangle, operators
@@ -195,7 +196,7 @@ def cases() -> list[Case]:
         found.append(Case((40, 40), (300, 517), layout="paged_heads", page_size=page_size))
     patterns = [
         Streaming(0, 1),
-        Streaming(5, 17),
+        STREAMING,
         Streaming(128, 256, align=128),
         Streaming(64, 64, align=64),
     ]
@@ -291,12 +292,12 @@ MILLION = 1 << 20
 @pytest.mark.parametrize("q_len", (1, 20))
 def test_a_million_keys(q_len: int, layout: str) -> None:
     """A decode step, and a chunk of a prompt."""
-    check(Case((q_len,), (MILLION,), layout=layout, sparse=Streaming(128, 2048)))
+    check(Case((q_len,), (MILLION,), layout=layout, sparse=PUBLISHED))
 
 
 def test_a_prompt_of_a_million_tokens() -> None:
     """Rows from all over it, each against the reference over the keys before it."""
-    arguments = make(Case((MILLION,), sparse=Streaming(128, 2048)))
+    arguments = make(Case((MILLION,), sparse=PUBLISHED))
     out, lse = operators.attend(**arguments)
     for end in (40, MILLION // 2 + 3, MILLION):
         kv = KeyValues(arguments["kv"].k[:, :end], arguments["kv"].v[:, :end])

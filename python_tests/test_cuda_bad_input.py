@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from cases import FEW
 from test_cuda import DEVICE, int32, random
 
 import flux_ext
-from flux_ext import BlockSparse, Streaming, operators
+from flux_ext import BlockSparse, operators
 from flux_ext.operators import KeyValues, Routing, reference
 from flux_ext.routers.modules import LayerRouter
 
@@ -50,8 +51,8 @@ def test_a_bound_that_decreases_ends_an_empty_sequence() -> None:
 def test_a_fraction_out_of_range_is_nan_for_its_head(value: float) -> None:
     q, k = random(2, 30, 4, 64, dtype=torch.bfloat16), random(2, 30, 2, 64, dtype=torch.bfloat16)
     w = torch.tensor([[0.5, 0.25], [value, 1.0]], device=DEVICE)
-    out = flux_ext.attention(q, k, k, w, sparse=Streaming(2, 9))
-    want = reference.attention(q.float(), k.float(), k.float(), w, sparse=Streaming(2, 9))
+    out = flux_ext.attention(q, k, k, w, sparse=FEW)
+    want = reference.attention(q.float(), k.float(), k.float(), w, sparse=FEW)
     assert out[1, :, :2].isnan().all() and not out[0].isnan().any() and not out[1, :, 2:].isnan().any()
     torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=2e-2, equal_nan=True)
 
@@ -74,9 +75,9 @@ def test_bounds_further_apart_than_32_bits_count(step: int) -> None:
 
     q, k = random(2, 1, 4, 64, dtype=torch.bfloat16), random(2, 300, 2, 64, dtype=torch.bfloat16)
     lens, route = int32([300, 40]), int32([1, 0])
-    want = flux_ext.attention(q, k, k, route, kv_len=lens, sparse=Streaming(2, 9))
-    assert torch.equal(flux_ext.attention(q, k, k, route, kv_len=far(lens), sparse=Streaming(2, 9)), want)
-    assert torch.equal(flux_ext.attention(q, k, k, far(route), kv_len=lens, sparse=Streaming(2, 9)), want)
+    want = flux_ext.attention(q, k, k, route, kv_len=lens, sparse=FEW)
+    assert torch.equal(flux_ext.attention(q, k, k, route, kv_len=far(lens), sparse=FEW), want)
+    assert torch.equal(flux_ext.attention(q, k, k, far(route), kv_len=lens, sparse=FEW), want)
     router, x = LayerRouter(64).to(DEVICE), random(2, 30, 4, 64, dtype=torch.bfloat16)
     assert torch.equal(router(x, None, far(int32([9, 30]))), router(x, None, int32([9, 30])))
 
@@ -125,6 +126,6 @@ def test_a_cache_that_is_copied_says_so_once() -> None:
 
 def test_hard_routes_other_than_0_are_sparse() -> None:
     q = random(1, 90, 2, 64, dtype=torch.bfloat16)
-    routings = [Routing(int32([r]), sparse=Streaming(1, 9)) for r in (1, -1, 7)]
+    routings = [Routing(int32([r]), sparse=FEW) for r in (1, -1, 7)]
     outs = [operators.attend(q, KeyValues(q, q), routing, 0.125)[0] for routing in routings]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny
+from models import SMALL, tiny
 from torch import Tensor
 from transformers.generation import CompileConfig
 
@@ -19,9 +19,7 @@ LENGTH = 96
 
 
 def patched() -> Any:
-    return flux_ext.patch(
-        tiny("llama").to("cuda", torch.bfloat16), flux_ext.FluxConfig(sink=4, window=16, pool_size=20)
-    )
+    return flux_ext.patch(tiny("llama").to("cuda", torch.bfloat16), flux_ext.FluxConfig(**SMALL))
 
 
 def new_cache(model: Any, **kwargs: Any) -> FluxStaticCache:

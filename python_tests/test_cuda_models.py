@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from models import tiny
+from models import SMALL, tiny
 
 import flux_ext
 from flux_ext.caches.static import FluxStaticCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CONFIG = {"sink": 4, "window": 16, "pool_size": 20}
 MIXED = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
 
 
@@ -34,7 +33,7 @@ def test_all_full_is_the_stock_model():
     ids, mask = prompts()
     model = model_on_gpu()
     stock = model(ids, attention_mask=mask).logits
-    with flux_ext.patched(model, flux_ext.FluxConfig(**CONFIG)), flux_ext.routes(model, "full"):
+    with flux_ext.patched(model, flux_ext.FluxConfig(**SMALL)), flux_ext.routes(model, "full"):
         got = model(ids, attention_mask=mask).logits
     real = mask.bool()
     error = (got - stock)[real].float().norm() / stock[real].float().norm()
@@ -44,8 +43,8 @@ def test_all_full_is_the_stock_model():
 @torch.no_grad()
 def test_mixed_routes_are_those_of_the_cpu():
     ids, mask = prompts()
-    gpu = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**CONFIG))
-    cpu = flux_ext.patch(tiny("llama").to(torch.bfloat16).float(), flux_ext.FluxConfig(**CONFIG))
+    gpu = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**SMALL))
+    cpu = flux_ext.patch(tiny("llama").to(torch.bfloat16).float(), flux_ext.FluxConfig(**SMALL))
     with flux_ext.routes(gpu, routes_of(gpu)), flux_ext.routes(cpu, routes_of(cpu)):
         got = gpu(ids, attention_mask=mask).logits.float().cpu()
         want = cpu(ids.cpu(), attention_mask=mask.cpu()).logits
@@ -59,7 +58,7 @@ def test_mixed_routes_are_those_of_the_cpu():
 def test_decoding_is_one_forward_over_everything(cache):
     """Greedy tokens, generated from the trimmed cache, are what the untrimmed pattern would choose (up to rounding)."""
     ids, _ = prompts()
-    model = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**CONFIG))
+    model = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**SMALL))
     with flux_ext.routes(model, routes_of(model)):
         kwargs = {"cache_implementation": cache, "disable_compile": True} if cache else {}
         out = model.generate(ids[:1], max_new_tokens=40, do_sample=False, eos_token_id=None, **kwargs)
@@ -72,7 +71,7 @@ def test_decoding_is_one_forward_over_everything(cache):
 @torch.no_grad()
 def test_a_static_decode_step_never_waits_and_replays_in_a_graph():
     ids, _ = prompts()
-    model = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**CONFIG))
+    model = flux_ext.patch(model_on_gpu(), flux_ext.FluxConfig(**SMALL))
     config = flux_ext.get_routers(model).config
     steps = torch.randint(3, 100, (20, 1, 1), device="cuda")
 

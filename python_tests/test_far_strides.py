@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import FEW
 from torch import Tensor
 
 import flux_ext
@@ -36,9 +37,8 @@ def ints(*x: int) -> Tensor:
 def test_bounds_and_routes(memory: Tensor, name: str, step: int) -> None:
     q, k = torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     values = ints(1, 0) if name == "route" else ints(3, 5)
-    sparse = flux_ext.Streaming(1, 2)
-    want = flux_ext.attention(q, k, k, **{name: values}, sparse=sparse)
-    got = flux_ext.attention(q, k, k, **{name: far(memory, values, step)}, sparse=sparse)
+    want = flux_ext.attention(q, k, k, **{name: values}, sparse=FEW)
+    got = flux_ext.attention(q, k, k, **{name: far(memory, values, step)}, sparse=FEW)
     assert torch.equal(got, want)
 
 
@@ -47,10 +47,9 @@ def test_strides_that_fit_but_not_their_multiples(memory: Tensor, name: str) -> 
     q, k = torch.randn(4, 2, 2, 16), torch.randn(4, 9, 2, 16)
     values = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.int32)
     values = values if name == "route" else values + 3
-    sparse = flux_ext.Streaming(1, 2)
-    want = flux_ext.attention(q, k, k, **{name: values}, sparse=sparse)
-    assert torch.equal(flux_ext.attention(q, k, k, **{name: far(memory, values, 2**30, 1)}, sparse=sparse), want)
-    assert torch.equal(flux_ext.attention(q, k, k, **{name: far(memory, values, 1, 2**31)}, sparse=sparse), want)
+    want = flux_ext.attention(q, k, k, **{name: values}, sparse=FEW)
+    assert torch.equal(flux_ext.attention(q, k, k, **{name: far(memory, values, 2**30, 1)}, sparse=FEW), want)
+    assert torch.equal(flux_ext.attention(q, k, k, **{name: far(memory, values, 1, 2**31)}, sparse=FEW), want)
 
 
 def test_packed_and_paged(memory: Tensor) -> None:
@@ -97,7 +96,7 @@ def test_appended_tokens(memory: Tensor) -> None:
         base, ring = (ints(*x).view(2, 1) for x in ((0, 2), (2, 2)))
         table, kv_len, seen = (torch.zeros(s, dtype=torch.int32) for s in ((2, 1, 2), (2, 1), (2, 1)))
         slots = torch.zeros((), dtype=torch.int64)
-        operators.append(k, k, *pools, base, ring, table, kv_len, seen, slots, flux_ext.Streaming(1, 3), 16)
+        operators.append(k, k, *pools, base, ring, table, kv_len, seen, slots, FEW, 16)
         return pools[0]
 
     assert torch.equal(append(far(floats, new, 2**31, 16, 16, 1)), append(new))

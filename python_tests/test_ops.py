@@ -2,21 +2,21 @@
 
 import pytest
 import torch
-from cases import Case, make
+from cases import FEW, Case, make
 
 import flux_ext
 from flux_ext.operators.operands import AttendArguments
 from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 ops = torch.ops.flux_ext
-STREAMING = [0, 1 << 30, 0, 1, 0, 3, 8, 0, 1, 0]
+PATTERNS = [*flux_ext.Full().numbers(), 0, *FEW.numbers(), 0]
 
 
 def arguments(layout: str, grad: bool = True):
     x = make(Case((12, 12), (12, 12), layout, head_dim=16))
     bounds = [x.kwargs["cu_seqlens"][:-1], x.kwargs["cu_seqlens"][1:]] * 2 if layout == "packed" else [None] * 4
     q, k, v = (t.nan_to_num().requires_grad_(grad) for t in (x.q, x.k, x.v))
-    return list(AttendArguments(q, k, v, x.route, STREAMING, None, None, None, None, 0.25, *bounds, None))
+    return list(AttendArguments(q, k, v, x.route, PATTERNS, None, None, None, None, 0.25, *bounds, None))
 
 
 def test_the_flat_arguments_are_those_of_the_schema():
@@ -43,12 +43,12 @@ def test_opcheck_route(router):
 
 
 def routed(q, k, v, x, router):
-    return flux_ext.attention(q * 2, k, v, router.decide(x)[1], sparse=flux_ext.Streaming(3, 8))
+    return flux_ext.attention(q * 2, k, v, router.decide(x)[1], sparse=FEW)
 
 
 def mixed(q, k, v, x, router):
     weight = router(x).softmax(-1)[..., 0]
-    return flux_ext.attention(q * 2, k, v, weight, sparse=flux_ext.Streaming(3, 8))
+    return flux_ext.attention(q * 2, k, v, weight, sparse=FEW)
 
 
 @pytest.mark.parametrize("function", [routed, mixed])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import scramble, tiny
+from models import SMALL, scramble, tiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,8 +15,6 @@ from flux_ext import FluxConfig, FluxRouters
 from flux_ext.models.patching import get_routers
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.routers.modules import HeadRouter, LayerRouter
-
-SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
 
 def saved(folder: Path, **config: Any) -> FluxRouters:

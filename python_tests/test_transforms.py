@@ -3,18 +3,18 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as fw
-from cases import Case, make
+from cases import ALIGNED, FEW, Case, make
 from torch import Tensor
 
 import flux_ext
-from flux_ext import BlockSparse, Streaming, Triangle, operators
+from flux_ext import BlockSparse, Triangle, operators
 from flux_ext.operators import reference
 from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 CASES = [
     Case((12, 12), (20, 20), head_dim=16),
     Case((9, 5), (9, 5), "left_padded", head_dim=16, sparse=Triangle(2, 4, last_q=3)),
-    Case((9, 0, 5), (9, 0, 5), "packed", head_dim=16, sparse=Streaming(4, 8, align=4)),
+    Case((9, 0, 5), (9, 0, 5), "packed", head_dim=16, sparse=ALIGNED),
     Case((3, 4), (11, 9), "packed_cached_per_head", head_dim=16),
     Case((2, 2), (11, 9), "paged", head_dim=16, route="sequence"),
 ]
@@ -93,7 +93,7 @@ def test_vmap_over_routes_and_bounds():
     lens = torch.tensor([[3, 9], [8, 4]], dtype=torch.int32)
 
     def f(route, kv_len):
-        return flux_ext.attention(q, k, k, route, kv_len=kv_len, sparse=Streaming(1, 3))
+        return flux_ext.attention(q, k, k, route, kv_len=kv_len, sparse=FEW)
 
     close(torch.func.vmap(f)(routes, lens), torch.stack([f(*x) for x in zip(routes, lens, strict=True)]))
 
@@ -110,7 +110,7 @@ def test_hessian():
 def test_fractional_routes():
     qkv = functions(CASES[0])[2]
     exact = tuple(t.double() for t in qkv)
-    w, dw, pattern = torch.tensor([[0.2, 0.9], [0.1, 0.7]]), torch.randn(2, 2), Streaming(1, 3)
+    w, dw, pattern = torch.tensor([[0.2, 0.9], [0.1, 0.7]]), torch.randn(2, 2), FEW
     got = torch.func.jvp(lambda w: flux_ext.attention(*qkv, w, sparse=pattern), (w,), (dw,))[1]
     close(got, by_differences(lambda w: reference.attention(*exact, w, sparse=pattern), (w,), (dw,)))
 
@@ -172,4 +172,4 @@ def test_appending_has_no_derivative():
         pools = torch.zeros(2, 16, 1, 16), torch.zeros(2, 16, 1, 16)
         one = [torch.ones(1, 1, dtype=torch.int32) for _ in range(4)]
         table, slots = torch.zeros(1, 1, 2, dtype=torch.int32), torch.zeros((), dtype=torch.int64)
-        operators.append(fw.make_dual(k, k), k, *pools, *one[:2], table, *one[2:], slots, Streaming(1, 3), 32)
+        operators.append(fw.make_dual(k, k), k, *pools, *one[:2], table, *one[2:], slots, FEW, 32)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flux_ext import Streaming, operators
+from flux_ext import Full, Streaming, operators
 from flux_ext.operators import KeyValues, Routing
 from flux_ext.operators.patterns import Pattern
 
@@ -128,9 +128,10 @@ def routes(spec: Spec, setting: Setting, kind: str | None = None) -> Tensor:
     return setting.int32([[1] * sparse + [0] * (spec.kv_heads - sparse)] * spec.batch)
 
 
-def visible_pairs(pattern: Pattern, q_len: int, kv_len: int) -> int:
-    """Pairs that a full or token-exact streaming pattern lets one head see."""
+def visible_pairs(pattern: Full | Streaming, q_len: int, kv_len: int) -> int:
+    """(query, key) pairs that the pattern lets one head see."""
     p = torch.arange(kv_len - q_len, kv_len, dtype=torch.int64)
-    sink, window, _, align = pattern.numbers()
-    begin = (align * (p // align + 1) - window).clamp(min=0)
-    return int((p + 1 - begin + torch.minimum(begin, torch.tensor(sink))).sum())
+    if isinstance(pattern, Full):
+        return int((p + 1).sum())
+    begin = pattern.window_begin(p).clamp(min=0)
+    return int((p + 1 - begin + begin.clamp(max=pattern.sink)).sum())

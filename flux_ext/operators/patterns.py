@@ -11,8 +11,9 @@ or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is li
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias, get_args
+from typing import TypeAlias, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,15 +26,30 @@ Q_BLOCK = 128
 """Query rows that share one list of key blocks."""
 
 
-def _check_streaming(sink: int, window: int, align: int) -> None:
-    for name, x in (("sink", sink), ("window", window), ("align", align)):
-        check_integer(name, x)
-    if sink < 0:
-        raise ValueError(f"sink must be >= 0, got {sink}")
-    if align < 1:
-        raise ValueError(f"align must be >= 1, got {align}")
-    if window < 1 or window % align:
-        raise ValueError(f"window must be a positive multiple of align ({align}), got {window}")
+Positions = TypeVar("Positions", int, np.ndarray, Tensor)
+"""One position, or many."""
+
+
+class _Windowed:
+    """What :class:`Streaming` and :class:`Triangle` share."""
+
+    sink: int
+    window: int
+    align: int
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "window", "align"):
+            check_integer(name, getattr(self, name))
+        if self.sink < 0:
+            raise ValueError(f"sink must be >= 0, got {self.sink}")
+        if self.align < 1:
+            raise ValueError(f"align must be >= 1, got {self.align}")
+        if self.window < 1 or self.window % self.align:
+            raise ValueError(f"window must be a positive multiple of align ({self.align}), got {self.window}")
+
+    def window_begin(self, p: Positions) -> Positions:
+        """The first position in the window of a query at position ``p``, negative where the window is not yet full."""
+        return self.align * (p // self.align + 1) - self.window
 
 
 @dataclass(frozen=True)
@@ -46,15 +62,15 @@ class Full:
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(_Windowed):
     """The first ``sink`` keys and the last ``window`` ones, the query's own included.
 
     Args:
         sink: tokens, >= 0.
         window: tokens, a positive multiple of ``align``.
-        align: tokens. Above 1, the queries of one aligned block share one window, that of the block's last query: it
-            begins at ``align * (p // align + 1) - window`` (block-aligned streaming, as the published Flux
-            checkpoints were trained with; arXiv 2604.07394).
+        align: tokens. Above 1, the queries of one aligned block share one window, that of the block's last query (see
+            :meth:`window_begin`): block-aligned streaming, as the published Flux checkpoints were trained with
+            (arXiv 2604.07394).
 
     Raises:
         TypeError: something is not an integer.
@@ -65,16 +81,13 @@ class Streaming:
     window: int = 2048
     align: int = 1
 
-    def __post_init__(self) -> None:
-        _check_streaming(self.sink, self.window, self.align)
-
     def numbers(self) -> tuple[int, int, int, int]:
         """``(sink, window, last_q, align)``, as the operators take them."""
         return (self.sink, self.window, 0, self.align)
 
 
 @dataclass(frozen=True)
-class Triangle:
+class Triangle(_Windowed):
     """Streaming, but the last ``last_q`` queries see every earlier key ("TA"; arXiv 2604.07394).
 
     A decode step of a triangle-routed sequence is a streaming step: use :meth:`decode`.
@@ -94,7 +107,7 @@ class Triangle:
     align: int = 1
 
     def __post_init__(self) -> None:
-        _check_streaming(self.sink, self.window, self.align)
+        super().__post_init__()
         check_integer("last_q", self.last_q)
         if self.last_q < 0:
             raise ValueError(f"last_q must be >= 0, got {self.last_q}")
@@ -206,6 +219,7 @@ def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device |
         rows = torch.arange(q_len, device=device) // Q_BLOCK
         columns = torch.arange(kv_len, device=device) // pattern.width
         return chosen[:, :, rows][..., columns] & causal
-    sink, window, last_q, align = pattern.numbers()
-    window_begin = align * (torch.div(p, align, rounding_mode="floor") + 1) - window
-    return causal & ((j < sink) | (j >= window_begin) | (p >= kv_len - last_q))
+    if isinstance(pattern, Full):
+        return causal
+    last_q = pattern.last_q if isinstance(pattern, Triangle) else 0
+    return causal & ((j < pattern.sink) | (j >= pattern.window_begin(p)) | (p >= kv_len - last_q))

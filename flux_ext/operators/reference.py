@@ -122,7 +122,7 @@ def attend(
 
 
 def _place(page: int, sink_pages: int, ring: int) -> int:
-    """Where page ``page`` of a sequence lies in its row: the sink's pages stay, the others go round."""
+    """Where page ``page`` of a sequence lies among those of its sequence head: the sink's stay, the others go round."""
     return page if page < sink_pages else sink_pages + (page - sink_pages) % ring
 
 
@@ -141,7 +141,10 @@ def append(
     max_cache_len: int,
     active: Tensor | None = None,
 ) -> None:
-    """As :func:`flux_ext.operators.append`, row by row and page by page."""
+    """As :func:`flux_ext.operators.append`, one sequence head and one page after the other.
+
+    Window, gap and places of pages are written out once more here, on purpose: tests compare the others with these.
+    """
     page_size, max_pages = k_pool.shape[1], page_table.shape[2]
     sink_pages = -(-pattern.sink // page_size)
     unit = math.lcm(pattern.align, page_size)
@@ -190,7 +193,10 @@ def attention(
 
 
 def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1].
+
+    Not shared with the operator, on purpose: this one goes through the sequences, and checks what that one computes.
+    """
     slack = 2 * torch.finfo(route.dtype).eps
     w = route.where((route >= -slack) & (route <= 1 + slack), torch.nan)
     w = w[:, None] if w.dim() == 1 else w
