@@ -1,4 +1,4 @@
-"""What one forward of a patched model shares with all its layers: the sequences' bounds and the decisions."""
+"""What all layers share in one forward of a patched model: the sequences' bounds and the decisions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ class Decision(NamedTuple):
 
 @dataclass
 class ForwardContext:
-    """The sequences of one forward.
+    """The context of one forward: what all layers of the model share, read off the decoder's arguments once.
 
-    ``seq_start`` and ``seq_end``, int32 ``[B]``, bound the rows of this forward that belong to each sequence
-    (None: all; of a step over a static cache, ``seq_end`` is -1 where the mask contradicts the cache);
-    ``cu_seqlens``, int32 ``[n + 1]``, bounds sequences packed into one row; ``mask`` is the padding mask, bool
-    ``[B, seen + new tokens]``, of which the cache has ``seen``; of a first forward that has more than the prompt, only
-    the first ``prompt_len`` tokens decide, or of each sequence the first ``prompt_lengths`` [B]. ``held`` has the
-    routes by layer that an earlier forward of the same ``generate`` decided, where no cache keeps them.
+    Attributes:
+        policy: decides in place of the routers' argmax; None: that decides.
+        seq_start, seq_end: int32 ``[B]``, rows ``[start, end)`` of this forward's tensors belong to each sequence;
+            None: all do. Of a step over a static cache, ``seq_end`` is 1 where a sequence has a token, 0 where it has
+            none, and -1 where the mask contradicts the cache.
+        cu_seqlens: int32 ``[n + 1]``, bounds of ``n`` sequences packed into one row; None: they are not packed.
+        mask: the padding mask, bool ``[B, seen + new slots]``; None: there is no padding.
+        seen: slots that the cache had seen before this forward, padding included.
+        prompt_len: how many of this forward's slots are the prompt, from which routers decide; None: all. Assisted
+            decoding appends candidates to it.
+        prompt_lengths: integers ``[B]``, the same for each sequence, padding not counted; None: all. Training appends
+            the answers.
+        held: the routes that an earlier forward of the same ``generate`` decided, by place among the routed layers,
+            where there is no cache to keep them. Empty in the first forward, which fills it.
+        decisions: what was decided in this forward, by place among the routed layers; filled layer by layer.
     """
 
     policy: Policy | None = None
@@ -43,7 +52,7 @@ class ForwardContext:
     held: dict[int, Tensor] | None = None
     prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
-    _host: list[Tensor] = field(default_factory=list)  # shared by copies on other devices
+    _host: list[Tensor] = field(default_factory=list)  # the mask on the CPU, once; shared by copies on other devices
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> ForwardContext:
         """The same on another device; accelerate calls this where a model is spread over several."""
@@ -56,13 +65,37 @@ class ForwardContext:
             self._host.append(self.mask.cpu())
         return self._host[0] if self._host else None
 
+    def prompts(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What of states ``[B, S, H, D]`` routers may see, and the rows ``[begin, end)`` of each sequence in it.
+
+        Packed sequences are ``[T, H, D]``.
+        """
+        begin, end = self.seq_start, self.seq_end
+        if self.cu_seqlens is not None:
+            x, begin, end = x[0], self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        if self.prompt_lengths is not None:
+            lengths = self.prompt_lengths.to(x.device, torch.int32)
+            begin = torch.zeros_like(lengths) if begin is None else begin
+            end = begin + lengths
+        if self.prompt_len is not None and self.prompt_len < x.shape[1]:
+            x = x[:, : self.prompt_len]
+            end = None if end is None else end.clamp(max=self.prompt_len)
+        return x, begin, end
+
+    def q_bounds(self, q_len: int) -> tuple[Tensor | None, Tensor | None]:
+        """int32 ``[B]`` bounds of ``q_len`` queries per sequence, as attention takes them.
+
+        A single query has none: what it gives where it is padding is never used, so nothing need be set to 0.
+        """
+        return (None, None) if q_len == 1 else (self.seq_start, self.seq_end)
+
     def kv_bounds(self, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
-        """int32 ``[B]`` bounds within the last ``kv_len`` tokens seen, for caches that keep padding."""
+        """int32 ``[B]`` bounds of the tokens among the last ``kv_len`` slots, for caches that keep padding."""
         return (None, None) if self.mask is None else span(self.mask[:, -kv_len:])
 
     def has_holes(self, kv_len: int) -> bool:
-        """Whether padding may lie between tokens among the last ``kv_len``: after several turns. While compiling it
-        cannot be looked at, and the answer is yes wherever there was an earlier forward."""
+        """Whether padding may lie between tokens among the last ``kv_len`` slots, as it does after several turns. While
+        compiling the mask cannot be looked at: then the answer is yes wherever there was an earlier forward."""
         if self.mask is None or not self.seen:
             return False
         if torch.compiler.is_compiling():
@@ -83,13 +116,17 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     end = start + mask.sum(1, dtype=torch.int32)
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
         rows = torch.arange(mask.shape[1])
-        if not torch.equal(mask, (rows >= start[:, None]) & (rows < end[:, None])):
-            raise ValueError("attention_mask has a hole: padding must lie before or after a sequence, not inside")
+        wrong = (mask != ((rows >= start[:, None]) & (rows < end[:, None]))).any(1)
+        if wrong.any():
+            raise ValueError(
+                f"attention_mask has a hole in sequence {int(wrong.int().argmax())}: padding must lie before or after "
+                "the tokens of a forward, not between them"
+            )
     return start, end
 
 
 def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> ForwardContext:
-    """The sequences of a decoder's forward, from its keyword arguments.
+    """The context of a decoder's forward, from its keyword arguments.
 
     Sequences packed into one row are found by ``cu_seq_lens_q``, or by position_ids that restart. The latter waits
     for the device and breaks a graph: a model compiled as one graph needs ``cu_seq_lens_q``, or a mask.

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
-from flux_ext.caches.dynamic import FluxLayer
+from flux_ext.caches.dynamic import FluxCacheLayer
 from flux_ext.forward_context import ForwardContext
 from flux_ext.operators.patterns import dense_mask
 
@@ -74,7 +74,7 @@ def test_chunks_equal_one_forward(chunks: tuple[int, ...], align: int, page_size
 
 @pytest.mark.parametrize("sink, window, align, page_size", [(4, 16, 1, 4), (5, 9, 1, 4), (0, 8, 8, 16), (6, 24, 12, 8)])
 def test_stored_tokens(sink: int, window: int, align: int, page_size: int) -> None:
-    """A sparse row holds sink + window + align - 1, and less than a page at the sink's end and a unit of dropping."""
+    """A sparse head holds sink + window + align - 1, and less than a page at the sink's end and a unit of dropping."""
     model = flux_ext.patch(tiny("llama"), FluxConfig(sink=sink, window=window, align=align))
     slack = (-sink) % page_size + math.lcm(align, page_size) - 1
     for length in (1, 20, 50, 200):
@@ -288,7 +288,7 @@ def test_random_operations_keep_every_token_in_place() -> None:
     rng = np.random.default_rng(0)
     for align, page_size in ((1, 4), (4, 2), (6, 4)):
         config = FluxConfig(sink=5, window=12, align=align)
-        layer = FluxLayer(config, page_size, routed=True)
+        layer = FluxCacheLayer(config, page_size, routed=True)
         route = torch.tensor([[0, 1], [1, 1], [0, 0]], dtype=torch.int32)
         routes = route.numpy()
         true: list[list[float]] = [[], [], []]
@@ -319,19 +319,19 @@ def test_random_operations_keep_every_token_in_place() -> None:
                 layer.history.crop(remove)
                 true = [t[: len(t) - g] for t, g in zip(true, gone, strict=True)]
                 valid = valid[:, : valid.shape[1] - remove]
-            table, lengths = layer.rows.page_table(), layer.stored_tokens()
-            assert len(np.unique(np.concatenate([layer.rows.free, *layer_pages(layer)]))) == len(layer.rows.keys)
+            table, lengths = layer.pages.page_table(), layer.stored_tokens()
+            assert len(np.unique(np.concatenate([layer.pages.free, *layer_pages(layer)]))) == len(layer.pages.keys)
             for b in range(3):
                 for h in range(2):
                     pages = table[b, h].long()
-                    stored = layer.rows.keys[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
-                    values = layer.rows.values[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
+                    stored = layer.pages.keys[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
+                    values = layer.pages.values[pages].reshape(-1, 8)[: lengths[b, h], 0].tolist()
                     assert values == [-x for x in stored]
                     gap = len(true[b]) - len(stored)
                     assert gap % math.lcm(align, page_size) == 0 and (gap == 0 or routes[b, h] == 1)
-                    head = layer.head if gap else 0
-                    assert stored == true[b][:head] + true[b][head + gap :]
+                    sink = layer.layout.sink_tokens if gap else 0
+                    assert stored == true[b][:sink] + true[b][sink + gap :]
 
 
-def layer_pages(layer: FluxLayer) -> list[np.ndarray]:
-    return [layer.rows.table[r, : layer.rows.held[r]] for r in range(len(layer.rows.held))]
+def layer_pages(layer: FluxCacheLayer) -> list[np.ndarray]:
+    return [layer.pages.table[r, : layer.pages.held[r]] for r in range(len(layer.pages.held))]

@@ -91,7 +91,7 @@ def test_taps_are_before_the_rotary_embedding(family: str, granularity: str) -> 
     """Which submodule; and that the same text gives the same logits wherever in the context it stands."""
     model = flux_ext.patch(tiny(family), FluxConfig(granularity=granularity, **SMALL))
     scramble(flux_ext.get_routers(model))
-    taps = [layer.tap for layer in model._flux_ext.layers if layer.tap is not None]
+    taps = [x.tap for x in model._flux_ext.attentions if x.tap is not None]
     assert {tap.name for tap in taps} == {TAPS[family][granularity == "head"]}
     assert {tap.norm for tap in taps} == ({f"{taps[0].kind}_layernorm"} if family == "hunyuan" else {None})
     ids, logits = torch.randint(2, 128, (1, 40)), []
@@ -136,7 +136,7 @@ def test_only_full_attention_layers_are_routed() -> None:
     routers = flux_ext.get_routers(model)
     assert routers.config.layers_to_route == [1, 3] and len(routers.layers) == 2
     cache = model(torch.randint(2, 128, (1, 30))).past_key_values
-    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "FluxLayer"] * 2
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicSlidingWindowLayer", "FluxCacheLayer"] * 2
     assert cache.routes.shape == (1, 2, 2)
 
 

@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
-from flux_ext.caches.dynamic import FluxLayer
-from flux_ext.caches.pages import PagedRows
+from flux_ext.caches.dynamic import FluxCacheLayer
+from flux_ext.caches.pages import PagedKeyValues
 from flux_ext.models.patching import get_routers
 
 BATCH, LENGTH = 3, 40
@@ -294,7 +294,7 @@ def test_a_layer_that_failed_half_way_is_not_built_on(where: str, at: int, monke
     ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, "dynamic")
     if at:
         model(ids, past_key_values=cache)
-    first = next(layer for layer in cache.layers if isinstance(layer, FluxLayer))
+    first = next(layer for layer in cache.layers if isinstance(layer, FluxCacheLayer))
     assert (first is cache.layers[0]) == (where == "first")
 
     def fail(*args: Any) -> None:
@@ -302,7 +302,7 @@ def test_a_layer_that_failed_half_way_is_not_built_on(where: str, at: int, monke
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         if where == "first":
-            patch.setattr(PagedRows, "append", fail)
+            patch.setattr(PagedKeyValues, "append", fail)
         else:
             patch.setattr(first, "store", fail)
         model(ids[:, :1], past_key_values=cache)
@@ -322,9 +322,9 @@ def test_a_dropped_cache_gives_its_memory_back_at_once(copied: bool) -> None:
     model(ids, attention_mask=mask, past_key_values=cache)
     if copied:
         cache = copy.deepcopy(cache)
-        assert {id(layer) for layer in cache.history.layers} == {id(layer) for layer in cache.layers}
+        assert {id(layer) for layer in cache.history.cache_layers} == {id(layer) for layer in cache.layers}
         model(ids[:, :1], attention_mask=torch.ones(1, 21, dtype=torch.long), past_key_values=cache)
-    kept = weakref.ref(cache.layers[1].rows)
+    kept = weakref.ref(cache.layers[1].pages)
     gc.disable()
     try:
         del cache

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
-from flux_ext.caches.dynamic import FluxLayer
+from flux_ext.caches.dynamic import FluxCacheLayer
 from flux_ext.models.patching import get_routers, last_routing, policy
 
 # --- Routes and policies
@@ -166,7 +166,7 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     with pytest.raises(KeyError), policy(model, fail):
         model(ids)
     local = model._flux_ext.local
-    assert local.batch is None and local.cache is None
+    assert local.context is None and local.cache_layer is None
     with pytest.raises(ValueError, match="no forward"):
         last_routing(model)
     model(ids)
@@ -407,8 +407,8 @@ def test_autocast(family: str) -> None:
             if family != "gemma3":
                 assert torch.equal(model.generate(ids, cache_implementation="static", **kwargs), generated)
     assert generated.shape[1] == ids.shape[1] + 6
-    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, FluxLayer)]
-    assert {pool.dtype for layer in layers for pool in (layer.rows.keys, layer.rows.values)} == {torch.bfloat16}
+    layers = [layer for layer in got.past_key_values.layers if isinstance(layer, FluxCacheLayer)]
+    assert {pool.dtype for layer in layers for pool in (layer.pages.keys, layer.pages.values)} == {torch.bfloat16}
     assert ((got.logits - stock)[mask.bool()].float().abs().max() / stock.float().abs().max()) < 0.05
     step = model(ids[:, -1:], past_key_values=got.past_key_values).logits  # goes on without autocast
     assert step.dtype == torch.float32 and bool(step.isfinite().all())

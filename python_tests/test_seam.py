@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerationMixin
 import flux_ext
 from flux_ext import FluxConfig
 from flux_ext import transformers_seam as seam
-from flux_ext.models import attention_function, model_patch
+from flux_ext.models import attention_function, model_methods
 from flux_ext.training import FluxTrainer
 
 SOURCE = Path(seam.__file__)
@@ -162,8 +162,8 @@ def test_checkpointing_that_may_be_reentrant_is_refused(kwargs: dict[str, Any]) 
 
 
 def test_every_method_that_is_replaced_has_its_replacement() -> None:
-    assert model_patch.REPLACEMENTS.keys() == seam.REPLACED.keys()
-    assert all(hasattr(model_patch.Patch, name) for name in model_patch.REPLACEMENTS.values())
+    assert model_methods.REPLACEMENTS.keys() == seam.REPLACED.keys()
+    assert all(hasattr(model_methods.ModelMethods, name) for name in model_methods.REPLACEMENTS.values())
 
 
 def test_a_model_that_does_not_generate_needs_none_of_them() -> None:

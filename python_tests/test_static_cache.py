@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ragged, tiny
+from models import SMALL, ragged, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import CompileConfig
 
@@ -15,8 +15,6 @@ import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
 from flux_ext.forward_context import ForwardContext
 from flux_ext.models.patching import get_routers
-
-SMALL = {"sink": 4, "window": 16, "pool_size": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +43,7 @@ def test_equals_the_dynamic_cache(lengths: tuple[int, ...], align: int, page_siz
     assert torch.equal(cache.routes, ROUTES.int()) and int(cache.get_seq_length()) == max(lengths) + 59
 
 
-def test_bytes_of_sparse_rows_do_not_grow_with_the_cache() -> None:
+def test_bytes_of_sparse_heads_do_not_grow_with_the_cache() -> None:
     model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
 
     def nbytes(route: str, length: int) -> int:
@@ -158,7 +156,7 @@ def test_reset_keeps_every_address(any_routes: bool) -> None:
     """A compiled or captured step goes on with the next prompt: other routes, other lengths, the same tensors."""
     model = flux_ext.patch(tiny("qwen3", num_hidden_layers=3), FluxConfig(**SMALL))
     cache = new_static(model, any_routes=any_routes)
-    later = ROUTES.flip(0) if not any_routes else torch.zeros_like(ROUTES)  # as many full rows, or all
+    later = ROUTES.flip(0) if not any_routes else torch.zeros_like(ROUTES)  # as many full heads, or all
     addresses = None
     for routes, lengths in ((ROUTES, (40, 31, 22)), (later, (9, 30, 2)), (ROUTES, (3, 3, 3))):
         ids, mask = ragged(lengths)

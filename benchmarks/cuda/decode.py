@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flux_ext import operators
+from flux_ext.caches.layout import PageLayout
 from flux_ext.routers.modules import HeadRouter, LayerRouter, Router
 
 from . import peers
@@ -128,13 +129,10 @@ def build_append(spec: Spec, setting: Setting) -> Problem:
     """Storing a step's token in a paged cache with fixed addresses; torch's bare copies to known places as the peer."""
     pages = -(-spec.length // PAGE_SIZE) + 1
     rows = spec.batch * spec.kv_heads
-    sparse = setting.sparse
-    sink = -(-sparse.sink // PAGE_SIZE)
-    ring = (
-        min(-(-(sparse.window + PAGE_SIZE) // PAGE_SIZE) + 1, pages - sink)
-        if spec.kind == "streaming"
-        else pages - sink
-    )
+    layout = PageLayout(setting.sparse, PAGE_SIZE)
+    sink, ring = layout.sink_pages, pages - layout.sink_pages
+    if spec.kind == "streaming":
+        ring = min(layout.ring_pages(), ring)
     k, v = (setting.random(spec.batch, spec.kv_heads, 1, spec.dim) for _ in range(2))
     pools = [setting.random(rows * (sink + ring), PAGE_SIZE, 1, spec.dim) for _ in range(2)]
     shape = (spec.batch, spec.kv_heads)
@@ -144,7 +142,7 @@ def build_append(spec: Spec, setting: Setting) -> Problem:
     kv_len, slots = torch.zeros_like(base), torch.zeros((), dtype=torch.int64, device=setting.device)
     problem = Problem()
     problem.contenders[OURS] = [
-        lambda: operators.append(k, v, *pools, base, rings, table, kv_len, seen, slots, sparse, spec.length)
+        lambda: operators.append(k, v, *pools, base, rings, table, kv_len, seen, slots, layout.pattern, spec.length)
     ]
     if setting.peers:
         place = base.view(-1).long() * PAGE_SIZE

@@ -1,26 +1,26 @@
-"""The key-value cache of a patched model: sparse-routed rows drop what no later query can see.
+"""The key-value cache of a patched model: what is routed sparse drops the tokens that no later query sees.
 
-Why dropping is exact. A sparse row stores its first tokens and a contiguous tail; ``dropped`` tokens between
-them are gone, so stored index ``j' = j`` before the gap and ``j' = j - dropped`` after it, and a query at
-position ``p`` stands at ``p' = p - dropped`` (bottom-right alignment, ``kv_len`` being the stored length). The
-streaming pattern evaluated on stored indices is the pattern on true positions:
+Routes are kept per sequence head, i.e. one KV head of one sequence. A sparse one stores its first tokens and its last
+ones; ``dropped`` tokens between them, the gap, are gone. The kernels know of no gap: they are given what is stored, as
+if it were all there ever was, and the sparse pattern. That is exact. Stored token ``j'`` was token ``j = j'`` of the
+sequence before the gap and ``j = j' + dropped`` behind it, and a query at position ``p`` is taken for one at
+``p' = p - dropped``, because queries are aligned to the end of the keys. Then the pattern shows the same tokens:
 
-- sink: ``j' < sink`` holds for the same keys, for the gap begins at or after ``sink``;
-- window: with ``dropped % align == 0``, ``align * (p' // align + 1) - window`` is the true window begin minus
-  ``dropped``, so of the tail the same keys are inside;
-- keys stored between ``sink`` and the gap (a partly filled page) stay invisible: a gap ends no later than the
-  window of the next query begins, and windows only move forward.
+- The sink. ``j' < sink`` holds for the same tokens as ``j < sink``, because the gap begins behind the sink.
+- The window. ``dropped`` is a multiple of ``align``, so :meth:`~flux_ext.Streaming.window_begin` of ``p'`` is that of
+  ``p`` minus ``dropped``: of the tokens behind the gap the same ones are inside.
+- What is stored between the sink and the gap (the rest of a page) stays invisible: the gap ends no later than the
+  window of the next query begins, and windows only move on.
 
-So one attention call serves any mix of routes, and no kernel knows of the gap (semantics, section 6).
+So one call of attention serves any mix of routes.
 
-Rows hold tokens, never padding: a mask says which of a forward's slots are tokens, and what it takes back of earlier
-ones is removed (:mod:`flux_ext.caches.history`).
+Only tokens are stored, never padding: a mask says which of a forward's slots are tokens, and what it takes back of
+earlier ones is removed (:mod:`flux_ext.caches.history`).
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,23 @@ from ..operators import KeyValues, Routing
 from ..transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from . import steps
 from .history import FAILED, History, Step
-from .pages import PagedRows, normal
+from .layout import PageLayout
+from .pages import PagedKeyValues, normal
 
 
-class FluxLayer(CacheLayerMixin):
-    """One layer with full attention. Rows are (sequence, KV head) pairs, each full or sparse.
+class FluxCacheLayer(CacheLayerMixin):
+    """The keys and values of one decoder layer with full attention; each sequence head is routed full or sparse.
 
-    Trimming happens at the start of the next update, so that the last forward's tokens can still be cropped.
+    What a sparse one can drop after a forward is dropped at the start of the next update, so that the last forward's
+    tokens can still be cropped.
+
+    One forward calls, in this order: :meth:`begin` (the patch), :meth:`set_route` (the router), :meth:`update` (the
+    model) and, unless it is a prompt, :meth:`attend` (the attention function).
 
     Args:
         config: pattern and alignment.
         page_size: tokens per page.
-        routed: whether a router decides; otherwise every row is full.
+        routed: whether a router decides; otherwise everything is full.
     """
 
     cache_name = "FluxCache"
@@ -56,10 +61,9 @@ class FluxLayer(CacheLayerMixin):
     def __init__(self, config: FluxConfig, page_size: int, routed: bool) -> None:
         super().__init__()
         self.pattern = config.decode_pattern()
+        self.layout = PageLayout(self.pattern, page_size)
         self.page_size, self.routed = page_size, routed
-        self.head = -(-self.pattern.sink // page_size) * page_size  # tokens before the gap: whole pages
-        self.unit = math.lcm(self.pattern.align, page_size)  # tokens are dropped by this many
-        self.record_past = False
+        self.record_past = False  # whether nothing is dropped before crop()
         self.history = History()  # of a whole cache, one for all layers
         self.handle = steps.new_handle(self)
         self._clear()
@@ -71,23 +75,23 @@ class FluxLayer(CacheLayerMixin):
         self.continues = False  # whether the forward in flight adds to tokens already here
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
-        self._batch: ForwardContext | None = None
+        self._context: ForwardContext | None = None
         self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_batch")}
+        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_context")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
         self.__dict__ = {name: normal(x) for name, x in state.items()}
-        self.handle, self._batch = steps.new_handle(self), None
+        self.handle, self._context = steps.new_handle(self), None
 
-    # --- One forward: begin (patch), set_route (router), update (model), attend (attention function). In a graph, the
-    # two that keep books on the host, store and attend_stored, are operators.
+    # --- One forward. Of its steps, store and attend_stored keep books on the host: in a compiled graph they are
+    # operators (flux_ext/caches/steps.py).
 
-    def begin(self, batch: ForwardContext) -> None:
+    def begin(self, context: ForwardContext) -> None:
         """Announces a forward's sequences."""
-        self._batch = batch
+        self._context = context
         self.continues = self.is_initialized
         if not self.continues:
             self.route = None  # what a prompt that failed decided does not hold
@@ -102,7 +106,7 @@ class FluxLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = value_states.dtype, value_states.device
         self.num_sequences, num_heads = key_states.shape[:2]
-        self.rows = PagedRows(self.num_sequences, num_heads, self.page_size, key_states, value_states)
+        self.pages = PagedKeyValues(self.num_sequences, num_heads, self.page_size, key_states, value_states)
         self.dropped = np.zeros(self.num_sequences * num_heads, np.int64)
         self.is_initialized = True
 
@@ -123,18 +127,18 @@ class FluxLayer(CacheLayerMixin):
 
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
-        batch, self._batch = self._batch, None
-        if batch is None or self.route is None:
+        context, self._context = self._context, None
+        if context is None or self.route is None:
             raise RuntimeError(f"{self.cache_name} works only inside a model patched by flux_ext.patch")
         self.check_batch(key_states.shape[0])
-        self._update(key_states.detach(), value_states.detach(), self.route, batch)
+        self._update(key_states.detach(), value_states.detach(), self.route, context)
         return key_states, value_states
 
-    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: ForwardContext) -> None:
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if torch.compiler.is_compiling():
-            steps.store(self.handle, k, v, route, batch.host_mask())
+            steps.store(self.handle, k, v, route, context.host_mask())
         else:
-            self.store(k, v, route, batch.host_mask())
+            self.store(k, v, route, context.host_mask())
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.
@@ -156,33 +160,33 @@ class FluxLayer(CacheLayerMixin):
         self._forget(step)
         if not first and not self.record_past:
             self._trim()
-        heads = self.rows.num_heads
+        heads = self.pages.num_heads
         begin, count = np.repeat(step.begin, heads), np.repeat(step.tokens, heads)
         if first and not self.record_past:  # of a prompt, what would be trimmed next is never stored
             skip = self._superfluous(count)
-            self.rows.append(k, v, count - skip, begin, self.head, skip)
+            self.pages.append(k, v, count - skip, begin, self.layout.sink_tokens, skip)
             self.dropped = self.dropped + skip
         else:
-            self.rows.append(k, v, count, begin)
+            self.pages.append(k, v, count, begin)
         self.cumulative_length += q_len
         self._find_undecided()
         self._storing = False
 
     def _find_undecided(self) -> None:
-        empty = self.rows.length == 0
+        empty = self.pages.length == 0
         self.waiting = self.routed and bool(empty.any())
         with torch.inference_mode(False):
-            self.undecided = torch.from_numpy(self._by_row(empty)).to(self.device) if self.waiting else None
+            self.undecided = torch.from_numpy(self._by_sequence(empty)).to(self.device) if self.waiting else None
 
-    def _by_row(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(-1, self.rows.num_heads)
+    def _by_sequence(self, x: np.ndarray) -> np.ndarray:
+        """``[B * Hkv]`` as ``[B, Hkv]``."""
+        return x.reshape(-1, self.pages.num_heads)
 
-    def attend(self, q: Tensor, scale: float, batch: ForwardContext) -> Tensor:
+    def attend(self, q: Tensor, scale: float, context: ForwardContext) -> Tensor:
         """Attention of queries ``[B, S, Hq, D]`` over everything stored; returns the same shape."""
         assert self.route is not None
-        # What a single query of padding gets is never used: no bounds, no rows to clear.
-        bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
-        if torch.compiler.is_compiling():
+        bounds = context.q_bounds(q.shape[1])
+        if torch.compiler.is_compiling() and not self.is_compileable:
             return steps.attend(self.handle, q, self.route, *bounds, scale)
         return self.attend_stored(q, self.route, *bounds, scale)
 
@@ -190,57 +194,58 @@ class FluxLayer(CacheLayerMixin):
         self, q: Tensor, route: Tensor, q_begin: Tensor | None, q_end: Tensor | None, scale: float
     ) -> Tensor:
         """:meth:`attend` with its tensors spelt out."""
-        if not self.rows.length.any():  # only padding so far
+        kv = self.stored()
+        if kv is None:
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        kv = KeyValues(self.rows.keys, self.rows.values, end=self.rows.kv_len(), page_table=self.rows.page_table())
-        return operators.attend(q.to(self.dtype), kv, Routing(route, sparse=self.pattern), scale, q_begin, q_end)[0].to(
-            q.dtype
-        )
+        out, _ = operators.attend(q.to(self.dtype), kv, Routing(route, sparse=self.pattern), scale, q_begin, q_end)
+        return out.to(q.dtype)
+
+    def stored(self) -> KeyValues | None:
+        """What is stored; None where there was only padding so far."""
+        return self.pages.stored() if self.pages.length.any() else None
 
     # --- Dropping
 
     def _superfluous(self, seen: np.ndarray) -> np.ndarray:
-        """Tokens ``[rows]`` that no query from position ``seen`` on can see, in whole units, beyond those dropped."""
-        window_begin = self.pattern.align * (seen // self.pattern.align + 1) - self.pattern.window
-        spare = np.maximum(window_begin - self.head - self.dropped, 0) // self.unit * self.unit
-        return np.where(self.sparse, spare, 0)
+        """Tokens ``[B * Hkv]`` that no query from position ``seen`` on sees, beyond those dropped; whole units."""
+        return np.where(self.sparse, np.maximum(self.layout.gap(seen) - self.dropped, 0), 0)
 
     def _lost(self, tokens: np.ndarray) -> np.ndarray:
-        """Rows ``[rows]`` that, with so many tokens, would need some that were dropped."""
-        window_begin = self.pattern.align * (tokens // self.pattern.align + 1) - self.pattern.window
-        return (self.dropped > 0) & (window_begin < self.head + self.dropped)
+        """Which sequence heads, if they had only so many tokens, would need some that they have dropped."""
+        return self.layout.gap(tokens) < self.dropped
 
     def check_forget(self, forgotten: dict[int, np.ndarray]) -> None:
-        """RuntimeError where rows cannot do without the given tokens, by sequence: the window would reach back to
+        """RuntimeError where the given tokens, by sequence, cannot be forgotten: the window would then reach back to
         what was dropped, or the sink beyond what it has."""
         if not self.is_initialized:
             return
-        seen, dropped, heads = self.rows.length + self.dropped, self.dropped, self.rows.num_heads
+        seen, dropped, heads = self.pages.length + self.dropped, self.dropped, self.pages.num_heads
         gone, first = np.zeros_like(seen), np.full_like(seen, np.iinfo(np.int64).max)
         for b, tokens in forgotten.items():
-            rows = slice(b * heads, (b + 1) * heads)
-            gone[rows], first[rows] = len(tokens), tokens[0]
-        lost = (gone > 0) & (dropped > 0) & (self._lost(seen - gone) | (first < self.head + dropped))
+            own = slice(b * heads, (b + 1) * heads)
+            gone[own], first[own] = len(tokens), tokens[0]
+        behind_gap = first >= self.layout.sink_tokens + dropped
+        lost = (gone > 0) & (dropped > 0) & (self._lost(seen - gone) | ~behind_gap)
         if lost.any():
-            row = int(lost.argmax())
+            seq_head = int(lost.argmax())
             raise RuntimeError(
-                f"attention_mask takes back {gone[row]} tokens of sequence {row // heads} that were fed as text: its "
-                "sparse rows have dropped what would come into view again. Call cache.activate_past_recording() before "
-                "the first forward of a batch whose answers may end early"
+                f"attention_mask takes back {gone[seq_head]} tokens of sequence {seq_head // heads} that were fed as "
+                "text: its sparse heads have dropped what would come into view again. Call "
+                "cache.activate_past_recording() before the first forward of a batch whose answers may end early"
             )
 
     def _forget(self, step: Step) -> None:
-        heads = self.rows.num_heads
+        heads = self.pages.num_heads
         stored = {}
         for b, tokens in step.forgotten.items():
-            for row in range(b * heads, (b + 1) * heads):
-                stored[row] = tokens - self.dropped[row]  # of rows that dropped something, all lie behind the gap
+            for seq_head in range(b * heads, (b + 1) * heads):
+                stored[seq_head] = tokens - self.dropped[seq_head]  # where there is a gap, all lie behind it
         if stored:
-            self.rows.remove(stored)
+            self.pages.remove(stored)
 
     def _trim(self) -> None:
-        spare = self._superfluous(self.rows.length + self.dropped)
-        self.rows.drop(self.head // self.page_size, spare // self.page_size)
+        spare = self._superfluous(self.pages.length + self.dropped)
+        self.pages.drop(self.layout.sink_pages, spare // self.page_size)
         self.dropped = self.dropped + spare
 
     # --- The contract of transformers' caches
@@ -255,12 +260,12 @@ class FluxLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last ``-tokens_to_remove`` tokens, then drops what sparse rows cannot see any more."""
+        """Forgets the last ``-tokens_to_remove`` tokens, then drops what sparse heads cannot see any more."""
         self.check_crop(tokens_to_remove)
         if not self.is_initialized:
             return
         if remove := -tokens_to_remove:
-            self.rows.truncate(self.rows.length - self._tokens_in_last(remove))
+            self.pages.truncate(self.pages.length - self._tokens_in_last(remove))
             self.cumulative_length -= remove
             if not self.cumulative_length:
                 self._clear()  # nothing is left: the next prompt decides anew
@@ -273,7 +278,7 @@ class FluxLayer(CacheLayerMixin):
 
         Raises:
             ValueError: the number is positive, or more than were seen.
-            RuntimeError: sparse rows would need tokens that they have dropped.
+            RuntimeError: sparse heads would need tokens that they have dropped.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
@@ -282,14 +287,14 @@ class FluxLayer(CacheLayerMixin):
         if -tokens_to_remove > self.cumulative_length:
             raise ValueError(f"crop({tokens_to_remove}): the cache has seen {self.cumulative_length} tokens")
         removed = self._tokens_in_last(-tokens_to_remove)
-        if ((removed > 0) & self._lost(self.rows.length + self.dropped - removed)).any():
+        if ((removed > 0) & self._lost(self.pages.length + self.dropped - removed)).any():
             raise RuntimeError(
-                f"crop({tokens_to_remove}) needs tokens that sparse rows have dropped: call "
+                f"crop({tokens_to_remove}) needs tokens that sparse heads have dropped: call "
                 "cache.activate_past_recording() before the forward whose tokens are to be cropped"
             )
 
     def _tokens_in_last(self, slots: int) -> np.ndarray:
-        return np.repeat(self.history.tokens_in_last(slots, self.num_sequences), self.rows.num_heads)
+        return np.repeat(self.history.tokens_in_last(slots, self.num_sequences), self.pages.num_heads)
 
     def get_seq_length(self) -> int:
         """Tokens seen, whatever is stored."""
@@ -311,9 +316,9 @@ class FluxLayer(CacheLayerMixin):
         if not self.is_initialized or self.route is None:
             return
         self.route = normal(self.route[torch.from_numpy(sequences).to(self.route.device)])
-        self.sparse = self._by_row(self.sparse)[sequences].reshape(-1)
-        self.dropped = self._by_row(self.dropped)[sequences].reshape(-1)
-        self.rows.select(sequences)
+        self.sparse = self._by_sequence(self.sparse)[sequences].reshape(-1)
+        self.dropped = self._by_sequence(self.dropped)[sequences].reshape(-1)
+        self.pages.select(sequences)
         self.num_sequences = len(sequences)
         self._find_undecided()
 
@@ -331,12 +336,12 @@ class FluxLayer(CacheLayerMixin):
         raise ValueError("FluxCache does not offload layers")
 
     def stored_tokens(self) -> np.ndarray:
-        """int64 ``[B, Hkv]``: tokens stored per row."""
-        return self.rows.length.reshape(-1, self.rows.num_heads)
+        """int64 ``[B, Hkv]``: how many tokens are stored."""
+        return self._by_sequence(self.pages.length)
 
     def nbytes(self) -> int:
         """Bytes of keys and values really allocated."""
-        return self.rows.nbytes() if self.is_initialized else 0
+        return self.pages.nbytes() if self.is_initialized else 0
 
 
 def _to_host(indices: Tensor) -> np.ndarray:
@@ -347,19 +352,21 @@ def _to_host(indices: Tensor) -> np.ndarray:
 class FluxCache(Cache):
     """The cache of a patched model; ``generate`` and a forward with ``use_cache=True`` make one by themselves.
 
+    Each KV head of each sequence keeps what its route asks for: a full one every key and value, a sparse one the sink
+    and the window, up to ``align - 1`` tokens more, and at most two partly used pages. Layers with a sliding window or
+    without attention keep their stock cache.
+
     Padding is never stored. A later ``attention_mask`` may take back tokens that were fed: the padding after an answer
-    that ended before the others of its batch. Sparse rows can do so as far as they have dropped nothing that would come
-    into view again; :meth:`activate_past_recording` before the first forward makes them keep everything until
+    that ended before the others of its batch. Sparse heads can do so as far as they have dropped nothing that would
+    come into view again; :meth:`activate_past_recording` before the first forward makes them keep everything until
     :meth:`crop`.
 
-    A full row keeps every key and value. A sparse row keeps the sink and the window, up to ``align - 1`` more,
-    and at most two partly used pages. Layers with a sliding window or without attention keep their stock cache.
     ``get_seq_length`` is the number of tokens seen.
 
     Args:
         config: the model's configuration.
         flux: the patch's configuration (``flux_ext.get_routers(model).config``).
-        page_size: tokens per page, shared by all rows of a layer.
+        page_size: tokens per page; the pages of a layer are shared by all heads and sequences.
     """
 
     def __init__(self, config: Any, flux: FluxConfig, page_size: int = 64) -> None:
@@ -369,16 +376,18 @@ class FluxCache(Cache):
         routed = flux.layers_to_route
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[i] = FluxLayer(flux, page_size, routed is None or i in routed)
+                layers[i] = FluxCacheLayer(flux, page_size, routed is None or i in routed)
         # As they are made: a release's own reset may only zero what they hold.
-        self._empty = {i: copy.deepcopy(layer) for i, layer in enumerate(layers) if not isinstance(layer, FluxLayer)}
+        self._empty = {
+            i: copy.deepcopy(layer) for i, layer in enumerate(layers) if not isinstance(layer, FluxCacheLayer)
+        }
         super().__init__(layers=layers)
         self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
         self.history = History()
         for layer in layers:
-            if isinstance(layer, FluxLayer):
+            if isinstance(layer, FluxCacheLayer):
                 layer.history = self.history
-                self.history.layers.add(layer)
+                self.history.cache_layers.add(layer)
 
     def check_batch(self, batch_size: int) -> None:
         """Before a forward.
@@ -387,18 +396,20 @@ class FluxCache(Cache):
             ValueError: it has more or fewer sequences than the cache.
             RuntimeError: an earlier forward failed half-way.
         """
-        books = not torch.compiler.is_compiling() and len(self.history.layers) > 0  # a static cache keeps none here
+        books = (
+            not torch.compiler.is_compiling() and len(self.history.cache_layers) > 0
+        )  # a static cache keeps none here
         if books and self.get_seq_length() != self.history.length:
             raise RuntimeError(FAILED)
         for layer in self.layers:
-            if isinstance(layer, FluxLayer):
+            if isinstance(layer, FluxCacheLayer):
                 layer.check_batch(batch_size)
                 return
 
     @property
     def routes(self) -> Tensor:
         """int32 ``[B, L, Hkv]`` over the routed layers: 0 full, 1 sparse."""
-        routed = [layer for layer in self.layers if isinstance(layer, FluxLayer) and layer.routed]
+        routed = [layer for layer in self.layers if isinstance(layer, FluxCacheLayer) and layer.routed]
         routes = [layer.route for layer in routed if layer.route is not None]
         if len(routes) < len(routed):
             raise RuntimeError("nothing is routed before the first forward")
@@ -408,7 +419,7 @@ class FluxCache(Cache):
         """Bytes of keys and values really allocated, stock layers included."""
         return sum(
             layer.nbytes()
-            if isinstance(layer, FluxLayer)
+            if isinstance(layer, FluxCacheLayer)
             else sum(t.nbytes for t in (getattr(layer, n, None) for n in ("keys", "values")) if t is not None)
             for layer in self.layers
         )
@@ -416,7 +427,7 @@ class FluxCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding gives a tensor
         for layer in self.layers:
-            if isinstance(layer, FluxLayer):
+            if isinstance(layer, FluxCacheLayer):
                 layer.check_crop(tokens_to_remove)
         if self.history.length:
             super().crop(tokens_to_remove)

@@ -1,4 +1,8 @@
-"""Which tokens count, kept on the host: of every sequence, the slots that held a token and those that held padding."""
+"""Which of the slots of each sequence held a token and which held padding; kept on the host.
+
+A slot is a column of ``input_ids`` and of the attention mask, over all forwards: caches store tokens, masks speak of
+slots.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +10,53 @@ import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from ..forward_context import span
 
 FAILED = "an earlier forward failed half-way, so the layers of this cache differ: reset() it"
 
 
 class Step(NamedTuple):
-    """What one forward does to the rows of every layer: numpy arrays by sequence."""
+    """What one forward does to each sequence, in every layer alike."""
 
-    begin: np.ndarray  # int64 [B], first row of the forward that is a token
+    begin: np.ndarray  # int64 [B], the first of the forward's slots that holds a token
     tokens: np.ndarray  # int64 [B], how many
     forgotten: dict[int, np.ndarray]  # of a sequence, which of its earlier tokens the mask has taken back
 
 
-def token_rows(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First token and number of tokens, int64 ``[B]`` each, of a padding mask, bool ``[B, S]``.
+def token_rows(mask: np.ndarray | None, batch_size: int, q_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """First token and number of tokens, int64 ``[B]`` each, of a forward's padding mask, bool ``[B, q_len]`` or None.
 
     Raises:
         ValueError: the mask has a hole.
     """
-    begin, count = mask.argmax(1).astype(np.int64), mask.sum(1, dtype=np.int64)
-    rows = np.arange(mask.shape[1])
-    wrong = (mask != ((rows >= begin[:, None]) & (rows < (begin + count)[:, None]))).any(1)
-    if wrong.any():
-        raise ValueError(
-            f"attention_mask has a hole in sequence {int(wrong.argmax())}: padding must lie before or after "
-            "the tokens of a forward, not between them"
-        )
-    return begin, count
+    if mask is None:
+        return np.zeros(batch_size, np.int64), np.full(batch_size, q_len, np.int64)
+    begin, end = (x.numpy().astype(np.int64) for x in span(torch.from_numpy(mask)))
+    return begin, end - begin
 
 
 class History:
-    """The slots that the layers of one cache have seen. Rows of a layer hold tokens only; a mask speaks of slots.
+    """The slots that one cache has seen, for all its layers.
 
-    Padding may lie between the turns of a sequence. What a later mask takes back is forgotten: an answer that ended
-    before the others of its batch is followed by padding that was fed as text.
+    Padding may lie between the turns of a conversation. A later mask may also take tokens back, i.e. call a slot
+    padding that was fed as a token: ``generate`` feeds padding as text to a sequence whose answer ended before the
+    others. Such tokens are forgotten.
     """
 
     def __init__(self) -> None:
-        # The FluxLayers. They hold this history, so a strong reference back would keep a dropped cache's memory until
-        # the garbage collector runs, which running out of GPU memory does not make it do.
-        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()
+        # The FluxCacheLayers. They refer to this history: were these references strong, a cache that is let go of would
+        # be a cycle, and keep its GPU memory until the garbage collector runs; torch does not start that when memory
+        # runs out.
+        self.cache_layers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layers": list(self.layers)}
+        return {**self.__dict__, "cache_layers": list(self.cache_layers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "layers": weakref.WeakSet(state["layers"])}
+        self.__dict__ = {**state, "cache_layers": weakref.WeakSet(state["cache_layers"])}
 
     def clear(self) -> None:
         self.length = 0  # slots seen
@@ -60,7 +64,7 @@ class History:
         self.step: Step | None = None
 
     def advance(self, seen: int, batch_size: int, q_len: int, mask: np.ndarray | None) -> Step:
-        """One forward of ``q_len`` more slots, asked for by each layer in turn; the first one's answer serves all.
+        """One forward of ``q_len`` more slots. Each layer asks in turn; what the first one is told, all are told.
 
         Args:
             seen: slots that the layer had seen before.
@@ -68,18 +72,15 @@ class History:
 
         Raises:
             ValueError: a hole in the new part of the mask, or it shows what was padding.
-            RuntimeError: sparse rows have dropped what taking tokens back would need, or an earlier forward failed.
+            RuntimeError: sparse heads have dropped what taking tokens back would need, or an earlier forward failed.
         """
         if seen != self.length and self.step is not None and seen + q_len == self.length:
             return self.step
-        if seen != self.length or any(layer.cumulative_length not in (0, seen) for layer in self.layers):
+        if seen != self.length or any(layer.cumulative_length not in (0, seen) for layer in self.cache_layers):
             raise RuntimeError(FAILED)
-        if mask is None:
-            begin, count = np.zeros(batch_size, np.int64), np.full(batch_size, q_len, np.int64)
-        else:
-            begin, count = token_rows(mask[:, seen:])
+        begin, count = token_rows(None if mask is None else mask[:, seen:], batch_size, q_len)
         before, forgotten = self._compare(mask, seen)
-        for layer in self.layers if forgotten else ():
+        for layer in self.cache_layers if forgotten else ():
             layer.check_forget(forgotten)
         if before is not None or (mask is not None and not mask[:, seen:].all()):
             if before is None:

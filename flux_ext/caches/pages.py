@@ -1,7 +1,7 @@
-"""Rows of keys and values in pages: tensors on the device, bookkeeping on the host.
+"""Keys and values in pages: tensors on the device, books on the host.
 
-A row is one (sequence, KV head) pair. Rows have lengths of their own, share one pool of pages, and give pages
-back when tokens are dropped; pages move only when the pool shrinks or rows are selected.
+Every sequence head (one KV head of one sequence) has a length of its own. They share one pool of pages, and give pages
+back when tokens are dropped; what a page holds moves only when the pool shrinks or sequences are selected.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..operators import KeyValues
 
 HOST_INDICES = 4096
 """Up to this many tokens, indices are computed on the host and sent in one copy."""
@@ -24,22 +26,24 @@ def normal(x: Any) -> Any:
     return x
 
 
-class PagedRows:
-    """Keys and values ``[num_pages, page_size, 1, D]`` of ``B * Hkv`` rows.
+class PagedKeyValues:
+    """Keys and values ``[num_pages, page_size, 1, D]`` of ``B * Hkv`` sequence heads.
+
+    Arrays are over them: number ``b * Hkv + h`` is KV head ``h`` of sequence ``b``.
 
     Args:
-        batch_size, num_heads: B and Hkv; row ``b * Hkv + h``.
+        batch_size, num_heads: B and Hkv.
         page_size: tokens per page.
         k, v: tensors ``[..., D]`` whose D and device the pools get, and v's dtype.
     """
 
     def __init__(self, batch_size: int, num_heads: int, page_size: int, k: Tensor, v: Tensor) -> None:
         self.num_heads, self.page_size = num_heads, page_size
-        rows = batch_size * num_heads
-        self.length = np.zeros(rows, np.int64)  # tokens stored
-        self.held = np.zeros(rows, np.int64)  # pages held
-        self.table = np.zeros((rows, 0), np.int32)  # page numbers, the first `held` of each row count
-        self.free = np.zeros(0, np.int32)
+        count = batch_size * num_heads
+        self.length = np.zeros(count, np.int64)  # tokens stored
+        self.held = np.zeros(count, np.int64)  # pages held
+        self.table = np.zeros((count, 0), np.int32)  # page numbers in order; of each line the first `held` count
+        self.free = np.zeros(0, np.int32)  # page numbers that nobody holds
         # Made outside inference mode, here and below, pools can be written to in and out of it.
         with torch.inference_mode(False):
             self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
@@ -72,6 +76,10 @@ class PagedRows:
         length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
         return length.to(self.keys.device, non_blocking=True)
 
+    def stored(self) -> KeyValues:
+        """What attention is given: everything stored."""
+        return KeyValues(self.keys, self.values, end=self.kv_len(), page_table=self.page_table())
+
     def append(
         self,
         k: Tensor,
@@ -81,14 +89,14 @@ class PagedRows:
         skip_at: int = 0,
         skip: np.ndarray | None = None,
     ) -> None:
-        """Stores ``count`` new tokens of each row.
+        """Stores ``count`` new tokens of each sequence head.
 
-        Token ``i`` of a row comes from ``k[b, h, begin + i]``; from stored index ``skip_at`` on, ``skip`` tokens
-        of the source are left out.
+        They come from ``k[b, h, begin:]``. Those whose place among the stored tokens is ``skip_at`` or later come from
+        ``skip`` tokens further on: what lies between is left out.
 
         Args:
             k, v: ``[B, Hkv, S, D]``.
-            count, begin, skip: int64 ``[rows]``.
+            count, begin, skip: int64 ``[B * Hkv]``.
         """
         first = self.length.copy()
         self._allocate(first + count)
@@ -97,9 +105,10 @@ class PagedRows:
         device = self.keys.device if total > HOST_INDICES else torch.device("cpu")
 
         def spread(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(device)[row]
+            return torch.from_numpy(np.ascontiguousarray(x)).to(device)[seq_head]
 
-        row = torch.repeat_interleave(
+        # One entry per new token: whose it is, where it comes from, where it goes.
+        seq_head = torch.repeat_interleave(
             torch.arange(len(count), device=device), torch.from_numpy(count).to(device), output_size=total
         )
         index = torch.arange(total, device=device) - spread(np.cumsum(count) - count)
@@ -107,23 +116,23 @@ class PagedRows:
         source = index + spread(begin)
         if skip is not None:
             source += torch.where(stored >= skip_at, spread(skip), 0)
-        page = torch.from_numpy(self.table).to(device)[row, stored // self.page_size]
+        page = torch.from_numpy(self.table).to(device)[seq_head, stored // self.page_size]
         slot = page.long() * self.page_size + stored % self.page_size
-        index = torch.stack([row // self.num_heads, row % self.num_heads, source, slot])
+        index = torch.stack([seq_head // self.num_heads, seq_head % self.num_heads, source, slot])
         index = index.to(self.keys.device, non_blocking=True)
         for pool, x in ((self.keys, k), (self.values, v)):
             new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
             pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
 
     def _allocate(self, length: np.ndarray) -> None:
-        """Gives every row the pages for ``length`` tokens."""
+        """Gives every sequence head the pages for ``length [B * Hkv]`` tokens."""
         needed = -(-length // self.page_size)
         more = np.maximum(needed - self.held, 0)
         total = int(more.sum())
         if not total:
             return
         if total > len(self.free):
-            # Rows that keep everything grow on: a little ahead saves copies of the pool.
+            # Those that keep everything go on growing: a little ahead saves copies of the pool.
             self._enlarge(max(total - len(self.free), int(self.held.sum()) // 16))
         held = self.held + more
         if held.max() > self.table.shape[1]:
@@ -144,7 +153,7 @@ class PagedRows:
         self.free = np.concatenate([self.free, np.arange(old, old + pages, dtype=np.int32)])
 
     def drop(self, first_page: int, pages: np.ndarray) -> None:
-        """Takes ``pages [rows]`` whole pages out of each row, from ``first_page`` on; what follows moves up."""
+        """Takes ``pages [B * Hkv]`` whole pages out of each sequence head's, from ``first_page`` on."""
         if not pages.any():
             return
         columns = np.arange(self.table.shape[1])
@@ -157,7 +166,7 @@ class PagedRows:
         self._changed()
 
     def truncate(self, length: np.ndarray) -> None:
-        """Forgets each row's tokens from ``length [rows]`` on."""
+        """Forgets each sequence head's tokens from ``length [B * Hkv]`` on."""
         keep = -(-length // self.page_size)
         columns = np.arange(self.table.shape[1])
         gone = (columns >= keep[:, None]) & (columns < self.held[:, None])
@@ -166,13 +175,13 @@ class PagedRows:
         self._changed()
 
     def remove(self, stored: dict[int, np.ndarray]) -> None:
-        """Takes single tokens out of rows, by row and stored index; what follows moves up."""
+        """Takes single tokens out, by sequence head and place among its stored tokens; those behind them move up."""
         length, moved = self.length.copy(), [np.zeros((2, 0), np.int64)]
-        for row, gone in stored.items():
-            kept = np.setdiff1d(np.arange(self.length[row]), gone)
-            length[row] = len(kept)
-            index = np.stack([kept, np.arange(len(kept))])[:, kept != np.arange(len(kept))]
-            pages = self.table[row].astype(np.int64)[index // self.page_size]
+        for seq_head, gone in stored.items():
+            kept = np.setdiff1d(np.arange(self.length[seq_head]), gone)
+            length[seq_head] = len(kept)
+            index = np.stack([kept, np.arange(len(kept))])[:, kept != np.arange(len(kept))]  # from where, to where
+            pages = self.table[seq_head].astype(np.int64)[index // self.page_size]
             moved.append(pages * self.page_size + index % self.page_size)
         source, place = torch.from_numpy(np.concatenate(moved, 1)).to(self.keys.device)
         for pool in (self.keys, self.values) if len(source) else ():
@@ -182,8 +191,8 @@ class PagedRows:
 
     def select(self, sequences: np.ndarray) -> None:
         """Keeps the given sequences, in this order, repeated where they repeat."""
-        rows = (sequences[:, None] * self.num_heads + np.arange(self.num_heads)).reshape(-1)
-        self.table, self.held, self.length = self.table[rows], self.held[rows], self.length[rows]
+        chosen = (sequences[:, None] * self.num_heads + np.arange(self.num_heads)).reshape(-1)
+        self.table, self.held, self.length = self.table[chosen], self.held[chosen], self.length[chosen]
         self._compact()
 
     def _changed(self) -> None:
@@ -194,7 +203,7 @@ class PagedRows:
 
     @torch.inference_mode(False)
     def _compact(self) -> None:
-        """New pools of exactly the pages held, each row's pages in order."""
+        """New pools of exactly the pages held, each sequence head's in order."""
         self.table = self.table[:, : int(self.held.max(initial=0))]
         used = np.arange(self.table.shape[1]) < self.held[:, None]
         source = torch.from_numpy(self.table[used].astype(np.int64)).to(self.keys.device)

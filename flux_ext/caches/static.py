@@ -1,17 +1,19 @@
-"""The cache with fixed addresses and shapes: after the prompt, a decode step is index arithmetic on the device.
+"""The cache of fixed size: every tensor keeps its address and shape, so that a decode step can be one CUDA graph.
 
-No step waits for the device or allocates, so ``generate`` compiles the step as one graph and a CUDA graph can
-replay it, whatever the routes are. A row owns a run of pages from ``base`` on. Token ``t`` of a sequence lies in
-page ``base + place(t // page_size)``, where ``place`` keeps the sink's pages and goes round the others:
+After the prompt, a step must not allocate, nor wait for the device to learn a length. So each sequence head (one KV
+head of one sequence) gets all its pages with the prompt, a run of the pool from page ``base`` on, and lengths and page
+tables are tensors that the step itself writes (:func:`flux_ext.operators.append`):
 
-    place(page) = page if page < head_pages else head_pages + (page - head_pages) % ring
+- The run begins with the pages of the sink, which stay. The other pages are a ring: when it is full, the next token
+  overwrites the oldest page (:meth:`~flux_ext.caches.layout.PageLayout.place`).
+- The ring of a full sequence head holds the whole length of the cache and is never gone round. That of a sparse one is
+  as long as the window, so what is overwritten is what no query sees any more.
+- The page table lists the pages in the order of their tokens, without those that were dropped. For attention this is a
+  paged cache like the dynamic one, with the same gap after the sink (:mod:`flux_ext.caches.dynamic`).
 
-A full row's ring is as long as the cache. A sparse row's is as long as the window: what its oldest page is
-overwritten with comes when no query can see it any more. The page table lists the stored tokens in order, with
-the gap of :mod:`flux_ext.caches.dynamic` after the sink, so the attention call is the same as there. The prompt is
-stored with torch's operators, a step with one of ours: :func:`flux_ext.operators.append`. It stores tokens only:
-whether a step has one, and in which sequences, is said on the device, by the column of the mask that ``slots`` points
-to.
+The prompt is stored by torch's operators. In a step, some sequences may have padding instead of a token: the cache is
+told by a tensor on the device (:meth:`FluxStaticCache.active`), read off the attention mask in the column of this step.
+The step's number is on the device too (``slots``).
 """
 
 from __future__ import annotations
@@ -25,20 +27,20 @@ from torch import Tensor
 from .. import operators
 from ..config import FluxConfig
 from ..forward_context import ForwardContext
-from ..operators import KeyValues, Routing
+from ..operators import KeyValues
 from ..transformers_seam import Cache, DynamicLayer
-from .dynamic import FluxCache, FluxLayer, stock_layers
+from .dynamic import FluxCache, FluxCacheLayer, stock_layers
 from .history import FAILED, History, token_rows
 from .pages import normal
 
 
-class FluxStaticLayer(FluxLayer):
-    """One layer: a prompt, then steps of one token per sequence.
+class FluxStaticCacheLayer(FluxCacheLayer):
+    """The keys and values of one decoder layer: a prompt, then steps of one token per sequence.
 
     Args:
-        config, page_size, routed: as for :class:`~flux_ext.caches.dynamic.FluxLayer`.
+        config, page_size, routed: as for :class:`~flux_ext.caches.dynamic.FluxCacheLayer`.
         max_cache_len: tokens per sequence, padding included.
-        any_routes: whether the pools have room for full rows only.
+        any_routes: whether the pools have room for everything routed full, whatever the first routes are.
     """
 
     cache_name = "FluxStaticCache"
@@ -49,12 +51,8 @@ class FluxStaticLayer(FluxLayer):
     ) -> None:
         self.max_cache_len, self.any_routes = max_cache_len, any_routes
         self.k_pool: Tensor | None = None  # from the first prompt on, all tensors keep their addresses
-        self.route_kept: Tensor | None = None  # among them that of `route`
+        self.route_kept: Tensor | None = None  # the tensor of `route`, also while reset() leaves that None
         super().__init__(config, page_size, routed)
-        self.head_pages = self.head // page_size
-        # The window, the tokens that alignment and whole units add to it, and the one to come.
-        longest = self.pattern.window + self.pattern.align + self.unit + 1
-        self.sparse_ring = -(-longest // page_size) + 1
         self.full_pages = -(-max_cache_len // page_size)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,14 +76,14 @@ class FluxStaticLayer(FluxLayer):
         """Tensors for as many sequences and heads as there are; and pools, for the routes at hand."""
         self.dtype, self.device = value_states.dtype, value_states.device
         self.num_sequences, num_heads, _, head_dim = key_states.shape
-        rows = (self.num_sequences, num_heads)
+        seq_heads = (self.num_sequences, num_heads)
 
         def numbers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
-        # A row's first page, the pages of its ring, the valid tokens it has seen and those it stores.
-        self.base, self.ring, self.seen, self.kv_len = (numbers(*rows) for _ in range(4))
-        self.table = numbers(*rows, self.full_pages)
+        # Of each sequence head the first page, the pages of its ring, the tokens it has seen and those it stores.
+        self.base, self.ring, self.seen, self.kv_len = (numbers(*seq_heads) for _ in range(4))
+        self.table = numbers(*seq_heads, self.full_pages)
         self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
         shape = (self.num_pages, self.page_size, 1)
         k_pool = value_states.new_empty((*shape, head_dim))
@@ -99,8 +97,8 @@ class FluxStaticLayer(FluxLayer):
             torch._dynamo.mark_static_address(t)
 
     def _lay_out(self, k: Tensor, v: Tensor, sparse: np.ndarray) -> None:
-        """Gives rows their pages, sparse ones ``[B, Hkv]`` short rings."""
-        short = min(self.head_pages + self.sparse_ring, self.full_pages)
+        """Gives each sequence head its pages, those that are ``sparse [B, Hkv]`` a short ring."""
+        short = min(self.layout.sink_pages + self.layout.ring_pages(), self.full_pages)
         pages = np.where(sparse, short, self.full_pages)
         needed = int(pages.sum())
         if self.k_pool is None:
@@ -121,7 +119,7 @@ class FluxStaticLayer(FluxLayer):
                 )
         for t, x in (
             (self.base, (np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape)),
-            (self.ring, np.maximum(pages - self.head_pages, 1)),
+            (self.ring, np.maximum(pages - self.layout.sink_pages, 1)),
         ):
             t.copy_(torch.from_numpy(x.astype(np.int32)))
 
@@ -131,14 +129,12 @@ class FluxStaticLayer(FluxLayer):
         return self.num_sequences
 
     def _gap(self) -> Tensor:
-        """int64 ``[B, Hkv]``: tokens dropped before the query to come."""
-        window_begin = self.pattern.align * (self.seen.long() // self.pattern.align + 1) - self.pattern.window
-        gap = (window_begin - self.head).clamp(min=0) // self.unit * self.unit
-        return gap * (self.head_pages + self.ring < self.full_pages)
+        """int64 ``[B, Hkv]``: tokens dropped before the query to come. Only who has a short ring drops any."""
+        return self.layout.gap(self.seen.long()) * (self.layout.sink_pages + self.ring < self.full_pages)
 
-    def _update(self, k: Tensor, v: Tensor, route: Tensor, batch: ForwardContext) -> None:
+    def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if not self.continues:
-            return super()._update(k, v, route, batch)
+            return super()._update(k, v, route, context)
         if k.shape[2] != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {k.shape[2]} more tokens")
         assert self.k_pool is not None
@@ -157,18 +153,15 @@ class FluxStaticLayer(FluxLayer):
             self.slots,
             self.pattern,
             self.max_cache_len,
-            batch.seq_end,
+            context.seq_end,  # which sequences have a token
         )
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
-        """Stores the prompt. Waits for the device, once per layer: its routes say how many pages the rows need."""
+        """Stores the prompt. Waits for the device, once per layer: its routes say how many pages are needed."""
         q_len = k.shape[2]
         if q_len > self.max_cache_len:
             raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
-        if mask is None:
-            begin, count = np.zeros(k.shape[0], np.int64), np.full(k.shape[0], q_len, np.int64)
-        else:
-            begin, count = token_rows(mask[:, :q_len].numpy())
+        begin, count = token_rows(None if mask is None else mask[:, :q_len].numpy(), k.shape[0], q_len)
         # A sequence that has had padding only decides later: it gets room for either route.
         sparse = (route.cpu().numpy() == 1) & (count > 0)[:, None]
         self.waiting = self.routed and not count.all()
@@ -182,10 +175,9 @@ class FluxStaticLayer(FluxLayer):
         self.slots.fill_(q_len)
         position = (torch.arange(q_len, device=self.device) - start)[:, None]  # [B, 1, S]
         inside = (position >= 0) & (position < tokens[..., None])
-        kept = inside & ((position < self.head) | (position >= self.head + self._gap()[..., None]))
-        page = position // self.page_size
-        around = self.head_pages + (page - self.head_pages) % self.ring[..., None]
-        page = self.base[..., None] + torch.where(page < self.head_pages, page, around)
+        sink = self.layout.sink_tokens
+        kept = inside & ((position < sink) | (position >= sink + self._gap()[..., None]))
+        page = self.base[..., None] + self.layout.place(position // self.page_size, self.ring[..., None])
         slot = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
         for pool, x in ((self.k_pool, k), (self.v_pool, v)):
             assert pool is not None
@@ -193,18 +185,15 @@ class FluxStaticLayer(FluxLayer):
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
-        self.is_initialized, self.route, self.waiting, self._batch = False, None, False, None
+        self.is_initialized, self.route, self.waiting, self._context = False, None, False, None
         if self.k_pool is not None:
             for t in (self.seen, self.kv_len, self.slots):
                 t.zero_()
 
-    def attend(self, q: Tensor, scale: float, batch: ForwardContext) -> Tensor:
-        """Attention of one query per sequence, ``[B, 1, Hq, D]``, over everything stored."""
-        assert self.k_pool is not None and self.route_kept is not None
-        kv = KeyValues(self.k_pool, self.v_pool, end=self.kv_len, page_table=self.table)
-        return operators.attend(q.to(self.dtype), kv, Routing(self.route_kept, sparse=self.pattern), scale)[0].to(
-            q.dtype
-        )
+    def stored(self) -> KeyValues:
+        """What is stored; its tensors are the same at every step."""
+        assert self.k_pool is not None
+        return KeyValues(self.k_pool, self.v_pool, end=self.kv_len, page_table=self.table)
 
     def get_seq_length(self) -> Any:
         return self.slots if self.is_initialized else 0
@@ -238,15 +227,16 @@ class FluxStaticLayer(FluxLayer):
 class FluxStaticCache(FluxCache):
     """A :class:`~flux_ext.FluxCache` of fixed size for compiled decoding and CUDA graphs.
 
-    ``generate(cache_implementation="static")`` makes one. Full rows have room for ``max_cache_len`` tokens, sparse
-    rows for the sink and the window. Greedy decoding and sampling; every layer must have full attention.
+    ``generate(cache_implementation="static")`` makes one. A KV head that is routed full has room for ``max_cache_len``
+    tokens, a sparse one for the sink and the window. For greedy decoding and sampling; every layer must have full
+    attention.
 
     Args:
         config, flux, page_size: as for FluxCache.
         max_cache_len: tokens per sequence, prompt and padding included. A token more is a ValueError on the CPU;
             on CUDA and in a compiled step a check would wait for the device, so there the logits of a sequence that
             has no room left become NaN.
-        any_routes: allocate for full rows only, so that after :meth:`reset` a prompt of any routes fits.
+        any_routes: allocate as if everything were routed full, so that after :meth:`reset` a prompt of any routes fits.
 
     A mask must cover all slots so far, at least; the step's own column says which sequences have a token. Where it
     shows more or fewer earlier tokens than are stored, that is a ValueError on the CPU and NaN on CUDA and in a
@@ -265,7 +255,7 @@ class FluxStaticCache(FluxCache):
             raise ValueError(f"FluxStaticCache needs full attention in every layer, {others} have not: use FluxCache")
         routed = flux.layers_to_route
         layers: list[Any] = [
-            FluxStaticLayer(flux, page_size, routed is None or i in routed, max_cache_len, any_routes)
+            FluxStaticCacheLayer(flux, page_size, routed is None or i in routed, max_cache_len, any_routes)
             for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)

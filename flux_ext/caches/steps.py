@@ -1,8 +1,9 @@
-"""A cache's steps as operators, so that a compiled forward is one graph.
+"""A cache layer's two steps as operators, so that a compiled forward over the dynamic cache is one graph.
 
-The dynamic cache keeps its books on the host. In a graph its steps are operators that the compiler does not look
-into. They name their layer by a handle, a tensor on the CPU with a number: as a number it would be a constant of
-the graph, and every new cache would compile a new one.
+The dynamic cache keeps its books on the host, in Python, which a graph cannot hold. An operator can: the compiler does
+not look into it. An operator takes no Python object, though. So each cache layer has a number, under which it is found
+here; and the number is handed over in a tensor on the CPU (``handle``), because a plain number would become a constant
+of the graph, and each new cache would compile anew.
 """
 
 from __future__ import annotations
@@ -14,26 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_cache_layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-# Replaying a CUDA graph would skip what they do on the host.
+# Not to be captured in CUDA graphs: a replay would skip what they do on the host.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.compiler.disable
-def new_handle(layer: Any) -> Tensor:
+def new_handle(cache_layer: Any) -> Tensor:
     """int64 ``[1]`` on the CPU: what the operators take for a cache layer."""
     number = next(_numbers)
-    _layers[number] = layer
+    _cache_layers[number] = cache_layer
     with torch.inference_mode(False):
         return torch.tensor([number], device="cpu")
 
 
-def _layer(handle: Tensor) -> Any:
-    return _layers[int(handle)]
+def _cache_layer(handle: Tensor) -> Any:
+    return _cache_layers[int(handle)]
 
 
-# The handle counts as written, so that what a layer stores comes before what it then reads, and is never left out.
+# The handle is said to be written to, though it is not: so the compiler keeps this call, which has no result, and keeps
+# it before the call of cache_attend that reads the same handle.
 @torch.library.custom_op(
     "flux_ext::cache_store",
     mutates_args=("handle",),
@@ -41,8 +43,8 @@ def _layer(handle: Tensor) -> Any:
     tags=_TAGS,
 )
 def store(handle: Tensor, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
-    """A layer's ``store``: a forward's keys and values ``[B, Hkv, S, D]``."""
-    _layer(handle).store(k, v, route, mask)
+    """A cache layer's ``store``: a forward's keys and values ``[B, Hkv, S, D]``."""
+    _cache_layer(handle).store(k, v, route, mask)
 
 
 @store.register_fake
@@ -59,8 +61,8 @@ def _(handle, k, v, route, mask):
 def attend(
     handle: Tensor, q: Tensor, route: Tensor, q_begin: Tensor | None, q_end: Tensor | None, scale: float
 ) -> Tensor:
-    """A layer's ``attend_stored``: queries ``[B, S, Hq, D]`` over everything stored."""
-    return _layer(handle).attend_stored(q, route, q_begin, q_end, scale)
+    """A cache layer's ``attend_stored``: queries ``[B, S, Hq, D]`` over everything stored."""
+    return _cache_layer(handle).attend_stored(q, route, q_begin, q_end, scale)
 
 
 @attend.register_fake
@@ -70,7 +72,8 @@ def _(handle, q, *args):
 
 @torch.library.custom_op("flux_ext::cache_gradient", mutates_args=(), schema="(Tensor grad) -> Tensor")
 def refuse_gradient(grad: Tensor) -> Tensor:
-    """Stands in the graph of the backward pass, which is compiled even where it is never run."""
+    """The backward pass: an error. It is an operator of its own because the backward pass is traced even where it is
+    never run, and tracing must not raise it yet."""
     raise RuntimeError("attention over a cache has no gradient: it is for inference, leave the cache out to train")
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import operators
+from ..forward_context import ForwardContext
 from ..operators import KeyValues, Routing
 from ..operators.patterns import Streaming
 from ..transformers_seam import (
@@ -36,30 +37,32 @@ def flux_attention(
 
     The padding mask is not looked at: the sequences' bounds were read off it once per forward.
     """
-    layer = getattr(module, "_flux_ext", None)
-    if layer is None:
+    patched = getattr(module, "_flux_ext", None)
+    if patched is None:
         raise RuntimeError(f"{type(module).__name__} has attn_implementation={NAME!r} but was not patched")
     refuse_terms(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    batch, cache, route = layer.current()
+    context, cache_layer, route = patched.current()
     if torch.is_autocast_enabled(value.device.type):  # the rotary embedding of an fp32 model gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if layer.window is not None:
-        if sliding_window not in (None, layer.window):
-            raise ValueError(f"layer {layer.index} asks for a window of {sliding_window}, its cache has {layer.window}")
-        return _sliding(q, k, v, scaling, batch, layer.window), None
+    if patched.window is not None:
+        if sliding_window not in (None, patched.window):
+            raise ValueError(
+                f"layer {patched.index} asks for a window of {sliding_window}, its cache has {patched.window}"
+            )
+        return _sliding(q, k, v, scaling, context, patched.window), None
     if sliding_window is not None:
-        raise ValueError(f"layer {layer.index} has a sliding window of its own ({sliding_window}): it is not routed")
-    if cache is not None and cache.continues:
-        return cache.attend(q, scaling, batch), None
-    if batch.cu_seqlens is not None:
+        raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
+    if cache_layer is not None and cache_layer.continues:
+        return cache_layer.attend(q, scaling, context), None
+    if context.cu_seqlens is not None:
         out = operators.attention(
-            q[0], k[0], v[0], route, sparse=layer.pattern, scale=scaling, cu_seqlens=batch.cu_seqlens
+            q[0], k[0], v[0], route, sparse=patched.pattern, scale=scaling, cu_seqlens=context.cu_seqlens
         )
         return out[None], None
     out = operators.attention(
-        q, k, v, route, sparse=layer.pattern, scale=scaling, seq_start=batch.seq_start, seq_end=batch.seq_end
+        q, k, v, route, sparse=patched.pattern, scale=scaling, seq_start=context.seq_start, seq_end=context.seq_end
     )
     return out, None
 
@@ -75,16 +78,18 @@ def refuse_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(module).__name__} asks for attention in both directions (is_causal=False)")
 
 
-def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, batch: Any, window: int) -> Tensor:
+def _sliding(q: Tensor, k: Tensor, v: Tensor, scale: float, context: ForwardContext, window: int) -> Tensor:
     """A layer with a sliding window of its own: streaming without a sink, over what its stock cache gives."""
     pattern = Streaming(sink=0, window=window)
-    if batch.cu_seqlens is not None:
-        return operators.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=batch.cu_seqlens)[None]
-    if batch.has_holes(k.shape[1]):
-        return _sliding_with_holes(q, k, v, scale, batch.mask[:, -k.shape[1] :], window)
-    kv_begin, kv_end = batch.kv_bounds(k.shape[1])
-    bounds = (None, None) if q.shape[1] == 1 else (batch.seq_start, batch.seq_end)
-    return operators.attend(q, KeyValues(k, v, kv_begin, kv_end), Routing(full=pattern), scale, *bounds)[0]
+    if context.cu_seqlens is not None:
+        return operators.attention(q[0], k[0], v[0], full=pattern, scale=scale, cu_seqlens=context.cu_seqlens)[None]
+    if context.mask is not None and context.has_holes(k.shape[1]):
+        return _sliding_with_holes(q, k, v, scale, context.mask[:, -k.shape[1] :], window)
+    kv_begin, kv_end = context.kv_bounds(k.shape[1])
+    q_begin, q_end = context.q_bounds(q.shape[1])
+    return operators.attend(
+        q, KeyValues(k, v, kv_begin, kv_end), Routing(None, pattern, pattern), scale, q_begin, q_end
+    )[0]
 
 
 def _sliding_with_holes(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, window: int) -> Tensor:

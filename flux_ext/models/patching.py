@@ -26,7 +26,7 @@ from ..transformers_seam import PreTrainedModel
 from .model_patch import Patch
 
 
-class Routing:
+class RoutingRecord:
     """The decisions of one forward over the routed layers (L of them)."""
 
     def __init__(self, decisions: dict[int, Decision]) -> None:
@@ -148,7 +148,7 @@ def get_routers(model: Any) -> FluxRouters:
     return _patch_of(model).current_routers()
 
 
-def last_routing(model: Any) -> Routing:
+def last_routing(model: Any) -> RoutingRecord:
     """The decisions of the model's last forward in this thread.
 
     Raises:
@@ -157,7 +157,7 @@ def last_routing(model: Any) -> Routing:
     decisions = _patch_of(model).local.decisions
     if not decisions:
         raise ValueError("no forward has run since the model was patched")
-    return Routing(decisions)
+    return RoutingRecord(decisions)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,161 @@
+"""What a patch adds to one attention module: hooks, and the tap through which its router sees queries or keys."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..caches.dynamic import FluxCacheLayer
+from ..forward_context import Decision, ForwardContext, Policy
+from ..operators import decide
+from ..transformers_seam import cache_of
+from . import families
+
+if TYPE_CHECKING:
+    from .model_patch import Patch
+
+CONTEXT = "flux_ext_context"
+"""The keyword with which the decoder hands its :class:`ForwardContext` through its layers. As an argument of theirs it
+is there again when checkpointing recomputes a layer, after the forward."""
+
+
+class ThreadState(threading.local):
+    """What the hooks of one forward leave for each other, by thread; copies start empty.
+
+    Attributes:
+        forward: context of the decoder's forward in flight.
+        context: the same, on its device, while an attention module runs.
+        cache_layer: what that module's keys and values are cached in, where we made it.
+        policy, prompt_lengths: what callers have set for the forwards of this thread.
+        decisions: of the last forward, by place among the routed layers.
+    """
+
+    # Set in every thread, not by the class: torch 2.11 compiles what the class says instead of what the thread has.
+    def __init__(self) -> None:
+        self.forward: Any = None
+        self.context: Any = None
+        self.cache_layer: FluxCacheLayer | None = None
+        self.policy: Policy | None = None
+        self.prompt_lengths: Tensor | None = None
+        self.decisions: dict[int, Decision] | None = None
+
+    def __deepcopy__(self, memo: Any) -> ThreadState:
+        return ThreadState()
+
+    def __reduce__(self) -> Any:
+        return ThreadState, ()
+
+
+class PatchedAttention:
+    """One patched attention module, which finds this as its ``_flux_ext``.
+
+    Args:
+        patch: of the whole model.
+        index: the decoder layer that the module is in.
+        attention: the module.
+        place: its place among the routed layers; None: it has no router.
+        window: its own sliding window; None: it has none.
+        tap: where its router sees queries or keys; None: it has no router.
+    """
+
+    def __init__(
+        self,
+        patch: Patch,
+        index: int,
+        attention: nn.Module,
+        place: int | None,
+        window: int | None,
+        tap: families.Tap | None,
+    ) -> None:
+        self.patch, self.index, self.attention, self.place, self.window = patch, index, attention, place, window
+        self.pattern = patch.config.sparse_pattern()
+        self.tap = tap
+        self.tapped: nn.Module | None = None  # the submodule that is hooked
+        self.tap_handle: Any = None
+        self.handles = [
+            attention.register_forward_pre_hook(self.before, with_kwargs=True),
+            attention.register_forward_hook(self.after, always_call=True),
+        ]
+        attention._flux_ext = self  # type: ignore[assignment]
+        if tap is not None:
+            self.attach_tap()
+
+    def remove(self) -> None:
+        """Undoes all this."""
+        for handle in (*self.handles, self.tap_handle):
+            if handle is not None:
+                handle.remove()
+        del self.attention._flux_ext
+
+    def current(self) -> tuple[ForwardContext, FluxCacheLayer | None, Tensor | None]:
+        """Context, cache layer and route of the forward in flight; called by the attention function."""
+        state = self.patch.local
+        route = None
+        if self.place is not None:
+            if self.place not in state.context.decisions:
+                raise RuntimeError(f"layer {self.index}: the router did not see its states")
+            route = state.context.decisions[self.place].route
+        return state.context, state.cache_layer, route
+
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the attention module: finds the context and the cache layer."""
+        state = self.patch.local
+        context = kwargs.pop(CONTEXT, None)
+        if context is None:
+            if state.forward is None:
+                raise RuntimeError("the layers of a patched model run only inside its decoder's forward")
+            self.patch.hands_on_keywords = False
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            context = state.forward.to(hidden.device)
+        cache = cache_of(kwargs)
+        cache_layer = None if cache is None else cache.layers[self.index]
+        state.context, state.cache_layer = context, None
+        if isinstance(cache_layer, FluxCacheLayer):
+            cache_layer.begin(context)
+            if self.place is None and cache_layer.route is None:
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                all_full = hidden.new_zeros((hidden.shape[0], self.patch.num_kv_heads), dtype=torch.int32)
+                cache_layer.set_route(all_full)
+            state.cache_layer = cache_layer
+        if self.tap is not None and getattr(module, self.tap.name) is not self.tapped:
+            self.attach_tap()  # the submodule was replaced, by a LoRA adapter for one
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the attention module, also after an error in it: lets go of the cache."""
+        self.patch.local.context = self.patch.local.cache_layer = None
+
+    def attach_tap(self) -> None:
+        """Hooks the submodule that makes the states the router sees."""
+        if self.tap_handle is not None:
+            self.tap_handle.remove()
+        assert self.tap is not None
+        self.tapped = getattr(self.attention, self.tap.name)
+        self.tap_handle = self.tapped.register_forward_hook(self.after_tap)
+
+    def after_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Queries (or keys) are made: the router decides, if no earlier forward did."""
+        context, cache_layer = self.patch.local.context, self.patch.local.cache_layer
+        assert self.place is not None and self.tap is not None
+        if context is None:
+            return  # called from outside the attention module
+        if cache_layer is not None and cache_layer.route is not None and not cache_layer.waiting:
+            context.decisions[self.place] = Decision(None, cache_layer.route)
+            return
+        if context.held is not None and self.place in context.held:
+            context.decisions[self.place] = Decision(None, context.held[self.place])
+            return
+        router: Any = self.attention.flux_router
+        logits = router(*context.prompts(self.tap.states(output, self.attention)))
+        route = decide(logits) if context.policy is None else context.policy(self.place, logits)
+        route = self.patch.check_route(route, logits)
+        if cache_layer is not None:
+            if route.is_floating_point():
+                raise ValueError("a fractional route has no cache: call the model with use_cache=False")
+            route = cache_layer.set_route(route)
+        if context.held is not None:
+            context.held[self.place] = route
+        context.decisions[self.place] = Decision(logits, route)
