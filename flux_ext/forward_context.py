@@ -144,7 +144,7 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     if packed and cache is not None:
         raise ValueError("cu_seq_lens_q: sequences packed into one row have no cache, leave it out")
     seen = 0 if cache is None else cache.get_seq_length()
-    known = not isinstance(seen, Tensor)  # of a step over a static cache, only the device knows which slot it is
+    known = not isinstance(seen, Tensor)  # how many slots a static cache has seen, only the device knows
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # prepared per layer type by generate; ours are all the same padding mask
         if FULL_MASK not in mask:
@@ -167,11 +167,11 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
                 raise ValueError("attention_mask has padding beside cu_seq_lens_q: leave one of them out")
             return ForwardContext(policy, cu_seqlens=packed_bounds(kwargs))
         if not known:
-            return ForwardContext(
-                policy, torch.zeros_like(mask[:, 0], dtype=torch.int32), cache.active(mask), None, mask
-            )
+            start = torch.zeros_like(mask[:, 0], dtype=torch.int32)
+            return ForwardContext(policy, seq_start=start, seq_end=cache.active(mask), mask=mask)
         mask = mask[:, : seen + q_len]
-        return ForwardContext(policy, *span(mask[:, seen:]), None, mask, seen)
+        start, end = span(mask[:, seen:])
+        return ForwardContext(policy, seq_start=start, seq_end=end, mask=mask, seen=seen)
     if packed:
         return ForwardContext(policy, cu_seqlens=packed_bounds(kwargs))
     positions = kwargs.get("position_ids")

@@ -372,7 +372,7 @@ class FluxCache(Cache):
     def __init__(self, config: Any, flux: FluxConfig, page_size: int = 64) -> None:
         if page_size < 1:
             raise ValueError(f"page_size must be >= 1, got {page_size}")
-        layers: list[Any] = stock_layers(config)
+        layers: list[Any] = stock_cache_layers(config)
         routed = flux.layers_to_route
         for i, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -455,6 +455,6 @@ class FluxCache(Cache):
             self.history.select(np.arange(len(self.history.valid)).repeat(repeats))
 
 
-def stock_layers(config: Any) -> list[Any]:
+def stock_cache_layers(config: Any) -> list[Any]:
     """The cache layers that transformers itself would use, one per decoder layer."""
     return DynamicCache(config=config.get_text_config(decoder=True)).layers

@@ -117,8 +117,8 @@ class PagedKeyValues:
         if skip is not None:
             source += torch.where(stored >= skip_at, spread(skip), 0)
         page = torch.from_numpy(self.table).to(device)[seq_head, stored // self.page_size]
-        slot = page.long() * self.page_size + stored % self.page_size
-        index = torch.stack([seq_head // self.num_heads, seq_head % self.num_heads, source, slot])
+        target = page.long() * self.page_size + stored % self.page_size
+        index = torch.stack([seq_head // self.num_heads, seq_head % self.num_heads, source, target])
         index = index.to(self.keys.device, non_blocking=True)
         for pool, x in ((self.keys, k), (self.values, v)):
             new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)

@@ -29,7 +29,7 @@ from ..config import FluxConfig
 from ..forward_context import ForwardContext
 from ..operators import KeyValues
 from ..transformers_seam import Cache, DynamicLayer
-from .dynamic import FluxCache, FluxCacheLayer, stock_layers
+from .dynamic import FluxCache, FluxCacheLayer, stock_cache_layers
 from .history import FAILED, History, token_rows
 from .pages import normal
 
@@ -178,10 +178,10 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         sink = self.layout.sink_tokens
         kept = inside & ((position < sink) | (position >= sink + self._gap()[..., None]))
         page = self.base[..., None] + self.layout.place(position // self.page_size, self.ring[..., None])
-        slot = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
+        target = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
         for pool, x in ((self.k_pool, k), (self.v_pool, v)):
             assert pool is not None
-            pool.view(-1, pool.shape[-1]).index_copy_(0, slot, x[kept].to(pool.dtype))
+            pool.view(-1, pool.shape[-1]).index_copy_(0, target, x[kept].to(pool.dtype))
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
@@ -250,7 +250,7 @@ class FluxStaticCache(FluxCache):
         for name, n in (("page_size", page_size), ("max_cache_len", max_cache_len)):
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {n}")
-        stock = stock_layers(config)
+        stock = stock_cache_layers(config)
         if others := [i for i, layer in enumerate(stock) if type(layer) is not DynamicLayer]:
             raise ValueError(f"FluxStaticCache needs full attention in every layer, {others} have not: use FluxCache")
         routed = flux.layers_to_route

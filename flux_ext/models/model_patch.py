@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import transformers_seam
-from ..caches.dynamic import FluxCache, stock_layers
+from ..caches.dynamic import FluxCache, stock_cache_layers
 from ..config import FluxConfig
 from ..forward_context import read_forward
 from ..routers.collection import FluxRouters
@@ -31,7 +31,12 @@ _PATCHES: weakref.WeakSet[Patch] = weakref.WeakSet()
 
 
 class Patch:
-    """All that was changed in one model."""
+    """All that was changed in one model, which finds this as its ``_flux_ext``.
+
+    Raises:
+        ValueError: the model cannot be patched, or not with these routers; it is then as it was.
+        ImportError: transformers lacks what is needed.
+    """
 
     def __init__(self, model: PreTrainedModel, routers: FluxRouters | FluxConfig) -> None:
         transformers_seam.check_installed()
@@ -41,12 +46,13 @@ class Patch:
         self.text_config = model.config.get_text_config(decoder=True)
         families.refuse_unsupported(model, self.decoder, self.text_config)
         self.local = ThreadState()
-        self.hands_on_keywords = True  # the layers, to their attention; the proof sees it
+        self.hands_on_keywords = True  # the decoder's layers, to their attention: until a forward shows otherwise
         with proof.refusing(type(model).__name__, "no cache can be made for it"):
-            stock = stock_layers(model.config)
-        self.full_layers = [i for i, layer in enumerate(stock) if type(layer) is DynamicLayer]
-        windows = {i: layer.sliding_window for i, layer in enumerate(stock) if getattr(layer, "is_sliding", False)}
-        kinds = [type(layer).__name__ for layer in stock]
+            stock = stock_cache_layers(model.config)
+        # What kind of attention a decoder layer has is told by the cache that transformers makes for it.
+        self.full_layers = [i for i, x in enumerate(stock) if type(x) is DynamicLayer]
+        windows = {i: x.sliding_window for i, x in enumerate(stock) if getattr(x, "is_sliding", False)}
+        kinds = [type(x).__name__ for x in stock]
         if not self.full_layers:
             raise ValueError(
                 f"no layer of {type(model).__name__} has full attention: there is nothing to route (sliding windows: "
@@ -75,6 +81,7 @@ class Patch:
         routers.config = self.config
 
     def _find_taps(self, attentions: dict[int, nn.Module], views: dict[int, proof.View]) -> dict[int, families.Tap]:
+        """Where each router will see its queries or keys, by layer."""
         heads = self.num_q_heads, self.num_kv_heads, self.head_dim
         kind = "query" if self.config.granularity == "layer" else "key"
         return {
@@ -112,6 +119,7 @@ class Patch:
         taps: dict[int, families.Tap],
         evidence: proof.Proof,
     ) -> None:
+        """Changes the model, and proves that it is what it was; undoes everything where it is not."""
         routed = self.config.routed_layers()
         self.methods = ModelMethods(self)
         attention_function.register()
@@ -157,11 +165,13 @@ class Patch:
             router.to(device)
 
     def _others_use(self, routers: FluxRouters) -> bool:
+        """Whether the routers are part of another patched model too."""
+
         def used() -> bool:
             return any(patch is not self and patch.routers is routers for patch in _PATCHES)
 
         if used():
-            gc.collect()  # a model that is no longer in use lives until then
+            gc.collect()  # models refer to themselves, so one that nobody uses any more may still be there
         return used()
 
     def routed_attentions(self) -> list[tuple[int, PatchedAttention]]:

@@ -1,4 +1,4 @@
-"""The rules for arguments that can be checked without reading a tensor; shared by the operators and their twins."""
+"""The rules for arguments that can be checked without reading a tensor's values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 _BROKEN_RULE = "invalid argument: "
-"""How the operators' messages begin where an argument breaks a rule (csrc/core/broken_rule.h)."""
+"""How the operators' messages begin where an argument breaks a rule (``csrc/core/broken_rule.h``)."""
 
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
-    """What an operator returns; its broken rules as ValueError, which torch 2.15 and later report as RuntimeError.
+    """Calls an operator and returns what it returns.
 
-    A ValueError too where there is no kernel: tensors that are sparse, quantized or on other devices.
+    Raises:
+        ValueError: an argument breaks a rule (from torch 2.15 on, torch itself makes a RuntimeError of it), or there is
+            no kernel for the tensors, as for sparse and quantized ones and for other devices.
     """
     try:
         return operator(*args)

@@ -1,8 +1,8 @@
-"""What makes an operator differentiable: its backward pass, forward-mode derivatives and ``torch.func``.
+"""What makes an operator differentiable: in a backward pass, in forward mode, and under ``torch.func``.
 
-Backward passes have operators of their own. Forward-mode derivatives and the derivatives of ``torch.func`` go through
-the slow twins of :mod:`flux_ext.operators.reference`, which torch differentiates like any other function: right, to any
-order, and with dense masks.
+A backward pass calls an operator of its own. Forward-mode derivatives and those of ``torch.func`` are taken of the slow
+twins in :mod:`flux_ext.operators.reference`, which torch differentiates like any other function: right to any order,
+and with dense masks.
 
 Each operator's shape function and gradient stand beside the operator (attention's, which are longer, in
 ``attention_gradient.py``).
@@ -22,7 +22,7 @@ _autograd = torch.library.Library("flux_ext", "IMPL")
 
 
 def below(op: Callable[..., Any], *args: Any) -> Any:
-    """The operator itself, past this module."""
+    """The operator's own kernel, past the one that :func:`differentiable` registers."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 

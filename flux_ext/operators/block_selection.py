@@ -36,7 +36,8 @@ def antidiagonal_scores(q: Tensor, k: Tensor, stride: int, width: int) -> Tensor
     offset = kv_len - q_len
     if offset < 0:
         raise ValueError(f"block selection needs no more queries ({q_len}) than keys ({kv_len})")
-    # Query a of a strided row pairs with key stride - 1 - a of a strided column: one long dot product.
+    # The sum over an antidiagonal, where query a of a sub-block meets key stride - 1 - a, is one dot product of length
+    # stride * D: of the sub-block's queries in reverse with its keys.
     rows = F.pad(q, (0, 0, 0, 0, 0, -q_len % stride)).unflatten(1, (-1, stride)).flip(2)
     columns = F.pad(k, (0, 0, 0, 0, 0, -kv_len % stride)).unflatten(1, (-1, stride))
     rows = rows.permute(0, 3, 1, 2, 4).flatten(3)  # [B, Hq, S / stride, stride * D]
@@ -74,13 +75,13 @@ def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: 
     index = torch.arange(kv_blocks, device=device)
     allowed = index * width < ends[:, None]
     diagonal = allowed & ((index + 1) * width > begins[:, None])
+    always = diagonal | (index == 0)
     scores = scores.masked_fill(~allowed, 0)
     share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
-    share = share.masked_fill(diagonal | (index == 0), math.inf)  # first in the order, whatever their mass
-    order = torch.sort(share, dim=-1, descending=True, stable=True).indices
-    mass = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)).gather(-1, order)
+    order = torch.sort(share.masked_fill(always, math.inf), dim=-1, descending=True, stable=True).indices
+    mass = share.gather(-1, order)
     needed = mass.cumsum(-1) - mass < threshold  # until the blocks before this one reach the threshold
-    needed |= share.gather(-1, order).isinf()
+    needed |= always.expand_as(share).gather(-1, order)
     keep = torch.zeros_like(needed).scatter(-1, order, needed) & allowed
     counts = keep.sum(-1, dtype=torch.int32)
     blocks = torch.where(keep, index, kv_blocks).sort(-1).values

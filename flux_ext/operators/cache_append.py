@@ -1,4 +1,4 @@
-"""One token more in a cache with fixed addresses: the operator and its shape function.
+"""One more token in a cache of fixed size: the operator and its shape function.
 
 The schema is in ``csrc/torch/library.cpp``.
 """
@@ -31,13 +31,14 @@ def append(
     max_cache_len: int,
     active: Tensor | None = None,
 ) -> None:
-    """One token more in every row of a cache with fixed addresses, in place and in one launch.
+    """One more token for each sequence head of a cache of fixed size, in place and in one launch.
 
-    A row, i.e. (sequence, KV head), owns the pages of the pools from ``base`` on. Its token ``t`` lies in page
-    ``base + place(t // page_size)``, where ``place`` keeps the pages of the sink (``ceil(sink / page_size)`` of
-    them) and goes round the ``ring`` pages after those. A row whose sink and ring have fewer pages than
-    ``page_table`` has columns drops, in whole pages and multiples of ``align``, what lies between the sink and the
-    window: ``page_table`` and ``kv_len`` then say what is stored, in order, as :func:`attention` takes it.
+    A sequence head is one KV head of one sequence. It owns a run of pages of the pools, from ``base`` on: first the
+    pages of the sink (``ceil(sink / page_size)``), which stay, then a ring of ``ring`` pages, which later pages of the
+    sequence go round. Token ``t`` belongs to page ``t // page_size``. Where sink and ring together have fewer pages
+    than ``page_table`` has columns, what lies between the sink and the window is dropped, in whole pages and multiples
+    of ``align``. ``page_table`` and ``kv_len`` are written so that they say what is stored, in order, as
+    :func:`attention` takes it.
 
     All on one device; all but k and v contiguous. Nothing is read back from the device. k and v are not
     differentiated: this is for inference.
@@ -46,23 +47,25 @@ def append(
         k, v: the new tokens, ``[B, Hkv, 1, D]``, fp16, bf16 or fp32, ``D`` up to 256; any strides with the last
             dimension contiguous. Cast to the pools' dtype.
         k_pool, v_pool: ``[num_pages, page_size, 1, D]``, both fp16, bf16 or fp32; the tokens are written here.
-        base: int32 ``[B, Hkv]``, the first page of each row.
-        ring: int32 ``[B, Hkv]``, the pages each row goes round: at least
-            ``ceil((window + lcm(align, page_size) - 1) / page_size)`` where it drops.
-        page_table: int32 ``[B, Hkv, max_pages]``. Of each row the entries that count by ``kv_len`` are written.
+        base: int32 ``[B, Hkv]``, the first page of the run.
+        ring: int32 ``[B, Hkv]``, pages of the ring: at least
+            ``ceil((window + lcm(align, page_size) - 1) / page_size)`` where tokens are dropped.
+        page_table: int32 ``[B, Hkv, max_pages]``, written as far as ``kv_len`` reaches.
         kv_len: int32 ``[B, Hkv]``, written: the tokens stored, the new one included.
-        seen: int32 ``[B, Hkv]``, the tokens so far, i.e. the position of the new one; counted up. (One count per
-            row, though a sequence's are equal: so no thread block reads what another writes.)
-        slots: int64, one number, counted up.
-        pattern: what sparse rows see.
-        max_cache_len: tokens per row, at most ``max_pages * page_size``. Instead of a token more, NaN is stored in
-            place of the last one: what attends to the row then says that it was full.
-        active: int32 ``[B]``. 1: the sequence has a token in this step; 0: it has none, and its rows stay as they are;
+        seen: int32 ``[B, Hkv]``, the tokens so far, i.e. the position of the new one; counted up. Those of a sequence
+            are equal; each head has its own so that no thread block reads what another writes.
+        slots: int64, one number, counted up: the steps so far, those without a token included.
+        pattern: what sparse sequence heads see.
+        max_cache_len: tokens per sequence, at most ``max_pages * page_size``. Beyond it, NaN is stored in place of the
+            last token: what attends to it then says that there was no room.
+        active: int32 ``[B]``. 1: the sequence has a token in this step; 0: it has none, and nothing of it changes;
             -1: NaN is stored in place of its token. None: all have one.
 
     Raises:
+        TypeError: something else where a tensor, a pattern or an integer belongs.
         ValueError: an argument breaks a rule; the message names argument, rule and value, and nothing was written.
             Values inside CUDA tensors are not read back: pages outside the pools are clamped.
+        RuntimeError: in a forward-mode derivative.
     """
     required = {
         "k": k,

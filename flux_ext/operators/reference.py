@@ -1,7 +1,8 @@
 """The slow, obvious twins: plain PyTorch that says what every operator computes.
 
-Same signatures as :func:`flux_ext.attention` and the routers' operator; any floating dtype, differentiable,
-one dense mask per (sequence, KV head). Tests compare everything else with these.
+Same names and signatures as in :mod:`flux_ext.operators`; any floating dtype, differentiable, one dense mask for every
+KV head of every sequence. Tests compare everything else with these, so what they compute is written out here and not
+taken from elsewhere, but for the patterns (``dense_mask``) and for what becomes of the arguments before any arithmetic.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _Piece: TypeAlias = tuple[int, Tensor, Tensor]  # first row, out [S, D] and lse 
 
 
 def _in_place(pieces: list[_Piece], size: int, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Pieces that share no rows at their places in ``size`` rows; 0 and ``-inf`` (``zero [D]``) between them."""
+    """Pieces that share no rows, put at their places in ``size`` rows: out ``[size, D]`` and lse ``[size]``.
+
+    Rows that are in no piece are 0 and ``-inf``; ``zero [D]`` has the dtype and device of all.
+    """
     outs, lses, end = [], [], 0
     nothing = (size, zero.expand(0, -1), zero[:0])
     for begin, out, lse in (*sorted(pieces, key=lambda piece: piece[0]), nothing):

@@ -1,11 +1,11 @@
-"""The attention operator with its tensors and patterns, and the public operation on top.
+"""Attention: ``attend``, which is the operator with its tensors and patterns, and the public ``attention`` on top.
 
-The schema is in ``csrc/torch/library.cpp``.
+The operator's schema is in ``csrc/torch/library.cpp``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,11 @@ def attend(
     q_begin: Tensor | None = None,
     q_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by hard routes, with every row bound spelt out: the operator with its tensors and patterns.
+    """Attention of queries, by routes that choose, over keys and values whose rows are all accounted for.
 
-    Arguments as for :func:`flux_ext.operators.reference.attend`, the bounds int32, and beyond it block lists by
-    threshold for plain batches. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
+    Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32, and the patterns may be
+    block lists by threshold where there are no bounds. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]``
+    (packed ``[Hq, T]``).
 
     Raises:
         TypeError, ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may
@@ -102,7 +103,7 @@ def _values_hidden(x: Tensor) -> bool:
 
 def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
-    slack = 2 * torch.finfo(route.dtype).eps  # of 1 + r - r
+    slack = 2 * torch.finfo(route.dtype).eps  # a straight-through weight, 1 + r - r.detach(), is off by rounding
     outside = ~((route >= -slack) & (route <= 1 + slack))
     if not _values_hidden(route) and outside.any():
         raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
@@ -111,12 +112,46 @@ def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tenso
     w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
     if cu_seqlens is None:
         return w[:, None, :, None]
-    # Which sequence a row belongs to, without reading lengths back from the device; rows after the last to none.
+    # A row's sequence, found without reading lengths back from the device; rows after the last sequence weigh 0.
     rows = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
     return F.pad(w, (0, 0, 0, 1))[sequence][:, :, None]
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = ...,
+    full: Pattern = ...,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = ...,
+    full: Pattern = ...,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -132,54 +167,62 @@ def attention(
     kv_len: Tensor | None = None,
     page_table: Tensor | None = None,
     return_lse: bool = False,
-) -> Any:  # a tensor, or two with return_lse
+) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention in which each sequence, or each KV head, is routed to full or sparse attention.
 
-    ``out = softmax(scale * q k^T + mask) v`` with fp32 softmax and accumulation; queries are aligned
-    bottom-right (query ``i`` stands at position ``kv_len - q_len + i``). A query that sees no key gives 0.
-    Flux Attention (arXiv 2604.07394) routes by layer, Elastic Attention (arXiv 2601.17367) by head.
+    ``out = softmax(scale * q k^T + mask) v``, softmax and accumulation in fp32. The mask is that of the pattern to
+    which the sequence or head is routed; a query that sees no key gives 0. Queries are the last tokens of their
+    sequence: query ``i`` of ``q_len`` stands at position ``kv_len - q_len + i`` of ``kv_len`` keys. Flux Attention
+    (arXiv 2604.07394) routes by layer, Elastic Attention (arXiv 2601.17367) by head.
+
+    Where the keys of a sequence are is said by some of the last five arguments:
+
+    - A batch, ``q [B, S, Hq, D]`` and ``k``, ``v [B, Skv, Hkv, D]``: nothing, or ``seq_start`` and ``seq_end`` where it
+      is padded.
+    - Packed, ``q [T, Hq, D]`` and ``k``, ``v [T, Hkv, D]``: ``cu_seqlens``.
+    - Over a cache ``[B, Skv, Hkv, D]`` of which some rows are filled: ``kv_len``. The queries' own keys are among them,
+      which serves decode steps, chunks of a prompt and prompts after a cached prefix. Queries may be packed.
+    - Over a paged cache, ``[num_pages, page_size, Hkv, D]``, or ``[num_pages, page_size, 1, D]`` where every head has
+      pages of its own: ``kv_len`` and ``page_table``.
 
     Args:
-        q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``; fp16, bf16 (CPU: fp32 too). Any strides with the last
-            dimension contiguous; ``D`` a multiple of 8 up to 256.
-        k, v: ``[B, Skv, Hkv, D]``, ``Hkv`` a divisor of ``Hq``; packed like q, ``[T, Hkv, D]``; paged
-            ``[num_pages, page_size, Hkv, D]`` (``[num_pages, page_size, 1, D]`` with a page table per head).
-            Queries in a batch or packed may see keys in a cache, contiguous or paged.
-        route: ``[B]`` or ``[B, Hkv]``. Integers or booleans are a hard choice, 0 full and 1 sparse, and
-            cost only what is visible. Floating-point ``w`` in [0, 1] mixes ``(1 - w) * full + w * sparse``,
-            differentiable in q, k, v and w (training). None: all full.
+        q, k, v: fp16, bf16 (CPU: fp32 too). ``Hkv`` divides ``Hq``; ``D`` is a multiple of 8 up to 256. Any strides
+            with the last dimension contiguous.
+        route: ``[B]`` or ``[B, Hkv]``. Integers or booleans choose, 0 full and 1 sparse: only what is visible is
+            computed. Floating-point weights ``w`` in [0, 1] mix ``(1 - w) * full + w * sparse``, for training: both are
+            computed, and the result is differentiable in w too. None: all full.
         sparse, full: the two patterns; see :mod:`flux_ext.operators.patterns`.
         scale: softmax scale, finite; default ``D ** -0.5``.
-        cu_seqlens: int32 ``[B + 1]``, the packed sequences' row bounds, from 0: of q, and of k and v where those
-            are packed too. Rows after the last bound give 0. Over a cache, the ``q_len`` queries of a sequence are
-            its last tokens: their own keys are in the cache already, ``kv_len`` counts them (chunked prefill, prefill
-            after a cached prefix).
-        seq_start, seq_end: int32 ``[B]``, the rows ``[start, end)`` of q, k and v that belong to each sequence
-            of a padded batch (left padding: ``seq_start``; right padding: ``seq_end``). Padding rows of the
-            output are 0. They exclude ``cu_seqlens`` and ``kv_len``.
-        kv_len: int32 ``[B]`` or ``[B, Hkv]``, the filled rows of a cache longer than that, the queries' included.
-            Without it and ``cu_seqlens``, there are no more queries than keys.
-        page_table: int32 ``[B, max_pages]`` or ``[B, Hkv, max_pages]``; needs ``kv_len``. Entries beyond
-            ``kv_len`` are never read.
+        cu_seqlens: int32 ``[B + 1]``, from 0: sequence ``b`` has rows ``[cu_seqlens[b], cu_seqlens[b + 1])`` of q, and
+            of k and v where those are packed too. Rows after the last bound give 0.
+        seq_start, seq_end: int32 ``[B]``, rows ``[start, end)`` of q, k and v belong to each sequence (left padding:
+            ``seq_start``; right padding: ``seq_end``). Padding rows give 0. Not beside ``cu_seqlens`` or ``kv_len``.
+        kv_len: int32 ``[B]`` or ``[B, Hkv]``, the filled rows of the cache, the queries' included. Without it and
+            ``cu_seqlens`` there must be no more queries than keys.
+        page_table: int32 ``[B, max_pages]`` or ``[B, Hkv, max_pages]``, each sequence's pages in order; needs
+            ``kv_len``. Entries beyond ``kv_len`` are never read.
         return_lse: also return the natural log-sum-exp, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``); ``-inf``
-            where a query sees no key. Not differentiable; needs a hard route.
+            where a query sees no key. Not differentiable; not with weights as the route.
 
     Returns:
         ``out`` with the shape and dtype of ``q``, or ``(out, lse)``.
-
-    Forward-mode derivatives and ``torch.func`` are right to any order, by plain PyTorch with dense masks
-    (:mod:`flux_ext.operators.reference`); ``torch.func.vmap`` calls the operator once per entry.
 
     Raises:
         TypeError: something else where a tensor, a pattern or a number belongs.
         ValueError: an argument breaks a rule; the message names argument, rule and value.
         RuntimeError: in the backward pass over a ``page_table``, on CUDA (no gradient yet), and in a second one.
 
-    Values inside CUDA tensors are not read back. There, bounds outside the tensors are clamped: rows before the first
-    of ``cu_seqlens`` give 0, a bound that decreases ends an empty sequence, and rows of q that sequences share have the
-    result of either. An integer route other than 0 is sparse; a fraction outside [0, 1], NaN included, makes the
-    outputs of its sequence or head NaN (so it does where ``torch.compile`` traces). Counts of block lists are clamped;
-    lists that are not ascending, or that leave the keys up to the diagonal, give no defined result.
+    Forward-mode derivatives and ``torch.func`` are right to any order, by plain PyTorch with dense masks
+    (:mod:`flux_ext.operators.reference`); ``torch.func.vmap`` calls the operator once per entry.
+
+    On CUDA, values inside tensors are not read back to be checked, for that would wait for the device. There
+
+    - bounds outside the tensors are clamped, and so are counts of block lists; rows before the first of ``cu_seqlens``
+      give 0, and where bounds decrease the sequence is empty;
+    - rows of q that two sequences share have the result of either;
+    - an integer route other than 0 is sparse; a weight outside [0, 1], NaN included, makes what its sequence or head
+      gives NaN (this also where ``torch.compile`` traces, on any device);
+    - block lists that are not ascending, or that go beyond the diagonal, give no defined result.
     """
     required = {"q": q, "k": k, "v": v}
     optional = {
