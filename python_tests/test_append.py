@@ -26,7 +26,7 @@ BITS = {4: torch.int32, 2: torch.int16}
 
 @dataclass(frozen=True)
 class Case:
-    """A cache whose rows have seen ``seen`` tokens, and how many more come."""
+    """A cache whose sequences have seen ``seen`` tokens, and how many more come."""
 
     seen: tuple[int, ...] = (0,)
     steps: int = 40
@@ -40,9 +40,9 @@ class Case:
 
     def __str__(self) -> str:
         p = self.pattern
-        rows = f"{'_'.join(map(str, self.seen[:4]))}-h{''.join(map(str, self.routes))}-{self.steps}steps"
+        heads = f"{'_'.join(map(str, self.seen[:4]))}-h{''.join(map(str, self.routes))}-{self.steps}steps"
         kinds = "_".join(str(d)[6:] for d in self.dtypes)
-        return f"{rows}-{p.sink}x{p.window}x{p.align}-p{self.page_size}of{self.max_cache_len}-{self.strides}-{kinds}"
+        return f"{heads}-{p.sink}x{p.window}x{p.align}-p{self.page_size}of{self.max_cache_len}-{self.strides}-{kinds}"
 
 
 def of_dtypes(k: torch.dtype, v: torch.dtype, pool: torch.dtype, **kwargs: Any) -> Case:
@@ -71,10 +71,10 @@ CASES = [
     # A cache so short that nothing is dropped, that ends inside a page, that is shorter than the sink.
     Case((0, 3), 30, max_cache_len=33),
     Case((0, 3), 9, pattern=Streaming(100, 16), page_size=4, max_cache_len=13),
-    # Tokens beyond the end stay in their own rows.
+    # Tokens beyond the end stay in their own pages.
     Case((47, 49, 50, 51, 1000), 5, max_cache_len=50),
     Case((198, 0, 199), 9),
-    # Rows: one, all full, all sparse, many; more columns than threads.
+    # Sequence heads: one, all full, all sparse, many; a page table with more columns than threads.
     Case((5,), 3, routes=(1,)),
     Case((70, 20), 20, routes=(0, 0)),
     Case((70, 20), 20, routes=(1, 1, 1)),
@@ -170,7 +170,7 @@ def test_equals_the_twin(case: Case, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sequences_without_a_token_and_tokens_not_to_be_trusted(dtype: torch.dtype, device: str) -> None:
-    """Equal to the twin; and a sequence's rows are what they would be without the steps in which it has no token."""
+    """Equal to the twin; and a sequence has what it would have without the steps in which it has no token."""
     case = Case((0, 30, 2, 40), 60, dtypes=(dtype,) * 3)
     want, alone = cache(case), cache(case)
     alone |= copy_of(want)
@@ -191,8 +191,8 @@ def test_sequences_without_a_token_and_tokens_not_to_be_trusted(dtype: torch.dty
             reference.append(k[:1], v[:1], **one)
         if step == 20:
             at = int(want["seen"][1, 0]) - 1  # head 1 of sequence 1 is full: its pages are in order
-            row = want["k_pool"][want["base"][1, 1] :].view(-1, case.dim)
-            assert row[at].isnan().all() and not row[at - 1].isnan().all()
+            run = want["k_pool"][want["base"][1, 1] :].view(-1, case.dim)
+            assert run[at].isnan().all() and not run[at - 1].isnan().all()
     assert int(got["slots"]) == int(alone["slots"]) + case.steps - int(alone["seen"][0, 0])
     for name in ("page_table", "kv_len", "seen"):
         assert torch.equal(got[name][0].cpu(), alone[name][0]), name
@@ -202,8 +202,8 @@ def test_sequences_without_a_token_and_tokens_not_to_be_trusted(dtype: torch.dty
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_token_without_a_place_makes_its_row_nan(device: str) -> None:
-    """Not text that looks right: attention over a full row is NaN, over the others what it was."""
+def test_a_token_without_a_place_makes_what_attends_to_it_nan(device: str) -> None:
+    """Not text that looks right: attention over a sequence that is full is NaN, over the others what it was."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     case = Case((11, 13), 0, max_cache_len=14, dim=64, dtypes=(dtype,) * 3)
     x = to(cache(case), device)
@@ -229,18 +229,18 @@ def test_the_table_lists_what_a_query_sees(pattern: Streaming, page_size: int, d
     """From an empty cache on: every stored token, in order, is the one of its position, and none that is seen lacks."""
     case = Case((0, 0), 0, (0, 1, 1), pattern, page_size, 450, dim=8, dtypes=(torch.float32,) * 3)
     x = to(cache(case), device)
-    rows = torch.arange(6, dtype=torch.float32, device=device).view(2, 3) * 1000
+    offset = torch.arange(6, dtype=torch.float32, device=device).view(2, 3) * 1000
     sink, unit = -(-pattern.sink // page_size) * page_size, math.lcm(pattern.align, page_size)
     for position in range(450):
-        k = (rows + position)[..., None, None].repeat(1, 1, 1, 8)
+        k = (offset + position)[..., None, None].repeat(1, 1, 1, 8)
         operators.append(k, -k, **x)
         window_begin = pattern.window_begin(position)
         for b in range(2):
             for h in range(3):
                 n = int(x["kv_len"][b, h])
                 pages = x["page_table"][b, h, : -(-n // page_size)].long()
-                stored = x["k_pool"][pages].view(-1, 8)[:n] - rows[b, h]
-                assert torch.equal(x["v_pool"][pages].view(-1, 8)[:n], -(stored + rows[b, h]))
+                stored = x["k_pool"][pages].view(-1, 8)[:n] - offset[b, h]
+                assert torch.equal(x["v_pool"][pages].view(-1, 8)[:n], -(stored + offset[b, h]))
                 gap = position + 1 - n
                 assert gap % unit == 0 and gap <= max(window_begin - sink, 0)
                 if not case.routes[(h + b) % 3]:

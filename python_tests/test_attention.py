@@ -211,6 +211,18 @@ def test_core_mask_is_the_python_mask(pattern, lens) -> None:
     assert torch.equal(torch.from_numpy(core.mask(numbers, *lens)), dense_mask(pattern, *lens))
 
 
+@pytest.mark.parametrize("pattern", [FEW, STREAMING, ALIGNED, Triangle(0, 12, last_q=0, align=6)], ids=str)
+def test_a_window_begins_where_the_mask_does(pattern) -> None:
+    """Of numbers, arrays and tensors; below 0 where the window reaches back beyond the first token."""
+    positions = torch.arange(60)
+    found = pattern.window_begin(positions).tolist()
+    assert found == pattern.window_begin(positions.numpy()).tolist() == [pattern.window_begin(p) for p in range(60)]
+    for p in range(60):
+        seen = dense_mask(pattern, 1, p + 1)[0]
+        first = next(j for j in range(p + 1) if bool(seen[j:].all()))  # the sink may reach into the window
+        assert first == (0 if found[p] <= pattern.sink else found[p])
+
+
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 @pytest.mark.parametrize("value", [-0.01, 1.01, torch.nan, torch.inf])
 def test_a_fractional_route_is_a_fraction(value: float, layout: str) -> None:

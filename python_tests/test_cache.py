@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 import flux_ext
 from flux_ext import FluxCache, FluxConfig
 from flux_ext.caches.dynamic import FluxCacheLayer
+from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
 from flux_ext.operators.patterns import dense_mask
 
@@ -281,6 +282,27 @@ def test_the_cache_is_refused_outside_a_patched_model() -> None:
 def test_a_fractional_route_has_no_cache(model: Any) -> None:
     with flux_ext.routes(model, torch.full((4,), 0.3)), pytest.raises(ValueError, match="use_cache=False"):
         model(torch.randint(2, 128, (1, 10)))
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 6])
+@pytest.mark.parametrize("pattern", [flux_ext.Streaming(5, 9), flux_ext.Streaming(0, 12, align=4)], ids=str)
+def test_the_gap_is_what_no_later_query_sees(pattern: flux_ext.Streaming, page_size: int) -> None:
+    """In whole units; of numbers, arrays and tensors."""
+    layout = PageLayout(pattern, page_size)
+    sink, unit = -(-pattern.sink // page_size) * page_size, math.lcm(pattern.align, page_size)
+    assert (layout.sink_tokens, layout.sink_pages * page_size, layout.unit) == (sink, sink, unit)
+    seen = dense_mask(pattern, 150, 150)  # by token, of every query
+    unseen = [int((~seen[p:, sink:].any(0)).int().cumprod(0).sum()) if p >= sink else 0 for p in range(100)]
+    want = [n // unit * unit for n in unseen]
+    positions = torch.arange(100)
+    assert want[-1] > 0 and layout.gap(positions).tolist() == layout.gap(positions.numpy()).tolist() == want
+    assert [layout.gap(p) for p in range(100)] == want
+
+
+def test_pages_behind_the_sink_go_round_the_ring() -> None:
+    layout = PageLayout(flux_ext.Streaming(5, 8), 4)
+    places = layout.place(torch.arange(8), torch.tensor([[3], [9]]))
+    assert places.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_random_operations_keep_every_token_in_place() -> None:
