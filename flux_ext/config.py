@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, SupportsIndex
 
 from .operators.patterns import Streaming, Triangle
 
@@ -93,7 +93,7 @@ class FluxConfig:
         return {"format_version": FORMAT_VERSION, "flux_ext_version": __version__, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, values: Any, source: str = "the configuration") -> FluxConfig:
+    def from_dict(cls, values: object, source: str = "the configuration") -> FluxConfig:
         """The configuration that :meth:`to_dict` gave; fields that an older version lacked have their defaults.
 
         Args:
@@ -148,14 +148,14 @@ class FluxConfig:
         )
 
 
-def check_integer(name: str, value: Any, where: str = "") -> int:
+def check_integer(name: str, value: object, where: str = "") -> int:
     """The value; ValueError with its name where it is no integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{where}{name} must be an integer, got {value!r}")
     return value
 
 
-def _layer_indices(layers: Any) -> list[int]:
+def _layer_indices(layers: Iterable[SupportsIndex]) -> list[int]:
     """Layers as a list of ints, from any sequence of integers."""
     try:
         if isinstance(layers, str) or any(isinstance(i, bool) for i in layers):

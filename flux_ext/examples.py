@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 COLUMNS = ("context", "question", "answer", "task")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -76,7 +75,7 @@ def save_examples(examples: Sequence[Example], path: str | Path) -> None:
             file.write(json.dumps({c: getattr(e, c) for c in COLUMNS}, ensure_ascii=False) + "\n")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -92,7 +91,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"{where}: not an example ({error})") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -111,7 +110,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: {what} ({error})") from error
 
 
-def _example(row: Any, where: str) -> Example:
+def _example(row: object, where: str) -> Example:
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: a line must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}")
     for column in COLUMNS:

@@ -63,7 +63,7 @@ def schedule(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from . import _C  # type: ignore[attr-defined]
+    from . import _C
 
     pieces = _C.plan(
         np.asarray(q_len, np.int32),

@@ -19,6 +19,6 @@ def finite(value: Any) -> Any:
     return value
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """The text of a JSON file, null where a number is not finite."""
     return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"

@@ -51,7 +51,15 @@ try:
 except ImportError as error:
     raise missing(str(error)) from error
 
-__all__ = ["AttentionInterface", "AttentionMaskInterface", "Cache", "CacheLayerMixin", "DynamicCache", "DynamicLayer"]
+__all__ = [
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicCache",
+    "DynamicLayer",
+    "PreTrainedModel",
+]
 
 # --- The cache. 5.24 renamed it: the argument `past_key_values` of models, decoders and attention modules, and the
 # field of their outputs, is `cache`. Modules outside transformers may still use the old name.
@@ -124,7 +132,7 @@ def attends_ahead(mask_function: Any) -> bool:
     While compiling only the outermost function is looked at: torch.compile cannot read closures.
     """
     code = getattr(mask_function, "__code__", None)
-    if code is or_masks(causal_mask_function, causal_mask_function).__code__:  # type: ignore[attr-defined]
+    if code is or_masks(causal_mask_function, causal_mask_function).__code__:
         return True
     if torch.compiler.is_compiling():
         return False
@@ -215,7 +223,8 @@ def arguments_of(model: Any, method: str, *args: Any, **kwargs: Any) -> dict[str
 def masks_for_generate(model: Any) -> Callable[..., Any]:
     """With what ``generate`` makes the masks of a compiled step: the model's class's own, or transformers'."""
     own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
-    return create_masks_for_generate if own is None else own.__get__(model)
+    bound: Callable[..., Any] = create_masks_for_generate if own is None else own.__get__(model)
+    return bound
 
 
 def setting(config: Any, name: str) -> Any:

@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from .. import __version__
+from .. import FluxConfig, __version__
 from . import options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .. import FluxRouters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,14 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Callable[..., Any]:
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Callable[..., argparse.Action]:
         sub = commands.add_parser(
             name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         sub.set_defaults(run=run)
         return sub.add_argument
 
-    def device(add: Callable[..., Any]) -> None:
+    def device(add: Callable[..., argparse.Action]) -> None:
         add(
             "--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
         )
@@ -225,7 +230,9 @@ def info() -> dict[str, str]:
 # models
 
 
-def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
+def _load(
+    args: argparse.Namespace, routers: str | FluxConfig | FluxRouters
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The patched model, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,7 +241,7 @@ def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
     dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.dtype == "auto" and torch.device(args.device).type == "cpu":
         dtype = torch.float32  # half precision is slow on most CPUs
-    if not isinstance(routers, flux_ext.FluxConfig):  # the smaller files first
+    if isinstance(routers, str):  # the smaller files first
         routers = flux_ext.FluxRouters.from_pretrained(routers)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -242,7 +249,7 @@ def _load(args: argparse.Namespace, routers: Any) -> tuple[Any, Any]:
     except Exception as error:  # of any type: the readers of safetensors and tokenizers have their own
         raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
     model.to(args.device).eval()
-    if isinstance(routers, flux_ext.FluxConfig):
+    if isinstance(routers, FluxConfig):
         flux_ext.patch(model, routers)
     else:
         flux_ext.patch(model, routers=routers)
@@ -273,7 +280,9 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     start = time.perf_counter()
     with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True, **sampling)
+        out = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True, **sampling
+        )
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     print(tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True))
@@ -290,8 +299,6 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    import flux_ext
-
     from ..examples import load_examples
     from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
     from ..training.checkpoint import Checkpoint, check_output_folder, check_progress, latest_checkpoint
@@ -310,7 +317,7 @@ def _train(args: argparse.Namespace) -> None:
     examples = load_examples(args.data)
     held_out = load_examples(args.eval_data) if args.eval_data else []
     recipe.check_tasks({e.task for e in examples})
-    config = flux_ext.FluxConfig(
+    config = FluxConfig(
         sink=args.sink,
         window=args.window,
         align=args.align,
@@ -386,7 +393,7 @@ def _bench(args: argparse.Namespace) -> None:
     on_gpu = torch.device(args.device).type == "cuda"
     sparse = Streaming(args.sink, args.window)
 
-    def least_ms(work: Callable[[], Any]) -> float:
+    def least_ms(work: Callable[[], object]) -> float:
         work()
         times = []
         for _ in range(args.repeats):
@@ -408,14 +415,14 @@ def _bench(args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         batch = 2 * args.batch  # so that half of them can be sparse; times are of all of them
 
-        def draw(heads: int, batch=batch, length=length) -> torch.Tensor:
+        def draw(heads: int, batch: int = batch, length: int = length) -> torch.Tensor:
             return torch.randn(batch, length, heads, args.head_dim, device=args.device, dtype=dtype)
 
         q, k, v = draw(args.heads), draw(args.kv_heads), draw(args.kv_heads)
         route = torch.zeros(batch, dtype=torch.int32, device=args.device)
         mixed = torch.arange(batch, device=args.device).remainder(2).to(torch.int32)
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-        works: list[Callable[[], Any]] = [
+        works: list[Callable[[], object]] = [
             partial(F.scaled_dot_product_attention, qt, kt, vt, is_causal=True, enable_gqa=True),
             *(partial(attention, q, k, v, r, sparse=sparse) for r in (route, route + 1, mixed)),
         ]

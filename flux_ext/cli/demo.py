@@ -11,14 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import FluxConfig, get_routers, patch, pictures, strict_json
 from ..evaluation import tasks
 from ..evaluation.runner import MODES, Score, evaluate, format_table
+from ..examples import Example
 from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from ..training.config import ObjectiveName
 from ..transformers_seam import cache_of
@@ -57,17 +58,17 @@ class Settings:
     continuation_target: float = 1.0
 
 
-def load_backbone(folder: Path = BACKBONE) -> tuple[nn.Module, Any]:
+def load_backbone(folder: Path = BACKBONE) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The shipped backbone in fp32, in evaluation mode, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"the demonstration's backbone is missing: {folder} has no config.json")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def train(model: nn.Module, tokenizer: Any, settings: Settings, seed: int, output: Path) -> FluxTrainer:
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, seed: int, output: Path
+) -> FluxTrainer:
     """Patches the model and trains its routers; the trainer, with the log, is returned."""
     s = settings
     recipe = Recipe(
@@ -126,7 +127,7 @@ def run(
             raise ValueError(f"{name} must be >= 1, got {value}")
     model, tokenizer = load_backbone()
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"backbone: {model.config.num_hidden_layers} layers, {parameters:,} parameters, frozen")  # type: ignore[union-attr]
+    print(f"backbone: {model.config.num_hidden_layers} layers, {parameters:,} parameters, frozen")
     print(f"training routers: {s.steps} steps of {s.batch_size} sequences, {torch.get_num_threads()} threads")
     output.mkdir(parents=True, exist_ok=True)
     train(model, tokenizer, s, seed, output)
@@ -194,7 +195,7 @@ def verdicts(scores: Sequence[Score]) -> list[Verdict]:
     ]
 
 
-def show_example(model: nn.Module, tokenizer: Any, example: tasks.Example) -> None:
+def show_example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     """Generates one answer under the routers' own routes and prints it beside the right one."""
     inputs = tokenizer(example.prompt, return_tensors="pt")
     with torch.inference_mode():

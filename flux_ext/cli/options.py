@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 
@@ -16,7 +16,7 @@ import torch
 class Parser(argparse.ArgumentParser):
     """Reports its errors in one line, like all others."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"flux-ext: error: {message}\n")
 
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from tqdm import tqdm
 from ..examples import Example
 from ..models import patching
 from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Mode = Literal["dense", "sparse", "routed"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
@@ -51,7 +54,7 @@ class Score:
 
 def evaluate(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     modes: Sequence[Mode] = MODES,
     *,
@@ -113,7 +116,7 @@ def evaluate(
 
 def _score(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
     mode: Mode,
     generate: bool,
@@ -194,7 +197,11 @@ def _continue(
 
 
 def _generated(
-    model: nn.Module, tokenizer: Any, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Tensor,
+    mask: Tensor,
+    answers: Sequence[Sequence[int]],
 ) -> tuple[list[list[int]], int, Tensor]:
     """Tokens of greedy continuations as long as the longest answer, bytes in the cache at the end, and the routes."""
     out = model.generate(  # type: ignore[operator]

@@ -37,7 +37,8 @@ def view_of(config: Any, implementation: str, text: Any = None) -> Any:
 @functools.cache
 def _view_class(stock: Any) -> Any:
     def implementation(self: Any) -> str | None:
-        return self._flux_name if self._flux_text is None else self._flux_stock._attn_implementation
+        name: str | None = self._flux_name if self._flux_text is None else self._flux_stock._attn_implementation
+        return name
 
     def set_implementation(self: Any, name: Any) -> None:
         self._flux_stock._attn_implementation = name
@@ -95,7 +96,7 @@ class Views:
                 self.views.append((config, view_of(config, implementation)))
             if self.of(config) is not config:
                 self.before.append((module, config))
-                module.config = self.of(config)  # type: ignore[assignment]
+                module.config = self.of(config)
 
     def hide(self) -> None:
         """Gives the modules back what they had."""

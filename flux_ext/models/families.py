@@ -8,6 +8,7 @@ one tiny forward, so an unknown family either works or is refused.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class Tap:
     def states(self, output: Tensor, attention: nn.Module) -> Tensor:
         """The states as ``[B, S, H, D]``."""
         q, kv = self.num_q_heads, self.num_kv_heads
+        states: Tensor
         if self.fused == "grouped":
             groups = output.unflatten(-1, (kv, q // kv + 2, self.head_dim))
             states = groups[..., : q // kv, :].flatten(2, 3) if self.kind == "query" else groups[..., q // kv, :]
@@ -52,7 +54,10 @@ class Tap:
                 states = states[..., :q, :] if self.kind == "query" else states[..., q : q + kv, :]
         else:
             states = output.transpose(1, 2) if self.layout == "bhsd" else output
-        return states if self.norm is None else getattr(attention, self.norm)(states)
+        if self.norm is None:
+            return states
+        norm: Callable[[Tensor], Tensor] = getattr(attention, self.norm)
+        return norm(states)
 
     def sees(self, output: Tensor, given: Tensor, attention: nn.Module) -> bool:
         """Whether the states are what attention was ``given``, ``[2, H, S, D]``, where
@@ -83,7 +88,9 @@ def tapped_names(attention: nn.Module) -> list[str]:
     return [name for name in names if isinstance(getattr(attention, name, None), nn.Module)]
 
 
-def find_tap(kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, int, int], outputs: Any) -> Tap:
+def find_tap(
+    kind: str, attention: nn.Module, given: Tensor, heads: tuple[int, int, int], outputs: Mapping[str, Tensor]
+) -> Tap:
     """Where ``kind`` ("query" or "key") states leave a submodule before the rotary embedding, after their norm.
 
     Args:

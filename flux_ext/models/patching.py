@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ..forward_context import Decision, Policy
 from ..routers.collection import FluxRouters
 from ..transformers_seam import PreTrainedModel
 from .model_patch import Patch
+
+Model = TypeVar("Model", bound=nn.Module)
+"""A ``PreTrainedModel`` or what wraps one: PEFT's, a data-parallel or a compiled one."""
 
 
 class RoutingRecord:
@@ -45,7 +48,7 @@ class RoutingRecord:
         return torch.stack([r.to(routes[0].device) for r in routes], 1)
 
 
-def unwrap_parallel(model: Any) -> Any:
+def unwrap_parallel(model: nn.Module) -> nn.Module:
     """The model inside data-parallel and compilation wrappers; PEFT's stays, for it has a forward of its own."""
     while not isinstance(model, PreTrainedModel):
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
@@ -55,29 +58,30 @@ def unwrap_parallel(model: Any) -> Any:
     return model
 
 
-def _unwrap(model: Any) -> Any:
+def _unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside all wrappers."""
     inner = unwrap_parallel(model)
-    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
-        inner = unwrap_parallel(inner.get_base_model())
+    base: Any = getattr(inner, "get_base_model", None)
+    if not isinstance(inner, PreTrainedModel) and base is not None:
+        inner = unwrap_parallel(base())
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
     return inner
 
 
-def _patch_of(model: Any) -> Patch:
-    patch = getattr(_unwrap(model), "_flux_ext", None)
+def _patch_of(model: nn.Module) -> Patch:
+    patch: Patch | None = getattr(_unwrap(model), "_flux_ext", None)
     if patch is None:
         raise ValueError(f"{type(model).__name__} is not patched: call flux_ext.patch(model) first")
     return patch
 
 
-def is_patched(model: Any) -> bool:
+def is_patched(model: nn.Module) -> bool:
     """Whether :func:`patch` was called on the model, or on what it wraps."""
     return getattr(_unwrap(model), "_flux_ext", None) is not None
 
 
-def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None) -> Any:
+def patch(model: Model, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None) -> Model:
     """Routes a stock transformers causal language model, in place.
 
     Args:
@@ -113,7 +117,7 @@ def patch(model: Any, config: FluxConfig | None = None, *, routers: FluxRouters 
     return model
 
 
-def unpatch(model: Any) -> Any:
+def unpatch(model: Model) -> Model:
     """Makes a patched model what it was; returns ``model``.
 
     Raises:
@@ -125,8 +129,8 @@ def unpatch(model: Any) -> Any:
 
 @contextlib.contextmanager
 def patched(
-    model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None
-) -> Iterator[Any]:
+    model: Model, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None
+) -> Iterator[Model]:
     """:func:`patch` for the length of a ``with`` block; a model that was patched before stays so."""
     before = is_patched(model)
     patch(model, config, routers=routers)
@@ -137,7 +141,7 @@ def patched(
             unpatch(model)
 
 
-def get_routers(model: Any) -> FluxRouters:
+def get_routers(model: nn.Module) -> FluxRouters:
     """The routers of a patched model: ``.layers``, ``.config``, ``save_pretrained``.
 
     Where PEFT trains copies of them (``modules_to_save=["flux_router"]``), these are the active copies.
@@ -148,7 +152,7 @@ def get_routers(model: Any) -> FluxRouters:
     return _patch_of(model).current_routers()
 
 
-def last_routing(model: Any) -> RoutingRecord:
+def last_routing(model: nn.Module) -> RoutingRecord:
     """The decisions of the model's last forward in this thread.
 
     Raises:
@@ -161,7 +165,7 @@ def last_routing(model: Any) -> RoutingRecord:
 
 
 @contextlib.contextmanager
-def _setting(model: Any, name: str, value: Any) -> Iterator[None]:
+def _setting(model: nn.Module, name: str, value: object) -> Iterator[None]:
     """Sets a field of this thread's forwards within a ``with`` block."""
     local = _patch_of(model).local
     before = getattr(local, name)
@@ -172,7 +176,7 @@ def _setting(model: Any, name: str, value: Any) -> Iterator[None]:
         setattr(local, name, before)
 
 
-def policy(model: Any, fn: Policy) -> contextlib.AbstractContextManager[None]:
+def policy(model: nn.Module, fn: Policy) -> contextlib.AbstractContextManager[None]:
     """Lets ``fn(layer, logits)`` decide in place of the routers' argmax, in this thread.
 
     Args:
@@ -183,7 +187,7 @@ def policy(model: Any, fn: Policy) -> contextlib.AbstractContextManager[None]:
     return _setting(model, "policy", fn)
 
 
-def prompt_lengths(model: Any, lengths: Tensor | None) -> contextlib.AbstractContextManager[None]:
+def prompt_lengths(model: nn.Module, lengths: Tensor | None) -> contextlib.AbstractContextManager[None]:
     """Lets the routers see only the beginning of each sequence, in this thread: training feeds prompt and answer
     together, and must decide from what there is when an answer is generated.
 
@@ -194,7 +198,7 @@ def prompt_lengths(model: Any, lengths: Tensor | None) -> contextlib.AbstractCon
 
 
 @contextlib.contextmanager
-def routes(model: Any, route: str | Tensor) -> Iterator[None]:
+def routes(model: nn.Module, route: str | Tensor) -> Iterator[None]:
     """Forces routes within a ``with`` block, in this thread: where another thread generates (with a streamer, say),
     enter the block there.
 

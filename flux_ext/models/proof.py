@@ -35,7 +35,8 @@ PROMPT, PADDING = 9, 3
 def _tokens(text_config: Any, device: torch.device) -> Tensor:
     """Some tokens ``[2, PROMPT + 1]``."""
     count = 2 * (PROMPT + 1)
-    return (torch.arange(1, count + 1, device=device) * 7919 % text_config.vocab_size).view(2, -1)
+    vocabulary: int = text_config.vocab_size
+    return (torch.arange(1, count + 1, device=device) * 7919 % vocabulary).view(2, -1)
 
 
 @contextlib.contextmanager
@@ -161,7 +162,8 @@ def _computable(decoder: nn.Module, device: torch.device) -> Any:
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def _coarseness(module: nn.Module) -> float:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import HfApi, PyTorchModelHubMixin
@@ -13,7 +13,7 @@ from ..config import FluxConfig, check_integer
 from . import files
 from .files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_WEIGHTS_FILE, WEIGHTS_FILE, Place
 from .files import check_output as check_output  # public here
-from .modules import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter
+from .modules import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter, Router
 
 # No `from __future__ import annotations` here: the Hub mixin reads the annotation of `config` as a type.
 
@@ -49,7 +49,7 @@ class FluxRouters(
         self,
         save_directory: str | os.PathLike[str],
         *,
-        config: Any = None,
+        config: object = None,
         repo_id: str | None = None,
         push_to_hub: bool = False,
         model_card_kwargs: dict[str, Any] | None = None,
@@ -222,13 +222,13 @@ class FluxRouters(
         routers = cls(_published_config(config or {}, layers, first, name))
         for layer, router in zip(layers, routers.layers, strict=True):
             try:
-                router.load_published(tensors, layer)  # type: ignore[operator]
+                cast(Router, router).load_published(tensors, layer)
             except KeyError as error:
                 raise ValueError(f"the checkpoint's routers are incomplete: {error.args[0]}") from None
         return routers.eval()
 
 
-def _published_config(config: Any, layers: list[int], weight: Tensor, source: str) -> FluxConfig:
+def _published_config(config: object, layers: list[int], weight: Tensor, source: str) -> FluxConfig:
     """The published fields in ours; ``weight``, the first one of a router, tells head_dim and granularity."""
     if not isinstance(config, Mapping):
         raise ValueError(f"{source} must hold a JSON object, got {type(config).__name__}")
@@ -268,7 +268,7 @@ def _published_config(config: Any, layers: list[int], weight: Tensor, source: st
     return FluxConfig.from_dict(fields, source)
 
 
-def _is_published(config: Any) -> bool:
+def _is_published(config: object) -> bool:
     if not isinstance(config, Mapping):
         return False
     return "toggle_type" in config or any(str(a).startswith("Paw") for a in config.get("architectures") or [])

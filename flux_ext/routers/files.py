@@ -12,7 +12,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
-def read_tensors(file: Path, wanted: Any = None, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    file: Path, wanted: Callable[[str], bool] | None = None, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, those whose names are ``wanted`` (a predicate) or all, and metadata of a safetensors file.
 
     Raises:
@@ -106,7 +108,7 @@ def read_tensors(file: Path, wanted: Any = None, device: str = "cpu") -> tuple[d
         raise ValueError(f"{file} is missing, truncated or damaged: {error}") from None
 
 
-def is_unversioned(config: Any) -> bool:
+def is_unversioned(config: object) -> bool:
     """Whether a ``config.json`` is that of routers of format version 0."""
     return isinstance(config, Mapping) and {"granularity", "pattern"} <= config.keys() and "architectures" not in config
 

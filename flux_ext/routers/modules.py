@@ -8,6 +8,7 @@ shared weights. Shapes, names and pooling are the published ones, so published w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ class Router(nn.Module):
     per_head: bool
     hidden_factor: int
     feature_factor: int
+    is_whitened = False
+    """Whether :func:`flux_ext.training.start.whiten` fitted the first layer to measured states; not saved."""
 
     def __init__(self, head_dim: int, pool_size: int = 100) -> None:
         super().__init__()
@@ -59,6 +62,11 @@ class Router(nn.Module):
 
     def _linears(self) -> list[nn.Linear]:
         return [m for m in (*self.encoder, *self.classifier) if isinstance(m, nn.Linear)]
+
+    @property
+    def last_bias(self) -> Tensor:
+        """Of the logits, ``[2]``: at index 1 of full attention."""
+        return cast(nn.Linear, self.classifier[-1]).bias
 
     def is_plain(self) -> bool:
         """Whether both MLPs are the linear layers and SiLUs they were made of, with nothing in, around or hooked to

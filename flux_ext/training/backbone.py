@@ -137,7 +137,7 @@ def answer_lengths(inputs: Mapping[str, Any]) -> Tensor:
 
 def _targets(inputs: Mapping[str, Any]) -> Tensor:
     """``labels[:, 1:]``, what the logits at ``[:, :-1]`` predict; no packed sequence predicts the next one's start."""
-    targets = inputs["labels"][:, 1:]
+    targets: Tensor = inputs["labels"][:, 1:]
     bounds = inputs.get("cu_seq_lens_q")
     return targets if bounds is None else targets.index_fill(1, bounds[1:-1].long() - 1, IGNORED)
 
@@ -198,7 +198,9 @@ def token_index(inputs: Mapping[str, Any], rows: Tensor) -> Tensor | None:
 def _before(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Shows ``change`` the hidden states that go into a decoder layer; what it returns takes their place."""
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def hook(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden = args[0] if args else kwargs["hidden_states"]
         new = change(hidden)
         if new is None:
@@ -216,11 +218,11 @@ def _before(block: nn.Module, change: Callable[[Tensor], Tensor | None]) -> Iter
 def _skipped(block: nn.Module) -> Iterator[None]:
     """Lets a decoder layer pass its input through; its own ``forward`` and hooks come back afterwards."""
     own = block.__dict__.get("forward")
-    block.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
+    block.forward = lambda hidden_states, *_, **__: hidden_states
     try:
         yield
     finally:
         if own is None:
             del block.forward
         else:
-            block.forward = own  # type: ignore[method-assign]
+            block.forward = own

@@ -6,7 +6,12 @@ import copy
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
 MultiplierForm = Literal["inequality", "published", "published_abs"]
@@ -125,7 +130,7 @@ class Recipe:
         """The temperature after a share ``progress`` (0 to 1) of the training."""
         x = 1.0 if self.tau_share == 0 else min(1.0, max(0.0, progress) / self.tau_share)
         if self.tau_schedule == "exponential":
-            return self.tau_start * (self.tau_end / self.tau_start) ** x
+            return self.tau_start * math.pow(self.tau_end / self.tau_start, x)
         left = 1 - x if self.tau_schedule == "linear" else (1 + math.cos(math.pi * x)) / 2
         return self.tau_end + (self.tau_start - self.tau_end) * left
 
@@ -134,7 +139,7 @@ class Recipe:
         return {**asdict(self), "targets": dict(self.targets)}
 
 
-def training_arguments(output_dir: str, **changes: Any) -> Any:
+def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
     """``TrainingArguments`` with the published optimiser settings, any of them open to ``changes``.
 
     AdamW with learning rate 5e-4, betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the
@@ -171,7 +176,7 @@ _ALLOWED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 """Of these TrainingArguments only some values work here: name, values, reason."""
 
 
-def checked_arguments(args: Any, recipe: Recipe, model: Any) -> Any:
+def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module) -> TrainingArguments:
     """A copy of the ``TrainingArguments`` with what training routers takes; the given ones stay as they are.
 
     ``remove_unused_columns`` becomes False, as the batches have columns that are no arguments of the model, and
@@ -184,7 +189,8 @@ def checked_arguments(args: Any, recipe: Recipe, model: Any) -> Any:
     for name, allowed, why in _ALLOWED:
         if (value := getattr(args, name, allowed[0])) not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}: {why}")
-    if args.accelerator_config.dispatch_batches:
+    accelerator: Any = args.accelerator_config
+    if accelerator.dispatch_batches:
         raise ValueError("dispatch_batches must be False, got True: packed batches cannot be cut into equal parts")
     placed = {d for d in (getattr(model, "hf_device_map", None) or {}).values() if d not in ("cpu", "disk")}
     if args.n_gpu > 1 and placed <= {args.device, args.device.index, str(args.device)}:
@@ -197,7 +203,8 @@ def checked_arguments(args: Any, recipe: Recipe, model: Any) -> Any:
             f"objective {recipe.objective!r} needs the gradient of attention, which CUDA has not yet: "
             'use "counterfactual", or the CPU'
         )
-    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if checkpointing.get("use_reentrant"):
         raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")
     if args.ddp_find_unused_parameters and args.world_size > 1:
         raise ValueError(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,12 +12,24 @@ from torch.utils.data import Dataset
 
 from ..examples import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 IGNORED = -100
 """The label of tokens without a loss, as in transformers."""
 
 
-class RouterDataset(Dataset):
-    """Examples as tokens: ``{"prompt": [int], "answer": [int], "task": int}``.
+class Tokens(TypedDict):
+    """One example as tokens."""
+
+    prompt: list[int]
+    answer: list[int]
+    task: int
+    """Index into the dataset's ``tasks``."""
+
+
+class RouterDataset(Dataset[Tokens]):
+    """Examples as :class:`Tokens`.
 
     Args:
         examples: what to learn from.
@@ -34,7 +46,7 @@ class RouterDataset(Dataset):
     def __init__(
         self,
         examples: Sequence[Example],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         tasks: Sequence[str] | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -50,10 +62,10 @@ class RouterDataset(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Tokens:
         e = self.examples[i]
-        prompt = self.tokenizer(e.prompt)["input_ids"]
-        answer = self.tokenizer(e.answer, add_special_tokens=False)["input_ids"]
+        prompt: list[int] = self.tokenizer(e.prompt)["input_ids"]
+        answer: list[int] = self.tokenizer(e.answer, add_special_tokens=False)["input_ids"]
         if not prompt or not answer:
             raise ValueError(f"example {i} has {len(prompt)} prompt and {len(answer)} answer tokens; both need one")
         if self.max_length is not None and len(prompt) + len(answer) > self.max_length:
@@ -77,7 +89,7 @@ class PaddedCollator:
 
     pad_token_id: int = 0
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Tokens]) -> dict[str, Tensor]:
         texts = [[*row["prompt"], *row["answer"]] for row in rows]
         longest = max(map(len, texts))
         labels = [[IGNORED] * len(row["prompt"]) + [*row["answer"]] for row in rows]
@@ -104,7 +116,7 @@ class PackedCollator:
     ``prompt_lengths``, int64 ``[B]``.
     """
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Tokens]) -> dict[str, Any]:
         lengths = [len(row["prompt"]) + len(row["answer"]) for row in rows]
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         texts = [token for row in rows for token in (*row["prompt"], *row["answer"])]
@@ -121,7 +133,7 @@ class PackedCollator:
         }
 
 
-def _sequences(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _sequences(rows: Sequence[Tokens]) -> dict[str, Tensor]:
     return {
         "task_ids": torch.tensor([row["task"] for row in rows]),
         "prompt_lengths": torch.tensor([len(row["prompt"]) for row in rows]),

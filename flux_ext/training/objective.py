@@ -301,7 +301,9 @@ class Counterfactual(Objective):
             rows, which = rows.to(tasks.device), which.to(tasks.device)
             members = group[rows, which]  # [R, H]
 
-            def other(asked: int, logits: Tensor, rows=rows, members=members, layer=layer) -> Tensor:
+            def other(
+                asked: int, logits: Tensor, rows: Tensor = rows, members: Tensor = members, layer: int = layer
+            ) -> Tensor:
                 route = full[rows, asked] ^ (members if asked == layer else False)
                 return (~(route if logits.dim() == 3 else route[:, 0])).to(torch.int32)
 

@@ -8,13 +8,14 @@ architecture and the file format stay the published ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..models import patching
+from ..routers.modules import Router
 from ..transformers_seam import KEEP_LOGITS
 from .backbone import run
 
@@ -22,10 +23,9 @@ FLOOR = 1e-4
 """Deviations below this share of the largest state are rounding, not information."""
 
 
-def is_new(router: nn.Module) -> bool:
+def is_new(router: Router) -> bool:
     """Whether a router was neither trained (any step moves the first of its last biases from 0) nor whitened."""
-    bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
-    return float(bias[0].detach()) == 0 and not getattr(router, "is_whitened", False)  # type: ignore[index]
+    return float(router.last_bias[0].detach()) == 0 and not router.is_whitened
 
 
 def check_pooled(pooled: Tensor) -> None:
@@ -50,8 +50,8 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     routers = patching.get_routers(model).layers
     seen: list[list[Tensor]] = [[] for _ in routers]
 
-    def watch(slot: int) -> Any:
-        def before(router: Any, args: tuple[Any, ...]) -> None:
+    def watch(slot: int) -> Callable[[Router, tuple[Any, ...]], None]:
+        def before(router: Router, args: tuple[Any, ...]) -> None:
             x, begin, end = (*args, None, None)[:3]
             weights = [w.detach() for w in router.weights()]
             pooled = torch.ops.flux_ext.route(x, weights, router.pool_size, router.per_head, begin, end)[0]
@@ -71,7 +71,7 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
 
 
 @torch.no_grad()
-def whiten(router: nn.Module, pooled: Tensor) -> None:
+def whiten(router: Router, pooled: Tensor) -> None:
     """Folds the measured mean and spread of the pooled states into the router's first layer.
 
     Layer routers: with mean ``m`` and deviation ``s`` over the prompts, of each dimension, the first layer then
@@ -83,13 +83,13 @@ def whiten(router: nn.Module, pooled: Tensor) -> None:
     heads stay apart, and do not drown what prompts say.
 
     Args:
-        router: a :class:`~flux_ext.routers.modules.Router`.
+        router: of one layer.
         pooled: ``[N, D]``, of head routers ``[N, H, D]``, finite; N at least 2.
 
     Raises:
         ValueError: fewer than two prompts, another width than the router's, or a value that is not finite.
     """
-    first: nn.Linear = router.encoder[0]  # type: ignore[index,assignment]
+    first = cast(nn.Linear, router.encoder[0])
     check_pooled(pooled)
     if pooled.shape[-1] != first.in_features:
         raise ValueError(f"pooled must be [..., {first.in_features}], got {list(pooled.shape)}")
@@ -108,4 +108,4 @@ def whiten(router: nn.Module, pooled: Tensor) -> None:
     weight = first.weight.double() @ fold
     first.bias.sub_((weight @ mean).to(first.bias.dtype))
     first.weight.copy_(weight)
-    router.is_whitened = True  # type: ignore[assignment]
+    router.is_whitened = True

@@ -5,19 +5,29 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
 
 from .. import strict_json
 from ..models import patching
 from ..models.patching import evaluation_mode
-from ..routers.modules import FULL_BIAS
+from ..routers.collection import FluxRouters
+from ..routers.modules import FULL_BIAS, Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .checkpoint import (
@@ -30,7 +40,7 @@ from .checkpoint import (
     objective_file,
 )
 from .config import Recipe, checked_arguments, training_arguments
-from .data import PackedCollator, PaddedCollator
+from .data import PackedCollator, PaddedCollator, Tokens
 from .objective import Objective, Step, make_objective
 from .start import check_pooled, is_new, pooled_states, whiten
 
@@ -74,7 +84,7 @@ class FluxTrainer(Trainer):
         recipe: Recipe | None = None,
         args: TrainingArguments | None = None,
         *,
-        train_dataset: Dataset,
+        train_dataset: Dataset[Tokens],
         packed: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
@@ -124,7 +134,7 @@ class FluxTrainer(Trainer):
             self.add_callback(RouterProgress())
         start_at(self.routers, self.recipe.initial_bias)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's.
 
         Raises:
@@ -144,7 +154,8 @@ class FluxTrainer(Trainer):
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
-        new = [is_new(router) for router in self.routers.layers]
+        routers = [cast(Router, router) for router in self.routers.layers]
+        new = [is_new(router) for router in routers]
         if not any(new):
             warnings.warn(f"whiten={self.recipe.whiten} has no effect: the routers are not new", stacklevel=3)
             return
@@ -160,7 +171,7 @@ class FluxTrainer(Trainer):
             pooled = pooled_states(model, inputs)
         for states in pooled:
             check_pooled(states)  # all of them, before the first router changes
-        for router, states, fit in zip(self.routers.layers, pooled, new, strict=True):
+        for router, states, fit in zip(routers, pooled, new, strict=True):
             if fit:
                 whiten(router, states)
 
@@ -169,8 +180,8 @@ class FluxTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         """The objective's loss; outside training the mean loss under the routers' own hard routes."""
         inputs = answered(inputs)
         if not model.training:
@@ -190,11 +201,13 @@ class FluxTrainer(Trainer):
         with evaluation_mode(self.model):  # type: ignore[arg-type]
             return super().evaluate(*args, **kwargs)
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
         """The loss alone."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, inputs).detach(), None, None
+            return cast(Tensor, self.compute_loss(model, inputs)).detach(), None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that the arguments name, over the routers' parameters."""
@@ -240,7 +253,7 @@ class FluxTrainer(Trainer):
         self.objective.multipliers.ascend(sparsity / count, count)
         self._log_sums += sums.cpu()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         check_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,11 +326,15 @@ class _StepGuard(TrainerCallback):
     def __init__(self, trainer: FluxTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[override]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer._step_sums.zero_()
         self.trainer._log_sums.zero_()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):  # type: ignore[override]
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if args.fp16:  # the gradient scaler skips such a step, and takes a smaller scale
             return
         norm = nn.utils.get_total_norm(p.grad for p in self.trainer.routers.parameters() if p.grad is not None)
@@ -330,7 +347,14 @@ class _StepGuard(TrainerCallback):
 class RouterProgress(ProgressCallback):
     """A progress bar with each task's sparsity and loss behind it, instead of a line per report."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[override]
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         shown = {k: f"{v:.2f}" for k, v in logs.items() if k.endswith(("/sparsity", "/lm_loss")) and v is not None}
@@ -339,13 +363,13 @@ class RouterProgress(ProgressCallback):
 
 
 @torch.no_grad()
-def start_at(routers: nn.Module, log_odds: float) -> None:
+def start_at(routers: FluxRouters, log_odds: float) -> None:
     """Lets routers start at these log-odds of full attention if they are still as they were made.
 
     That is told by the last bias, (0, :data:`~flux_ext.routers.modules.FULL_BIAS`): any step of an optimiser, a start
     that was set before, and the weights of a file that somebody has trained have another.
     """
-    for router in routers.layers:  # type: ignore[union-attr]
-        bias = router.classifier[-1].bias  # type: ignore[index,union-attr]
+    for router in routers.layers:
+        bias = cast(Router, router).last_bias
         if bias.tolist() == [0.0, FULL_BIAS]:
             bias[1] = log_odds
