@@ -3,7 +3,7 @@
 #
 #   benchmarks/device_check.sh [OUT] [quick | full | PART...]
 #
-#   tests      GoogleTest and pytest on the GPU            30 s
+#   tests      GoogleTest and pytest on the GPU            1 min
 #   memcheck   compute-sanitizer on a sample of the tests  20 s
 #   key        benchmarks: the cases that decide           2 min
 #   bench      benchmarks: every case                      5 min
