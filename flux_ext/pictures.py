@@ -63,9 +63,9 @@ def schedule(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from . import _C
+    from ._C import plan
 
-    pieces = _C.plan(
+    pieces = plan(
         np.asarray(q_len, np.int32),
         np.asarray(kv_len, np.int32),
         np.asarray(route, np.int32),

@@ -8,8 +8,7 @@ import pytest
 
 import flux_ext
 from flux_ext.cli import commands, demo
-from flux_ext.evaluation import tasks
-from flux_ext.evaluation.runner import Score
+from flux_ext.evaluation import Score, tasks
 
 SMALL = replace(demo.Settings(), batch_size=2, length=640, distance=208, answer=16)
 

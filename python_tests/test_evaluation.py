@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flux_ext
 from flux_ext import strict_json
-from flux_ext.evaluation.runner import evaluate
+from flux_ext.evaluation import evaluate
 from flux_ext.examples import Example
 
 EXAMPLES = [Example("The source of it", " is?", answer, "q") for answer in ("abc", "a")]

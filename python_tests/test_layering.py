@@ -2,9 +2,13 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+import flux_ext
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
@@ -79,6 +83,18 @@ def test_imports(path: Path) -> None:
     room = path.relative_to(ROOT / "flux_ext").with_suffix("").parts[0]
     imports = package_imports(path) - {room}
     assert imports <= MAY_IMPORT[room], f"{room} must not import {sorted(imports - MAY_IMPORT[room])}"
+
+
+LIGHT = ("flux_ext", "flux_ext.operators.testing", "flux_ext.routers", "flux_ext.examples", "flux_ext.pictures")
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_imports(module: str) -> None:
+    """They need torch and NumPy alone: the operators' tests run beside versions of torch without anything else."""
+    heavy = ("transformers", "huggingface_hub", "safetensors", "accelerate", "matplotlib")
+    code = f"import sys; sys.modules.update(dict.fromkeys({heavy})); import {module}"  # None there: no such module
+    folder = Path(flux_ext.__file__).parent.parent  # in a checkout another package may lie in the working directory
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
 
 
 def test_every_room_is_there() -> None:

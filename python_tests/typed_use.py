@@ -29,7 +29,7 @@ from flux_ext import (
     routes,
     unpatch,
 )
-from flux_ext.evaluation.runner import Score, evaluate, format_table
+from flux_ext.evaluation import Score, evaluate, format_table
 from flux_ext.examples import Example
 from flux_ext.training import (
     FluxTrainer,

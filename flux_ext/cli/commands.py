@@ -206,11 +206,11 @@ def info() -> dict[str, str]:
             return "not installed"
 
     try:
-        from .. import _C
+        from .._C import isa
 
-        isa = _C.isa()
+        cpu_kernels = isa()
     except ImportError as error:
-        isa = f"unknown: the module _C does not load ({error})"
+        cpu_kernels = f"unknown: the module _C does not load ({error})"
     cuda = "loaded" if _library.has_cuda_library else "not built (no nvcc at build time, or FLUX_CUDA=OFF)"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -221,7 +221,7 @@ def info() -> dict[str, str]:
         "accelerate": version("accelerate"),
         "safetensors": version("safetensors"),
         "CPU library": f"loaded from {_library.FOLDER}",
-        "CPU kernels": isa,
+        "CPU kernels": cpu_kernels,
         "CUDA library": cuda,
         "GPU": ", ".join(devices) or "none",
     }
@@ -357,7 +357,7 @@ def _train(args: argparse.Namespace) -> None:
     trainer.save_model()
     print(f"routers written to {args.output}")
     if held_out:
-        from ..evaluation.runner import evaluate, format_table
+        from ..evaluation import evaluate, format_table
 
         print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
 
@@ -366,7 +366,7 @@ def _eval(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from .. import strict_json
-    from ..evaluation.runner import evaluate, format_table
+    from ..evaluation import evaluate, format_table
     from ..examples import load_examples
 
     examples = load_examples(args.data)

@@ -17,8 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import FluxConfig, get_routers, patch, pictures, strict_json
-from ..evaluation import tasks
-from ..evaluation.runner import MODES, Score, evaluate, format_table
+from ..evaluation import MODES, Score, evaluate, format_table, tasks
 from ..examples import Example
 from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from ..training.config import ObjectiveName
