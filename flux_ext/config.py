@@ -10,7 +10,8 @@ from typing import Any, SupportsIndex
 from .operators.patterns import Streaming, Triangle
 
 FORMAT_VERSION = 1
-"""Of saved routers: 1 has files of its own names; files without a version are 0, fields alone in ``config.json``."""
+"""Of the format of saved routers. 1: in files with names of their own; 0, which is not written into files: the fields
+alone, in ``config.json``."""
 
 _CHOICES = {
     "pattern": ("streaming", "triangle"),

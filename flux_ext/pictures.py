@@ -57,8 +57,8 @@ def schedule(
         route: per sequence and KV head, 0 full or 1 sparse.
         group: query heads per KV head.
         full, sparse: the two patterns (not block lists).
-        q_tokens, kv_block: the tile.
-        num_workers: SMs or threads.
+        q_tokens, kv_block: queries and keys of a tile.
+        num_workers: thread blocks, or threads of a CPU, that share the work.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

@@ -14,9 +14,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from flux_ext import FluxRouters
 from flux_ext.cli import commands
+from flux_ext.cli.layers import letters
+from flux_ext.evaluation import MODES
 from flux_ext.examples import Example
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
-from flux_ext.training import save_examples
+from flux_ext.training import Recipe, save_examples, training_arguments
+from flux_ext.training.config import MULTIPLIER_FORMS, OBJECTIVES
 
 PATTERN = ["--sink", "2", "--window", "8", "--pool-size", "4"]
 
@@ -55,6 +58,27 @@ def folder(tmp_path_factory):
 
 def run(*args):
     return commands.main([str(a) for a in args])
+
+
+def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
+    """It spells defaults and choices out, as help would have to import transformers for them."""
+    train = ["train", "--model", "m", "--data", "d", "--output", str(tmp_path)]
+    parse = commands._parser().parse_args
+    args, recipe, arguments = parse(train), Recipe(), training_arguments(str(tmp_path))
+    names = "objective multipliers multiplier_lr whiten flips heads_per_flip start_bias default_target"
+    for name in names.split():
+        assert getattr(args, name) == getattr(recipe, name), name
+    assert (args.steps, args.lr) == (arguments.max_steps, arguments.learning_rate)
+    assert args.logging_steps == arguments.logging_steps
+    for option, choices in (("objective", OBJECTIVES), ("multipliers", MULTIPLIER_FORMS)):
+        for choice in choices:
+            assert getattr(parse([*train, f"--{option}", choice]), option) == choice
+    score = parse(["eval", "--model", "m", "--routers", "r", "--data", "d"])
+    assert tuple(score.modes) == MODES
+
+
+def test_letters_of_layers():
+    assert letters(torch.tensor([[0, 0], [1, 1], [0, 1]])) == "Fsm"
 
 
 @pytest.fixture(scope="module")

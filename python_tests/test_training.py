@@ -186,13 +186,13 @@ def test_losses_and_multipliers_are_those_of_the_formula(tmp_path, objective, fo
         if form == "inequality":
             t.objective.multipliers.lambda1.fill_(0.4)
         first, second = t.objective.multipliers.lambda1.tolist(), t.objective.multipliers.lambda2.tolist()
-        seen, note = [], t._note
+        seen, note = [], t._add_up
 
         def spy(tasks, step, seen=seen, note=note):
             seen.append((tasks.tolist(), step))
             note(tasks, step)
 
-        t._note = spy
+        t._add_up = spy
         t.train()
         assert len(seen) == accumulate
         for tasks, step in seen:

@@ -17,6 +17,7 @@ import torch
 
 from .. import FluxConfig, __version__
 from . import options
+from .layers import LEGEND, letters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=options.COUNT, help="training steps (default: the recipe's)")
     add("--examples", type=options.COUNT, help="held-out examples per task (default: the recipe's)")
-    add("--seed", type=options.SEED, default=0)
+    add("--seed", type=options.SEED, default=0, help="of all draws")
     add("--check", action="store_true", help="end with status 1 where an expectation is missed")
 
     add = command("info", _info, "what is built and what is found on this machine")
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--routers", required=True, help="folder or hub name of its routers")
     add("--prompt-file", type=Path, required=True, help="text file, UTF-8")
-    add("--max-new-tokens", type=options.COUNT, default=128)
+    add("--max-new-tokens", type=options.COUNT, default=128, help="length of the continuation, at most")
     add("--temperature", type=options.NOT_NEGATIVE, default=0.0, help="0: greedy")
     add("--seed", type=options.SEED, default=0, help="of the sampling")
     device(add)
@@ -110,29 +111,39 @@ def _parser() -> argparse.ArgumentParser:
         help="target sparsity of a task; repeat",
     )
     add("--default-target", type=options.SHARE, default=0.5, help="target sparsity of all other tasks")
-    add("--objective", default="counterfactual", choices=["counterfactual", "soft", "straight_through"])
-    add("--multipliers", default="inequality", choices=["inequality", "published", "published_abs"])
-    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.02)
+    add(
+        "--objective",
+        default="counterfactual",
+        choices=["counterfactual", "soft", "straight_through"],
+        help="how routers learn",
+    )
+    add(
+        "--multipliers",
+        default="inequality",
+        choices=["inequality", "published", "published_abs"],
+        help="how a missed target is priced",
+    )
+    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.02, help="step of that price")
     add(
         "--whiten", type=options.whole(0), default=0, help="prompts that new routers are fitted to first; 48 are enough"
     )
     add("--flips", type=options.COUNT, default=1, help="counterfactuals per sequence and step")
-    add("--heads-per-flip", type=options.COUNT, default=1)
+    add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
-    add("--granularity", default="layer", choices=["layer", "head"])
-    add("--sink", type=options.whole(0), default=128)
-    add("--window", type=options.COUNT, default=2048)
-    add("--align", type=options.COUNT, default=1)
-    add("--pool-size", type=options.COUNT, default=100)
-    add("--steps", type=options.COUNT, default=300)
+    add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")
+    add("--sink", type=options.whole(0), default=FluxConfig.sink, help="first tokens that sparse attention sees")
+    add("--window", type=options.COUNT, default=FluxConfig.window, help="last tokens that sparse attention sees")
+    add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
+    add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end that a router sees")
+    add("--steps", type=options.COUNT, default=300, help="of the training")
     add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
     add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
-    add("--lr", type=options.POSITIVE, default=5e-4)
+    add("--lr", type=options.POSITIVE, default=5e-4, help="learning rate of the routers, at its peak")
     add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
-    add("--save-steps", type=options.COUNT, default=100)
-    add("--logging-steps", type=options.COUNT, default=10)
+    add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
+    add("--logging-steps", type=options.COUNT, default=10, help="steps from one report to the next")
     add(
         "--report-to",
         action="append",
@@ -147,27 +158,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="go on from this checkpoint, or from the newest one in the output folder",
     )
-    add("--seed", type=options.SEED, default=0)
+    add("--seed", type=options.SEED, default=0, help="of all draws")
     device(add)
 
     add = command("eval", _eval, "score a model and its routers: dense, all sparse and routed")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--routers", required=True, help="folder or hub name of its routers")
     add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
-    add("--modes", nargs="+", default=["dense", "sparse", "routed"], choices=["dense", "sparse", "routed"])
+    add(
+        "--modes",
+        nargs="+",
+        default=["dense", "sparse", "routed"],
+        choices=["dense", "sparse", "routed"],
+        help="what to score",
+    )
     add("--no-generate", action="store_true", help="score the answers' likelihood only")
-    add("--batch-size", type=options.COUNT, default=4)
+    add("--batch-size", type=options.COUNT, default=4, help="examples at a time")
     add("--output", type=options.output_file, help="also write the scores as JSON")
     device(add)
 
     add = command("bench", _bench, "time attention, full and sparse, against PyTorch's")
-    add("--lengths", type=options.COUNT, nargs="+", default=[1024, 2048, 4096])
-    add("--batch", type=options.COUNT, default=1)
+    add("--lengths", type=options.COUNT, nargs="+", default=[1024, 2048, 4096], help="tokens of a sequence")
+    add("--batch", type=options.COUNT, default=1, help="pairs of sequences, of which one can be full and one sparse")
     add("--heads", type=options.COUNT, default=8, help="query heads")
-    add("--kv-heads", type=options.COUNT, default=2)
-    add("--head-dim", type=options.COUNT, default=64)
-    add("--sink", type=options.whole(0), default=128)
-    add("--window", type=options.COUNT, default=512)
+    add("--kv-heads", type=options.COUNT, default=2, help="key-value heads")
+    add("--head-dim", type=options.COUNT, default=64, help="width of a head")
+    add("--sink", type=options.whole(0), default=128, help="first tokens that sparse attention sees")
+    add("--window", type=options.COUNT, default=512, help="last tokens that sparse attention sees")
     add("--repeats", type=options.COUNT, default=5, help="the least of so many is shown")
     device(add)
     return parser
@@ -286,11 +303,10 @@ def _generate(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - start
     length = inputs["input_ids"].shape[1]
     print(tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True))
-    routes = cache_of(out).routes[0].float()  # [L, Hkv]
-    modes = "".join("F" if s == 0 else "s" if s == 1 else "m" for s in routes.mean(1).tolist())
+    route = cache_of(out).routes[0]  # [L, Hkv]
     print(
         f"[{length} + {out.sequences.shape[1] - length} tokens in {seconds:.1f} s; "
-        f"sparsity {routes.mean():.2f}; layers {modes} (F full, s sparse, m mixed heads)]",
+        f"sparsity {route.float().mean():.2f}; layers {letters(route)} ({LEGEND})]",
         file=sys.stderr,
     )
 
@@ -413,7 +429,7 @@ def _bench(args: argparse.Namespace) -> None:
     print(f"{'tokens':>8} {'PyTorch':>10} {'full':>10} {'sparse':>10} {'half the sequences sparse':>26}")
     for length in args.lengths:
         torch.manual_seed(0)
-        batch = 2 * args.batch  # so that half of them can be sparse; times are of all of them
+        batch = 2 * args.batch
 
         def draw(heads: int, batch: int = batch, length: int = length) -> torch.Tensor:
             return torch.randn(batch, length, heads, args.head_dim, device=args.device, dtype=dtype)

@@ -22,13 +22,14 @@ from ..examples import Example
 from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from ..training.config import ObjectiveName
 from ..transformers_seam import cache_of
+from .layers import LEGEND, letters
 
 BACKBONE = Path(__file__).parents[1] / "assets" / "demo_backbone"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demonstration, in bytes (a byte is a token) and examples."""
+    """Sizes of the demonstration; lengths are in bytes, and a byte is a token."""
 
     sink: int = 16
     window: int = 192
@@ -40,10 +41,13 @@ class Settings:
     distance: int = 384
     """Between a hidden fact and its question, at least; more than the window."""
     train_facts: int = 2
+    """Facts hidden in a prompt of the training."""
     train_distance: int = 208
-    train_answer: int = 32
+    """As ``distance``, in the training."""
     answer: int = 128
-    """Code to be continued."""
+    """Code to be continued after a prompt."""
+    train_answer: int = 32
+    """As ``answer``, in the training."""
     objective: ObjectiveName = "counterfactual"
     steps: int = 80
     batch_size: int = 8
@@ -53,6 +57,7 @@ class Settings:
     delta_clip: float = 1.0
     """A wrong answer costs many nats; more than one would drown the price of the other task."""
     examples: int = 48
+    """Of each task, to be scored."""
     retrieval_target: float = 0.75
     continuation_target: float = 1.0
 
@@ -202,7 +207,7 @@ def show_example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exa
             **inputs, max_new_tokens=len(example.answer), do_sample=False, return_dict_in_generate=True
         )
     text = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    modes = "".join("F" if s == 0 else "s" for s in cache_of(out).routes[0].float().mean(1).tolist())
-    print(f"\n--- {example.task}: layers {modes} (F full, s sparse); the prompt's end, then what was generated")
+    layers = letters(cache_of(out).routes[0])
+    print(f"\n--- {example.task}: layers {layers} ({LEGEND}); the prompt's end, then what was generated")
     print(f"{example.prompt[-160:]}[{text}]")
     print(f"--- right: [{example.answer}]")

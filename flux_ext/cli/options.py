@@ -55,6 +55,7 @@ SHARE = number(" in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 def target(text: str) -> tuple[str, float]:
+    """A task and the share of sparse attention that it is to have."""
     task, equals, share = text.rpartition("=")
     if not task or not equals:
         raise argparse.ArgumentTypeError(f"must read TASK=SHARE, for example retrieval=0.45, got {text!r}")

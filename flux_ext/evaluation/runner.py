@@ -138,10 +138,10 @@ def _score(
                     )
             prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
             if generate:
-                new, kept, routes = _generated(model, tokenizer, prompt, mask, answers)
+                new, kept, routes = _generate_answers(model, tokenizer, prompt, mask, answers)
                 right += sum(row[: len(a)] == list(a) for row, a in zip(new, answers, strict=True))
             if likelihood:
-                answer_nats, kept, routes = _continue(model, prompt, mask, answers)
+                answer_nats, kept, routes = _measure_answers(model, prompt, mask, answers)
                 nats += answer_nats
             kv_bytes += kept
             sparse.append(routes.float().cpu())
@@ -176,7 +176,7 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return tokens, mask
 
 
-def _continue(
+def _measure_answers(
     model: nn.Module, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
 ) -> tuple[float, int, Tensor]:
     """Nats of the answers, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
@@ -196,7 +196,7 @@ def _continue(
     return float((nats * counted.flatten()).sum()), kept, routes
 
 
-def _generated(
+def _generate_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Tensor,

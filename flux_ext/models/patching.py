@@ -152,6 +152,15 @@ def get_routers(model: nn.Module) -> FluxRouters:
     return _patch_of(model).current_routers()
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder's layers in order, those without a router too.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return list(_patch_of(model).decoder.layers)
+
+
 def last_routing(model: nn.Module) -> RoutingRecord:
     """The decisions of the model's last forward in this thread.
 

@@ -46,7 +46,7 @@ class Place:
         hub: keywords of ``hf_hub_download``: revision, cache_dir, token, local_files_only, force_download.
 
     Raises:
-        ValueError: ``name`` is a file, or an absolute path of nothing.
+        ValueError: ``name`` is a file, or an absolute path where nothing is.
     """
 
     def __init__(self, name: str | Path, subfolder: str | None = None, **hub: Any) -> None:

@@ -16,13 +16,14 @@ from .data import IGNORED
 from .objective import Policy
 
 _OURS = ("labels", "task_ids", "prompt_lengths")
+"""Columns of a batch that are no arguments of the model."""
 
 
 class PatchedModel:
     """The losses of one batch under any routes: a :class:`~.objective.RoutedModel`.
 
-    The second run of some sequences, with one layer routed otherwise, starts at that layer: the first run
-    keeps the layer's input for them (together no more than one layer's hidden states per flip).
+    :meth:`loss_again`, which runs some sequences a second time with one layer routed otherwise, starts at that layer:
+    :meth:`loss` has kept the layer's input for them (together no more than one layer's hidden states per flip).
 
     Args:
         model: the patched model, as wrapped for training.
@@ -43,7 +44,7 @@ class PatchedModel:
         self.num_layers, self.num_heads = num_layers, num_heads
         self._own = patching.unwrap_parallel(model)
         self._index = list(range(num_layers)) if layers is None else list(layers)
-        self._blocks = decoder_layers(self._own)
+        self._blocks = patching.decoder_layers(model)
         self._kept: dict[int, Tensor] = {}
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
@@ -51,10 +52,9 @@ class PatchedModel:
         self._kept = {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(patching.policy(self._own, policy))
-            if self._blocks is not None:
-                for layer, rows in (keep or {}).items():
-                    block = self._blocks[self._index[layer]]
-                    stack.enter_context(_before(block, self._keeper(layer, rows)))
+            for layer, rows in (keep or {}).items():
+                block = self._blocks[self._index[layer]]
+                stack.enter_context(_before(block, self._keeper(layer, rows)))
             return losses(self.model, self.inputs)
 
     def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
@@ -63,7 +63,6 @@ class PatchedModel:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             stack.enter_context(patching.policy(self._own, policy))
             if layer in self._kept:
-                assert self._blocks is not None
                 first, hidden = self._index[layer], self._kept.pop(layer)
                 for block in self._blocks[:first]:
                     stack.enter_context(_skipped(block))
@@ -78,14 +77,6 @@ class PatchedModel:
             self._kept[layer] = hidden[rows] if tokens is None else hidden[:, tokens]
 
         return keep
-
-
-def decoder_layers(model: nn.Module) -> Sequence[nn.Module] | None:
-    """The list of decoder layers, or None where a model keeps them elsewhere (then nothing is skipped)."""
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if get_decoder else None
-    layers = getattr(decoder, "layers", None)
-    return list(layers) if isinstance(layers, nn.ModuleList) else None
 
 
 def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

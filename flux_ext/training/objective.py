@@ -276,6 +276,7 @@ class Counterfactual(Objective):
         batch, recipe = len(tasks), self.recipe
         layers = self.deal(tasks.tolist())  # [B, K]
         group = self.groups(batch).to(tasks.device)  # [B, K, H]
+        # By layer: the rows of the batch that flip it, the log-odds, and which decisions were full.
         rows_of = {int(layer): (layers == layer).any(1).nonzero()[:, 0] for layer in layers.unique()}
         z_of: dict[int, Tensor] = {}
         full_of: dict[int, Tensor] = {}
@@ -321,7 +322,7 @@ class Counterfactual(Objective):
 
     @staticmethod
     def _agree(full: Tensor, z: Tensor, draw: Tensor, flipped: Tensor, group: Tensor) -> Tensor:
-        """Heads that are going to flip together share one draw, so that they stand on the same side."""
+        """Heads that are going to flip together share one draw, so that all are full or all sparse before they do."""
         flipped = flipped.to(group.device)
         members = (group & flipped[..., None]).any(1)  # [B, H]
         count = members.sum(1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Where training starts: routers that can tell one input from another from the first step on.
+"""Where training starts: at which odds, and with routers that can tell one input from another.
 
 Pooled queries of one layer are nearly the same vector for every prompt: what differs is a few percent of what does
 not, and routers that start from torch's initialisation learn their biases and nothing else. So the pooled states of
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import patching
-from ..routers.modules import Router
+from ..routers.modules import FULL_BIAS, Router
 from ..transformers_seam import KEEP_LOGITS
 from .backbone import run
 
@@ -23,8 +23,22 @@ FLOOR = 1e-4
 """Deviations below this share of the largest state are rounding, not information."""
 
 
+@torch.no_grad()
+def start_at(router: Router, log_odds: float) -> None:
+    """Lets a router start at these log-odds of full attention if it is still as it was made.
+
+    That is told by the last bias, (0, :data:`~flux_ext.routers.modules.FULL_BIAS`): any step of an optimiser, a start
+    that was set before, and the weights of a file that somebody has trained have another.
+    """
+    if router.last_bias.tolist() == [0.0, FULL_BIAS]:
+        router.last_bias[1] = log_odds
+
+
 def is_new(router: Router) -> bool:
-    """Whether a router was neither trained (any step moves the first of its last biases from 0) nor whitened."""
+    """Whether a router was neither trained (any step moves the first of its last biases from 0) nor whitened.
+
+    Its start may have been set (:func:`start_at`): that is the other of the two biases.
+    """
     return float(router.last_bias[0].detach()) == 0 and not router.is_whitened
 
 

@@ -26,8 +26,7 @@ from transformers.trainer_utils import TrainOutput
 from .. import strict_json
 from ..models import patching
 from ..models.patching import evaluation_mode
-from ..routers.collection import FluxRouters
-from ..routers.modules import FULL_BIAS, Router
+from ..routers.modules import Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .checkpoint import (
@@ -42,11 +41,11 @@ from .checkpoint import (
 from .config import Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator, Tokens
 from .objective import Objective, Step, make_objective
-from .start import check_pooled, is_new, pooled_states, whiten
+from .start import check_pooled, is_new, pooled_states, start_at, whiten
 
 check_trainer(Trainer)  # an override of a method that was renamed would never be called
 
-# Arguments of the Trainer that nothing here would ask.
+# Arguments of the Trainer that nothing here would use; giving one is an error.
 _UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
 
 
@@ -111,6 +110,8 @@ class FluxTrainer(Trainer):
             seed=int(args.seed or 0) + 1000 * int(args.process_index or 0),
         ).to(args.device)
         self._layer_index = config.routed_layers()
+        # Of each task: the number of sequences, and the sums of their sparsity and of their loss; since the last step,
+        # and since the last report.
         self._step_sums = torch.zeros(3, len(self.tasks), dtype=torch.float64)
         self._log_sums = torch.zeros_like(self._step_sums)
         model.requires_grad_(False)
@@ -125,14 +126,15 @@ class FluxTrainer(Trainer):
                     f"{engine} must be off: routers and multipliers would not be whole in its checkpoints. Several "
                     "processes train with torchrun (DDP)"
                 )
-        # Our loss is a mean per batch: the Trainer shall divide it by the accumulation steps.
+        # Our loss is a mean over the micro-batch: the Trainer is to divide it by the number of micro-batches in a step.
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         self.add_callback(_StepGuard(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
-        start_at(self.routers, self.recipe.initial_bias)
+        for router in self._routers():
+            start_at(router, self.recipe.initial_bias)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As the Trainer's.
@@ -152,9 +154,12 @@ class FluxTrainer(Trainer):
             self._whiten()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _routers(self) -> list[Router]:
+        return [cast(Router, router) for router in self.routers.layers]
+
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
-        routers = [cast(Router, router) for router in self.routers.layers]
+        routers = self._routers()
         new = [is_new(router) for router in routers]
         if not any(new):
             warnings.warn(f"whiten={self.recipe.whiten} has no effect: the routers are not new", stacklevel=3)
@@ -191,7 +196,7 @@ class FluxTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         tasks = inputs["task_ids"]
         step = self.objective(routed, tasks, progress)
-        self._note(tasks, step)
+        self._add_up(tasks, step)
         if self.accelerator.sync_gradients:
             self._ascend()
         return (step.loss, {}) if return_outputs else step.loss
@@ -232,8 +237,8 @@ class FluxTrainer(Trainer):
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])  # it is going to be a JSON file
 
-    def _note(self, tasks: Tensor, step: Step) -> None:
-        """Counts a micro-batch's sequences; RuntimeError, before any gradient, where a loss is not finite."""
+    def _add_up(self, tasks: Tensor, step: Step) -> None:
+        """Adds a micro-batch to the sums; RuntimeError, before any gradient, where a loss is not finite."""
         total = step.loss.detach().expand_as(step.lm_loss)
         rows = torch.stack([torch.ones_like(total), step.sparsity, step.lm_loss, total]).double().cpu()
         if not bool(rows.isfinite().all()):
@@ -321,7 +326,7 @@ class FluxTrainer(Trainer):
 
 
 class _StepGuard(TrainerCallback):
-    """Lets no gradient that is not finite reach the routers, and no training begin with another's figures."""
+    """Lets no gradient that is not finite reach the routers, and no training begin with sums of an earlier one."""
 
     def __init__(self, trainer: FluxTrainer) -> None:
         self.trainer = trainer
@@ -360,16 +365,3 @@ class RouterProgress(ProgressCallback):
         shown = {k: f"{v:.2f}" for k, v in logs.items() if k.endswith(("/sparsity", "/lm_loss")) and v is not None}
         if shown:
             self.training_bar.set_postfix(shown)
-
-
-@torch.no_grad()
-def start_at(routers: FluxRouters, log_odds: float) -> None:
-    """Lets routers start at these log-odds of full attention if they are still as they were made.
-
-    That is told by the last bias, (0, :data:`~flux_ext.routers.modules.FULL_BIAS`): any step of an optimiser, a start
-    that was set before, and the weights of a file that somebody has trained have another.
-    """
-    for router in routers.layers:
-        bias = cast(Router, router).last_bias
-        if bias.tolist() == [0.0, FULL_BIAS]:
-            bias[1] = log_odds
