@@ -1,4 +1,4 @@
-"""Examples that training and evaluation read: what they are, and their files.
+"""Examples that training and evaluation read: what they are, their files, and their tokens.
 
 A file is JSON lines (``.jsonl``) or Parquet (``.parquet``, needs pyarrow) with the columns ``context``,
 ``question``, ``answer`` and ``task``. The prompt is ``context + question``; the loss is that of the answer's
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 COLUMNS = ("context", "question", "answer", "task")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -42,6 +43,36 @@ class Example:
     def prompt(self) -> str:
         """What the model reads before it answers."""
         return self.context + self.question
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; any of Hugging Face's has it."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What fills the rows of a batch up; None: any token does."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, Any]:
+        """``{"input_ids": tokens}`` of a text."""
+
+
+def tokenized(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, with the tokenizer's special ones, and of the answer, without.
+
+    The two texts are tokenised apart and put one behind the other, also where the tokenizer would cut them otherwise if
+    it had both: when a model answers, it has the prompt's tokens alone.
+
+    Raises:
+        ValueError: one of them has no token.
+    """
+    prompt = tokenizer(example.prompt)["input_ids"]
+    answer = tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+    if not prompt or not answer:
+        raise ValueError(
+            f"the example {example.question!r} -> {example.answer!r} of {example.task!r} has {len(prompt)} prompt and "
+            f"{len(answer)} answer tokens; both need one"
+        )
+    return list(prompt), list(answer)
 
 
 def load_examples(path: str | Path) -> list[Example]:

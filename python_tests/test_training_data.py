@@ -96,6 +96,8 @@ def test_tokens_and_truncation():
     short = RouterDataset(EXAMPLES, Bytes(), max_length=13)[0]
     assert short["answer"] == row["answer"]
     assert short["prompt"] == row["prompt"][:3] + row["prompt"][-3:]
+    with pytest.raises(ValueError, match="'why' -> '' of 'a' has 4 prompt and 0 answer tokens; both need one"):
+        RouterDataset([Example("", "why", "", "a")], Bytes())[0]
     with pytest.raises(ValueError, match="max_length 8 has no room"):
         RouterDataset(EXAMPLES, Bytes(), max_length=8)[0]
     with pytest.raises(ValueError, match="'b' is not in"):

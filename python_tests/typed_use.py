@@ -87,6 +87,15 @@ def caches(model: PreTrainedModel) -> None:
     assert_type(static.nbytes(), int)
 
 
+class Bytes:
+    """A tokenizer of one's own."""
+
+    pad_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+
 def training_and_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
     examples = load_examples(file)
     assert_type(examples, list[Example])
@@ -97,6 +106,8 @@ def training_and_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     assert_type(make_objective(recipe, ["retrieval"], num_layers=4), Objective)
     data = RouterDataset(examples, tokenizer)
     assert_type(data[0]["prompt"], list[int])
+    RouterDataset(examples, Bytes())
+    RouterDataset(examples, bytes)  # type: ignore[arg-type]
     trainer = FluxTrainer(model, recipe, arguments, train_dataset=data, tokenizer=tokenizer)
     assert_type(trainer.train().training_loss, float)
     assert_type(trainer.routers, FluxRouters)

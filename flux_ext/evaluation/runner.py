@@ -2,8 +2,7 @@
 
 Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
 the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
-that cache. As in training, the answer's tokens are those of its text alone, put behind those of the prompt, also
-where the tokenizer would cut both texts together otherwise. Answers are compared by token: decoding may lose a space.
+that cache. Answers are compared by token: decoding may lose a space.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..examples import Example
+from ..examples import Example, Tokenizer, tokenized
 from ..models import patching
 from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Mode = Literal["dense", "sparse", "routed"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
@@ -54,7 +50,7 @@ class Score:
 
 def evaluate(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     modes: Sequence[Mode] = MODES,
     *,
@@ -116,7 +112,7 @@ def evaluate(
 
 def _score(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     examples: list[Example],
     mode: Mode,
     generate: bool,
@@ -128,18 +124,11 @@ def _score(
     right, nats, kv_bytes, sparse = 0, 0.0, 0.0, []
     with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
         for batch in _batches(examples, batch_size):
-            prompts = [tokenizer(e.prompt)["input_ids"] for e in batch]
-            answers = [tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in batch]
-            for e, p, a in zip(batch, prompts, answers, strict=True):
-                if not p or not a:
-                    raise ValueError(
-                        f"the example {e.question!r} -> {e.answer!r} of {e.task!r} has {len(p)} prompt and {len(a)} "
-                        "answer tokens; both need one"
-                    )
+            prompts, answers = zip(*(tokenized(e, tokenizer) for e in batch), strict=True)
             prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
             if generate:
                 new, kept, routes = _generate_answers(model, tokenizer, prompt, mask, answers)
-                right += sum(row[: len(a)] == list(a) for row, a in zip(new, answers, strict=True))
+                right += sum(row[: len(a)] == a for row, a in zip(new, answers, strict=True))
             if likelihood:
                 answer_nats, kept, routes = _measure_answers(model, prompt, mask, answers)
                 nats += answer_nats
@@ -198,7 +187,7 @@ def _measure_answers(
 
 def _generate_answers(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompt: Tensor,
     mask: Tensor,
     answers: Sequence[Sequence[int]],

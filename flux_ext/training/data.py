@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..examples import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from ..examples import Example, Tokenizer, tokenized
 
 IGNORED = -100
 """The label of tokens without a loss, as in transformers."""
@@ -33,7 +30,7 @@ class RouterDataset(Dataset[Tokens]):
 
     Args:
         examples: what to learn from.
-        tokenizer: a Hugging Face tokenizer. The prompt gets its special tokens, the answer none.
+        tokenizer: a Hugging Face tokenizer, see :func:`~flux_ext.examples.tokenized`.
         tasks: the tasks' names in order; default: those of the examples, sorted.
         max_length: tokens; longer examples lose some from the middle of the prompt, so that its beginning and the
             question stay.
@@ -46,7 +43,7 @@ class RouterDataset(Dataset[Tokens]):
     def __init__(
         self,
         examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         tasks: Sequence[str] | None = None,
         max_length: int | None = None,
     ) -> None:
@@ -64,10 +61,7 @@ class RouterDataset(Dataset[Tokens]):
 
     def __getitem__(self, i: int) -> Tokens:
         e = self.examples[i]
-        prompt: list[int] = self.tokenizer(e.prompt)["input_ids"]
-        answer: list[int] = self.tokenizer(e.answer, add_special_tokens=False)["input_ids"]
-        if not prompt or not answer:
-            raise ValueError(f"example {i} has {len(prompt)} prompt and {len(answer)} answer tokens; both need one")
+        prompt, answer = tokenized(e, self.tokenizer)
         if self.max_length is not None and len(prompt) + len(answer) > self.max_length:
             room = self.max_length - len(answer)
             if room < 2:

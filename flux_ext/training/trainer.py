@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
-    PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from .. import strict_json
+from ..examples import Tokenizer
 from ..models import patching
 from ..models.patching import evaluation_mode
 from ..routers.modules import Router
@@ -85,7 +85,7 @@ class FluxTrainer(Trainer):
         *,
         train_dataset: Dataset[Tokens],
         packed: bool = False,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe()
