@@ -31,6 +31,7 @@ from flux_ext import (
 )
 from flux_ext.evaluation import Score, evaluate, format_table
 from flux_ext.examples import Example
+from flux_ext.operators import reference
 from flux_ext.training import (
     FluxTrainer,
     Objective,
@@ -48,9 +49,13 @@ def operators(q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor
         Triangle(128, 2048, last_q=128),
         BlockSparse(threshold=0.9),
     ]
-    attention(q, k, v, route, sparse=sparse[0], full=Full(), scale=0.1, cu_seqlens=cu_seqlens)
-    attention(q, k, v, sparse="streaming")  # type: ignore[arg-type]
-    attention(q, k)  # type: ignore[call-arg]
+    out = attention(q, k, v, route, sparse=sparse[0], full=Full(), scale=0.1, cu_seqlens=cu_seqlens)
+    assert_type(out, Tensor)
+    assert_type(attention(q, k, v, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(reference.attention(q, k, v, route), Tensor)
+    assert_type(reference.attention(q, k, v, route, return_lse=True), tuple[Tensor, Tensor])
+    attention(q, k, v, sparse="streaming")  # type: ignore[call-overload]
+    attention(q, k)  # type: ignore[call-overload]
     Streaming(window="all")  # type: ignore[arg-type]
 
 

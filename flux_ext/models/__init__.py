@@ -4,6 +4,6 @@
 routers decided (:func:`last_routing`), and deciding in their place (:func:`policy`).
 """
 
-from .patching import Routing, evaluation_mode, last_routing, policy, prompt_lengths
+from .patching import RoutingRecord, evaluation_mode, last_routing, policy, prompt_lengths
 
-__all__ = ["Routing", "evaluation_mode", "last_routing", "policy", "prompt_lengths"]
+__all__ = ["RoutingRecord", "evaluation_mode", "last_routing", "policy", "prompt_lengths"]

@@ -43,7 +43,7 @@ class _Attend(torch.autograd.Function):
         x, (out, lse) = AttendArguments(*inputs), output
         ctx.mark_non_differentiable(lse)
         ctx.patterns, ctx.scale = x.patterns, x.scale
-        ctx.save_for_backward(out, lse, *x._replace(patterns=None, scale=None))
+        ctx.save_for_backward(out, lse, *(t if isinstance(t, Tensor) else None for t in x))
 
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):

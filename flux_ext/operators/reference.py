@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise, product
-from typing import TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
@@ -174,6 +174,40 @@ def append(
     slots += 1
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = ...,
+    full: Pattern = ...,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None = None,
+    *,
+    sparse: Pattern = ...,
+    full: Pattern = ...,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_start: Tensor | None = None,
+    seq_end: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
