@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .config import FluxConfig
-from .operators import attention
+from .operators import Explanation, attention, explain
 from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _LAZY = {
 
 __all__ = [
     "BlockSparse",
+    "Explanation",
     "FluxCache",
     "FluxConfig",
     "FluxRouters",
@@ -44,6 +45,7 @@ __all__ = [
     "Streaming",
     "Triangle",
     "attention",
+    "explain",
     "get_routers",
     "is_patched",
     "patch",

@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
 
 
 def tokenized(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, with the tokenizer's special ones, and of the answer, without.
+    """Tokens of the ``example``'s prompt, with the special ones of its ``tokenizer``, and of its answer, without.
 
     The two texts are tokenised apart and put one behind the other, also where the tokenizer would cut them otherwise if
     it had both: when a model answers, it has the prompt's tokens alone.

@@ -22,6 +22,7 @@ from flux_ext import (
     Streaming,
     Triangle,
     attention,
+    explain,
     get_routers,
     is_patched,
     patch,
@@ -54,6 +55,7 @@ def operators(q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor
     assert_type(attention(q, k, v, return_lse=True), tuple[Tensor, Tensor])
     assert_type(reference.attention(q, k, v, route), Tensor)
     assert_type(reference.attention(q, k, v, route, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(explain(q, k, v, route, sparse=sparse[0]).workspace_bytes, int)
     attention(q, k, v, sparse="streaming")  # type: ignore[call-overload]
     attention(q, k)  # type: ignore[call-overload]
     Streaming(window="all")  # type: ignore[arg-type]

@@ -4,8 +4,9 @@ Nothing here knows transformers.
 """
 
 from .cache_append import append
+from .explanation import Explanation, explain
 from .operands import KeyValues, Routing
 from .routed_attention import attend, attention
 from .router_scoring import decide, route
 
-__all__ = ["KeyValues", "Routing", "append", "attend", "attention", "decide", "route"]
+__all__ = ["Explanation", "KeyValues", "Routing", "append", "attend", "attention", "decide", "explain", "route"]

@@ -15,7 +15,7 @@ from . import attention_gradient  # noqa: F401  (makes the operator differentiab
 from .arguments import call, check_tensors, described, to_float
 from .block_selection import select_blocks
 from .mixture import attend_or_mix
-from .operands import KeyValues, Routing, bound_rows
+from .operands import AttendArguments, KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
 
 _ops = torch.ops.flux_ext
@@ -61,6 +61,19 @@ def _attend(
     q: Tensor, kv: KeyValues, routing: Routing, scale: float, q_begin: Tensor | None, q_end: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """:func:`attend`, its tensors known to be tensors."""
+    out, lse = call(_ops.attend, *operator_arguments(q, kv, routing, scale, q_begin, q_end))
+    return out, lse
+
+
+def operator_arguments(
+    q: Tensor, kv: KeyValues, routing: Routing, scale: float, q_begin: Tensor | None, q_end: Tensor | None
+) -> AttendArguments:
+    """What the operator takes for the arguments of :func:`attend`: patterns as numbers and lists, the route int32.
+
+    Raises:
+        TypeError, ValueError: something is no pattern, the route is neither integers nor booleans, the scale is no
+            number, or a threshold meets bounds.
+    """
     if type(scale) is not float:
         scale = to_float("scale", scale)
     k, v, kv_begin, kv_end, page_table = kv
@@ -91,8 +104,24 @@ def _attend(
         else:
             kinds = ", ".join(kind.__name__ for kind in PATTERNS)
             raise TypeError(f"{name} must be one of {kinds}, got {described(pattern)}")
-    # In the order of the schema; AttendArguments is the way back.
-    return call(_ops.attend, q, k, v, route, patterns, *lists, scale, q_begin, q_end, kv_begin, kv_end, page_table)
+    full_blocks, full_counts, sparse_blocks, sparse_counts = lists
+    return AttendArguments(
+        q,
+        k,
+        v,
+        route,
+        patterns,
+        full_blocks,
+        full_counts,
+        sparse_blocks,
+        sparse_counts,
+        scale,
+        q_begin,
+        q_end,
+        kv_begin,
+        kv_end,
+        page_table,
+    )
 
 
 def _values_hidden(x: Tensor) -> bool:
@@ -116,6 +145,31 @@ def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tenso
     rows = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
     return F.pad(w, (0, 0, 0, 1))[sequence][:, :, None]
+
+
+def bound_operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_start: Tensor | None,
+    seq_end: Tensor | None,
+    kv_len: Tensor | None,
+    page_table: Tensor | None,
+) -> tuple[KeyValues, Tensor | None, Tensor | None]:
+    """:func:`~flux_ext.operators.operands.bound_rows` of arguments that somebody else gave: TypeError for no tensor."""
+    required = {"q": q, "k": k, "v": v}
+    optional = {
+        "route": route,
+        "cu_seqlens": cu_seqlens,
+        "seq_start": seq_start,
+        "seq_end": seq_end,
+        "kv_len": kv_len,
+        "page_table": page_table,
+    }
+    check_tensors(required, optional)
+    return bound_rows(q, k, v, cu_seqlens, seq_start, seq_end, kv_len, page_table)
 
 
 @overload
@@ -224,16 +278,6 @@ def attention(
       gives NaN (this also where ``torch.compile`` traces, on any device);
     - block lists that are not ascending, or that go beyond the diagonal, give no defined result.
     """
-    required = {"q": q, "k": k, "v": v}
-    optional = {
-        "route": route,
-        "cu_seqlens": cu_seqlens,
-        "seq_start": seq_start,
-        "seq_end": seq_end,
-        "kv_len": kv_len,
-        "page_table": page_table,
-    }
-    check_tensors(required, optional)
-    kv, q_begin, q_end = bound_rows(q, k, v, cu_seqlens, seq_start, seq_end, kv_len, page_table)
+    kv, q_begin, q_end = bound_operands(q, k, v, route, cu_seqlens, seq_start, seq_end, kv_len, page_table)
     routing = Routing(route, full, sparse)
     return attend_or_mix(_attend, _mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
