@@ -133,7 +133,7 @@ class FluxTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RouterProgress())
-        for router in self._routers():
+        for router in self._layer_routers():
             start_at(router, self.recipe.initial_bias)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -154,12 +154,12 @@ class FluxTrainer(Trainer):
             self._whiten()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _routers(self) -> list[Router]:
+    def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
-        routers = self._routers()
+        routers = self._layer_routers()
         new = [is_new(router) for router in routers]
         if not any(new):
             warnings.warn(f"whiten={self.recipe.whiten} has no effect: the routers are not new", stacklevel=3)
