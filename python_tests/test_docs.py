@@ -1,5 +1,6 @@
 """What the documents say can be run is run; what they point to is there."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -44,3 +45,27 @@ def test_the_command_line_in_the_readme_exists(capsys):
         text = capsys.readouterr().out
         for option in re.findall(r"--[\w-]+", " ".join(options)):
             assert option in text, f"flux-ext {command} has no {option}"
+
+
+@functools.cache
+def sources() -> str:
+    """What raises messages, as one text in which string literals that follow each other are joined."""
+    roots = [*(ROOT / "flux_ext").rglob("*.py"), *(ROOT / "csrc").rglob("*.[hc]*")]
+    roots += [ROOT / "setup.py", *(ROOT / "cmake").iterdir(), *(ROOT / "third_party").rglob("*.cmake")]
+    text = "\n".join(path.read_text() for path in sorted(roots))
+    return re.sub(r"""(["'])\s+f?["']""", "", text)
+
+
+TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text()
+MESSAGES = [m for m in re.findall(r"(?<=\*\*`)[^`\n]+(?=`)", TROUBLE) if not re.fullmatch(r"\w+=\w+", m)]  # no options
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages_that_are_explained_are_raised(message):
+    """Every message quoted in docs/troubleshooting.md is in the sources, `...` standing for names and values."""
+    parts = [re.escape(part.strip()) for part in message.split("...")]
+    assert re.search(".{0,120}?".join(parts), sources(), re.DOTALL)
+
+
+def test_there_are_messages():
+    assert len(MESSAGES) > 50
