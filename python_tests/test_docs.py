@@ -2,6 +2,7 @@
 
 import functools
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,16 @@ def test_messages_that_are_explained_are_raised(message):
 
 def test_there_are_messages():
     assert len(MESSAGES) > 50
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_are_named_are_there(path):
+    """By their path, or by the end of it."""
+    if path.name in ("kernels_diary.md",) or path.parent.name == "decisions":  # what was then
+        return
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not files:
+        pytest.skip("not a checkout")
+    ends = {"/".join(name.split("/")[i:]) for name in files for i in range(name.count("/") + 1)}
+    for name in re.findall(r"`([\w./]+\.(?:py|h|cpp|cu|toml|txt|sh))`", path.read_text()):
+        assert name in ends, name

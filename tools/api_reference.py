@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pdoc
 
-# What a user calls, then what an operator's caller and a test call.
+# What a user calls first, then what the recipes and the tests call.
 MODULES = [
     "flux_ext",
     "flux_ext.training",
     "flux_ext.evaluation.runner",
-    "flux_ext.evaluation.tasks",
-    "flux_ext.patterns",
-    "flux_ext.ops",
-    "flux_ext.reference",
+    "flux_ext.examples",
+    "flux_ext.operators",
+    "flux_ext.operators.patterns",
+    "flux_ext.operators.reference",
+    "flux_ext.routers.modules",
 ]
 
 
