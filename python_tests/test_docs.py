@@ -1,8 +1,13 @@
 """What the documents say can be run is run; what they point to is there."""
 
+import ast
 import functools
+import importlib
+import inspect
 import re
 import subprocess
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -83,3 +88,54 @@ def test_files_that_are_named_are_there(path):
     ends = {"/".join(name.split("/")[i:]) for name in files for i in range(name.count("/") + 1)}
     for name in re.findall(r"`([\w./]+\.(?:py|h|cpp|cu|toml|txt|sh))`", path.read_text()):
         assert name in ends, name
+
+
+PUBLIC = ["flux_ext", "flux_ext.training", "flux_ext.operators", "flux_ext.evaluation.runner", "flux_ext.examples"]
+
+
+def public_things():
+    """Public names, and the public methods that our classes do not have from transformers or torch."""
+    for module in map(importlib.import_module, PUBLIC):
+        own = [n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__ and n[0] != "_"]
+        for name in getattr(module, "__all__", own):
+            thing = getattr(module, name)
+            yield f"{module.__name__}.{name}", thing
+            if inspect.isclass(thing):
+                foreign = {
+                    n for base in thing.__mro__ if not base.__module__.startswith("flux_ext") for n in vars(base)
+                }
+                for method in sorted(set(vars(thing)) - foreign):
+                    if method[0] != "_" and (
+                        callable(getattr(thing, method)) or isinstance(vars(thing)[method], property)
+                    ):
+                        yield f"{module.__name__}.{name}.{method}", getattr(thing, method)
+
+
+def documentation(thing) -> str:
+    """The docstring; a class's with those of its fields and its own bases."""
+    if not inspect.isclass(thing):
+        return inspect.getdoc(thing) or ""
+    texts = []
+    for cls in thing.__mro__:
+        if cls.__module__.startswith("flux_ext"):
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+            fields = [
+                a.target.id for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+            ]
+            texts += [cls.__doc__ or "", *fields]
+    return "\n".join(texts)
+
+
+THINGS = dict(public_things())
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_public_names_are_documented(name):
+    """Each has a docstring that names every parameter, or says where they are explained ("as for ...")."""
+    thing = THINGS[name]
+    text = documentation(thing)
+    assert text
+    if callable(thing) and not re.search(r"as for\s+:", text):
+        parameters = inspect.signature(thing).parameters.values()
+        named = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.name not in ("self", "kwargs")]
+        assert [n for n in named if not re.search(rf"\b{n}\b", text)] == []
