@@ -32,8 +32,8 @@ def differentiable(op: Any, function: Callable[..., Any], twin: Callable[..., An
 
     Args:
         op: the operator.
-        function: the operator, recorded for a backward pass; takes its arguments.
-        twin: the same in plain PyTorch; takes its arguments.
+        function: calls it and records its backward pass (``apply`` of a ``torch.autograd.Function``); same arguments.
+        twin: computes the same in plain PyTorch; same arguments.
     """
 
     def kernel(*args: Any) -> Any:

@@ -52,7 +52,7 @@ def route(
     check_integer("pool_size", pool_size)
     try:
         _, logits, decision = call(_ops.route, x, weights, pool_size, bool(per_head), begin, end)
-    except RuntimeError:  # perhaps the dispatcher's; looked into late, as there are ten weights
+    except RuntimeError:  # perhaps a weight is no tensor; ten of them are not checked before every call
         check_tensors({f"weights[{i}]": w for i, w in enumerate(weights)}, {})
         raise
     return logits, decision
