@@ -115,8 +115,7 @@ def flux_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask ``[B, kv_length]`` or None: never a dense one. Over a static cache it is filled up to the
-    cache's length, so that all steps have one shape."""
+    """The padding mask ``[B, kv_length]`` or None: never a dense one. A static cache's has one shape for all steps."""
     if use_vmap:
         raise ValueError("flux_ext attention is causal: mask functions of a model's own are not supported")
     if attends_ahead(mask_function) and _some_attend_ahead(mask_function, batch_size, q_length, q_offset):
@@ -134,6 +133,6 @@ def _some_attend_ahead(mask_function: Any, batch_size: int, q_length: int, q_off
 
 
 def register() -> None:
-    """Registers both functions with transformers."""
+    """Makes both known to transformers."""
     AttentionInterface.register(NAME, flux_attention)
     AttentionMaskInterface.register(NAME, flux_mask)

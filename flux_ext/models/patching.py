@@ -127,8 +127,7 @@ def unpatch(model: Any) -> Any:
 def patched(
     model: Any, config: FluxConfig | None = None, *, routers: FluxRouters | str | Path | None = None
 ) -> Iterator[Any]:
-    """A patched model for the length of a ``with`` block; one that was patched before stays so. Arguments as for
-    :func:`patch`."""
+    """:func:`patch` for the length of a ``with`` block; a model that was patched before stays so."""
     before = is_patched(model)
     patch(model, config, routers=routers)
     try:

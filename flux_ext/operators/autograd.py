@@ -32,8 +32,8 @@ def differentiable(op: Any, function: Callable[..., Any], twin: Callable[..., An
 
     Args:
         op: the operator.
-        function: calls it and records its backward pass (``apply`` of a ``torch.autograd.Function``); same arguments.
-        twin: computes the same in plain PyTorch; same arguments.
+        function: the operator, recorded for a backward pass; takes its arguments.
+        twin: the same in plain PyTorch; takes its arguments.
     """
 
     def kernel(*args: Any) -> Any:
