@@ -26,6 +26,8 @@ MODULES = [
 def main(folder: Path) -> None:
     """Writes `folder`/index.html and what it links to."""
     warnings.filterwarnings("error", module="pdoc")
+    # A named tuple under another module's name: pdoc looks for its types there, and shows their names instead.
+    warnings.filterwarnings("ignore", message="Error parsing type annotation", module="pdoc")
     package = import_module("flux_ext")
     for name in package.__all__:  # imported when first used, but pdoc looks only for what is there
         setattr(package, name, getattr(package, name))
