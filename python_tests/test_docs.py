@@ -91,6 +91,14 @@ def test_files_that_are_named_are_there(path):
         assert name in ends, name
 
 
+@pytest.mark.parametrize("page", ["kernels.md", "schedule.md", "patterns.md"])
+def test_names_of_the_core_and_the_kernels_are_there(page):
+    """What stands in backticks and is no plain word."""
+    text = sources()
+    names = re.findall(r"`(k[A-Z]\w*|\w+_\w+|[A-Z]\w+[a-z][A-Z]\w+)`", (ROOT / "docs" / page).read_text())
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
+
+
 PUBLIC = ["flux_ext", "flux_ext.training", "flux_ext.operators", "flux_ext.evaluation.runner", "flux_ext.examples"]
 
 
