@@ -17,7 +17,7 @@ TOOLS := "pip>=24" "setuptools>=77" wheel "torch>=2.10" numpy "pybind11>=2.13" c
 CUTLASS := nvidia-cutlass==4.2.0.0
 LINTERS := ruff mypy clang-format==19.1.7
 
-.PHONY: test demo install wheel cpp-test python-test smollm2 lint lock clean
+.PHONY: test demo install wheel cpp-test python-test smollm2 lint docs lock clean
 
 test: cpp-test python-test
 
@@ -63,13 +63,18 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'cpp_tests/*.h' 'cpp_tests/*.cpp')
 
+# The API reference, made from the docstrings: build/docs/index.html.
+docs: install
+	$(PIP_INSTALL) pdoc
+	$(BIN)/python tools/api_reference.py build/docs
+
 # Renews constraints.txt for every supported Python. A pin stays as long as pyproject.toml allows it; UPGRADE raises it:
 # `make lock UPGRADE="--upgrade-package transformers"`, or UPGRADE=--upgrade for all. What torch pins itself (the CUDA
 # libraries, triton) is left to torch, so that a build of it for another CUDA version, or for CPUs only, fits as well.
 lock: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet uv
 	printf '%s\n' $(TOOLS) build | \
-	  $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --extra dev --no-annotate \
+	  $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --extra test --extra dev --extra docs --no-annotate \
 	  --custom-compile-command "make lock" $(UPGRADE) --output-file constraints.txt pyproject.toml -
 	sed -i -E '/^(triton|cuda-|nvidia-(cu|nccl|nv))/{/cuobjdump|nvdisasm/!d}' constraints.txt
 

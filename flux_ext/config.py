@@ -98,6 +98,7 @@ class FluxConfig:
         """The configuration that :meth:`to_dict` gave; fields that an older version lacked have their defaults.
 
         Args:
+            values: what the JSON file holds.
             source: the file, for errors.
 
         Raises:

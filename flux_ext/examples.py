@@ -20,7 +20,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt (``context + question``), the text that should follow it, and the task it belongs to.
+    """A prompt (``context + question``), the ``answer`` that should follow it, and the ``task`` it belongs to.
 
     Raises:
         ValueError: a text has half of a surrogate pair (JSON can write one): no encoding has a form for it.
@@ -76,7 +76,7 @@ def tokenized(example: Example, tokenizer: Tokenizer) -> tuple[list[int], list[i
 
 
 def load_examples(path: str | Path) -> list[Example]:
-    """Reads a ``.jsonl`` or ``.parquet`` file.
+    """Reads a ``.jsonl`` or ``.parquet`` file at ``path``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +100,7 @@ def load_examples(path: str | Path) -> list[Example]:
 
 
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:
-    """Writes JSON lines that :func:`load_examples` reads."""
+    """Writes ``examples`` to ``path``, as JSON lines that :func:`load_examples` reads."""
     with open(path, "w", encoding="utf-8") as file:
         for e in examples:
             file.write(json.dumps({c: getattr(e, c) for c in COLUMNS}, ensure_ascii=False) + "\n")

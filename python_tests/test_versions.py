@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import flux_ext
 from flux_ext.transformers_seam import TRIED
 
 if sys.version_info >= (3, 11):
@@ -82,6 +83,16 @@ def test_the_ends_of_the_range_and_the_pins_were_tried(package):
         assert [Version(v) for v in TRIED] == versions, "the table and flux_ext/transformers_seam.py"
         last = max(versions)
         assert bounds["<"] == Version(f"{last.major}.{last.minor + 1}"), f"{last} is the last that was tried"
+
+
+def test_the_version_stands_once():
+    """In flux_ext/__init__.py, as a literal that setuptools reads without importing anything."""
+    assert "version" not in PROJECT and PROJECT["dynamic"] == ["version"]
+    assert re.search(r"^project\(flux_ext LANGUAGES CXX\)$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    literal = re.search(
+        r'^__version__ = "(\d+\.\d+\.\d+)"$', (ROOT / "flux_ext" / "__init__.py").read_text(), re.MULTILINE
+    )
+    assert literal and literal[1] == flux_ext.__version__
 
 
 def test_one_lower_bound_of_torch():

@@ -39,7 +39,7 @@ SM90 = Rule(r"sm90.*attend", need=frozenset({"HGMMA", "UTMALDG"}), forbid=SPILLS
 # The first rule that matches counts.
 RULES = (
     replace(SM90, pattern=SM90.pattern + ".*Li256E"),
-    # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels.md, v8).
+    # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
     replace(SM90, most=(("R2UR", 120),)),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"route_kernel", most_registers=128),

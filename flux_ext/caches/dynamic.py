@@ -390,7 +390,7 @@ class FluxCache(Cache):
                 self.history.cache_layers.add(layer)
 
     def check_batch(self, batch_size: int) -> None:
-        """Before a forward.
+        """Before a forward of ``batch_size`` sequences.
 
         Raises:
             ValueError: it has more or fewer sequences than the cache.

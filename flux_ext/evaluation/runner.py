@@ -30,7 +30,7 @@ _ROUTES = {"dense": "full", "sparse": "sparse"}
 
 @dataclass(frozen=True)
 class Score:
-    """What one task gave in one mode."""
+    """What one ``task`` gave in one ``mode``, over so many ``examples`` and in so many ``seconds``."""
 
     task: str
     mode: Mode

@@ -43,7 +43,7 @@ def flux_attention(
     refuse_terms(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     context, cache_layer, route = patched.current()
-    if torch.is_autocast_enabled(value.device.type):  # the rotary embedding of an fp32 model gives fp32
+    if torch.is_autocast_enabled(value.device.type):  # of an fp32 model, whose rotary embedding then gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if patched.window is not None:
@@ -115,7 +115,8 @@ def flux_mask(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask ``[B, kv_length]`` or None: never a dense one. A static cache's has one shape for all steps."""
+    """The padding mask ``[B, kv_length]`` or None: never a dense one. Over a static cache it is filled up to the
+    cache's length, so that all steps have one shape."""
     if use_vmap:
         raise ValueError("flux_ext attention is causal: mask functions of a model's own are not supported")
     if attends_ahead(mask_function) and _some_attend_ahead(mask_function, batch_size, q_length, q_offset):
@@ -133,6 +134,6 @@ def _some_attend_ahead(mask_function: Any, batch_size: int, q_length: int, q_off
 
 
 def register() -> None:
-    """Makes both known to transformers."""
+    """Registers both functions with transformers."""
     AttentionInterface.register(NAME, flux_attention)
     AttentionMaskInterface.register(NAME, flux_mask)

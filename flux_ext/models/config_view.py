@@ -58,7 +58,7 @@ def _view_class(stock: Any) -> Any:
             "__module__": __name__,
             "__doc__": stock.__doc__,
             "__slots__": ("_flux_stock", "_flux_name", "_flux_text"),  # not in the shared __dict__
-            "__new__": lambda cls, *args, **kwargs: stock(*args, **kwargs),  # what is made anew is no view
+            "__new__": lambda cls, *args, **kwargs: stock(*args, **kwargs),  # a call makes a stock object, no view
             "__init__": stock.__init__,
             "__reduce_ex__": reduce,
             "__copy__": lambda self: view_of(copy.copy(self._flux_stock), self._flux_name, self._flux_text),

@@ -60,9 +60,12 @@ class Tap:
         return norm(states)
 
     def sees(self, output: Tensor, given: Tensor, attention: nn.Module) -> bool:
-        """Whether the states are what attention was ``given``, ``[2, H, S, D]``, where
-        :func:`flux_ext.models.proof.look` looked: at position 0 in the first row, and the same states at another
-        position in the second.
+        """Whether this tap gives what a router must see: states from before the rotary embedding.
+
+        ``output`` and what attention was ``given``, ``[2, H, S, D]``, come from the forward of
+        :func:`flux_ext.models.proof.look`. In its first row all tokens stand at position 0, where the embedding changes
+        nothing: there the states must be those that attention was given. In its second row the same tokens stand at
+        another position: states from before the embedding are the same in both rows.
 
         A rotary embedding may scale the features it rotates (YaRN), by one factor, also at position 0.
         """
@@ -94,8 +97,9 @@ def find_tap(
     """Where ``kind`` ("query" or "key") states leave a submodule before the rotary embedding, after their norm.
 
     Args:
-        given: the states that attention was given, ``[2, H, S, D]``, and
-        outputs: those of the submodules, by name, where :func:`flux_ext.models.proof.look` looked.
+        given: the states that attention was given, ``[2, H, S, D]``, in the forward of
+            :func:`flux_ext.models.proof.look`.
+        outputs: of the submodules, by name, in the same forward.
         heads: num_q_heads, num_kv_heads, head_dim.
 
     Raises:
@@ -118,7 +122,8 @@ def find_tap(
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that has the layers. ``get_decoder`` gives another one where a head is called decoder, for one."""
+    """The module that has the layers: not always what ``get_decoder`` gives, as some families call the output head
+    decoder."""
     found = [model.get_decoder(), model.base_model, getattr(model, "model", None)]
     return next((m for m in found if isinstance(getattr(m, "layers", None), nn.ModuleList)), found[0])
 
@@ -165,7 +170,7 @@ def attention_of(layer: nn.Module, index: int) -> nn.Module:
 def device_of(module: nn.Module, model: nn.Module | None = None) -> torch.device:
     """Where a module computes: of its weights, or where accelerate brings offloaded ones.
 
-    A module whose weights are no tensors that torch knows (packed int8) is where its ``model`` is.
+    Packed int8 weights are no parameters of their module: it is taken to be where its ``model`` is.
     """
     first: Tensor | None = next(itertools.chain(module.parameters(), module.buffers()), None)
     if first is not None and first.device.type != "meta":

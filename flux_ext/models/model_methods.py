@@ -1,4 +1,4 @@
-"""The methods of one model that a patch replaces: ``generate``'s, of which caches depend, and ``save_pretrained``."""
+"""Methods of one model that a patch replaces: those of ``generate`` on which caches depend, and ``save_pretrained``."""
 
 from __future__ import annotations
 

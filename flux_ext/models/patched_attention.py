@@ -33,7 +33,8 @@ class ThreadState(threading.local):
         decisions: of the last forward, by place among the routed layers.
     """
 
-    # Set in every thread, not by the class: torch 2.11 compiles what the class says instead of what the thread has.
+    # Set here, once in every thread, and not as attributes of the class: torch 2.11 compiles the class's values in,
+    # whatever the thread has set.
     def __init__(self) -> None:
         self.forward: Any = None
         self.context: Any = None

@@ -189,6 +189,7 @@ def policy(model: nn.Module, fn: Policy) -> contextlib.AbstractContextManager[No
     """Lets ``fn(layer, logits)`` decide in place of the routers' argmax, in this thread.
 
     Args:
+        model: a patched model.
         fn: layer is the position among the routed layers; logits fp32 ``[B, 2]`` (head routers
             ``[B, Hkv, 2]``), index 1 arguing for full. Returns the route, ``[B]`` or ``[B, Hkv]``: integers or booleans
             (1 sparse) or floating weights of sparse. Called again when checkpointing recomputes a layer.
@@ -201,6 +202,7 @@ def prompt_lengths(model: nn.Module, lengths: Tensor | None) -> contextlib.Abstr
     together, and must decide from what there is when an answer is generated.
 
     Args:
+        model: a patched model.
         lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
     """
     return _setting(model, "prompt_lengths", lengths)

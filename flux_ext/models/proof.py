@@ -136,7 +136,7 @@ class Proof:
         return (want, *output[1:]) if isinstance(output, tuple) else want
 
     def _valid(self, states: Tensor) -> Tensor:
-        """Without what stands at padding, which is of no account."""
+        """The states of tokens, without those of padding, on which nothing depends."""
         return states[self.mask[:, :-1].bool().to(states.device)] if states.shape[:2] == (2, PROMPT) else states
 
     def _judge(self, got: Tensor, want: Tensor, name: str, tolerance: float) -> None:
@@ -154,7 +154,7 @@ class Proof:
 
 
 def _computable(decoder: nn.Module, device: torch.device) -> Any:
-    """On CUDA, fp32 models are patched to be run under autocast: the kernels take fp16 and bf16."""
+    """Autocast for an fp32 model on CUDA, where the kernels take fp16 and bf16 only: it will be run so too."""
     single = any(p.dtype == torch.float32 for p in decoder.parameters())
     if device.type != "cuda" or not single or torch.is_autocast_enabled("cuda"):
         return contextlib.nullcontext()
@@ -167,8 +167,8 @@ def _first(output: Any) -> Tensor:
 
 
 def _coarseness(module: nn.Module) -> float:
-    """The share of its largest value by which a module's output may jump where its input changes in the last bit:
-    quantised weights may bring quantised inputs with them."""
+    """How far a module's output may jump where its input changes in the last bit, as a share of its largest value: 0,
+    but more where weights are quantised, as then the inputs may be rounded to a few levels too."""
     weights = [t for t in (*module.parameters(), *module.buffers()) if t.dim() > 1]
     if weights and all(t.is_floating_point() and t.dtype.itemsize > 1 for t in weights):
         return 0.0
@@ -194,14 +194,14 @@ class View:
 
 
 class _Looker:
-    """One run of :func:`look`; modules find it by themselves: ``module._flux_look``."""
+    """What one run of :func:`look` collects. An attention module carries the index of its layer, ``_flux_look``."""
 
     def __init__(self, windows: dict[int, int], views: dict[int, View], kinds: list[str]) -> None:
         self.windows, self.views, self.kinds = windows, views, kinds
         self.masks: list[tuple[Tensor, Any]] = []
 
     def stranger(self, module: nn.Module) -> str:
-        """What to say of a module that attends in no layer that is known to."""
+        """The reason to refuse a module that attends, though its layer is not among those that were found to."""
         index = getattr(module, "layer_idx", None)
         kind = self.kinds[index] if isinstance(index, int) and index < len(self.kinds) else "none"
         return (
@@ -243,7 +243,7 @@ def _masks_as_we_do(function: Any, window: int | None) -> bool:
 def _look_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Looks, and gives each token its own value."""
+    """Notes what it is given, and returns each token's own value, as if it saw itself alone."""
     index = getattr(module, "_flux_look", None)
     if index is None:
         raise ValueError(_local.looker.stranger(module))
@@ -253,7 +253,7 @@ def _look_attention(
 
 
 def _look_mask(mask_function: Any = None, **kwargs: Any) -> Tensor:
-    """A mark by which the attention function knows the mask function."""
+    """An empty tensor in place of the mask, by which the attention function can tell which mask function it is of."""
     flux_mask(mask_function=mask_function, **kwargs)  # refuses what it refuses
     marker = torch.empty(0, device=kwargs.get("device"))
     _local.looker.masks.append((marker, mask_function))
@@ -269,10 +269,12 @@ def look(
     kinds: list[str],
     set_implementation: Callable[[str], None],
 ) -> dict[int, View]:
-    """What every layer's attention is given, in a forward of two equal rows at the positions 0 and 7 throughout.
+    """What every layer's attention is given, in a forward of two equal rows: in the first all tokens stand at position
+    0, in the second all at position 7.
 
-    At one position throughout attention does not depend on which it is, and at 0 a rotary embedding changes nothing:
-    there the attention function is given what a tap must see, and a tap before the embedding sees it in both rows.
+    Both rows must give the same, as attention depends on differences of positions alone. At position 0 a rotary
+    embedding changes nothing: what attention is given there is what a router must see, and a submodule that gives the
+    same in both rows comes before the embedding.
 
     Args:
         windows: sliding windows, of the layers that have one.
@@ -336,7 +338,7 @@ def _note(outputs: dict[str, Tensor], name: str, module: nn.Module, args: Any, o
 
 
 def _same_rows(module: nn.Module, args: Any, output: Any) -> Any:
-    """Rounding differs with the position: the second row goes on as the first."""
+    """Makes the second row a copy of the first: they differ by rounding, which shall not add up over the layers."""
     first = _first(output)
     first = torch.cat([first[:1], first[:1]]) if first.shape[0] == 2 else first
     return (first, *output[1:]) if isinstance(output, tuple) else first

@@ -3,7 +3,7 @@
 Every pattern is causal. A query stands at position ``p = kv_len - q_len + i`` (bottom-right alignment) and
 sees key ``j`` when
 
-    ``j <= p and (j < sink or j >= align * (p // align + 1) - window or p >= kv_len - last_q)``
+    j <= p and (j < sink or j >= align * (p // align + 1) - window or p >= kv_len - last_q)
 
 or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is listed for its query block.
 """

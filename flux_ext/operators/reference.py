@@ -68,7 +68,7 @@ def attend(
 
     Args:
         q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
-        kv: keys and values, packed, paged or not, whatever q is (packed ones beside a packed q only).
+        kv: keys and values. Packed ones go with a packed q only, a contiguous or paged cache with any q.
         routing: the route and its two patterns; block lists, not a threshold.
         scale: softmax scale.
         q_begin, q_end: ``[B]``, rows ``[q_begin, q_end)`` of q belong to the sequence; None: all. Of a packed q they

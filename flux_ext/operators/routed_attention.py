@@ -30,7 +30,7 @@ def attend(
     q_begin: Tensor | None = None,
     q_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries, by routes that choose, over keys and values whose rows are all accounted for.
+    """Attention by hard routes, with the bounds of every sequence as tensors: the operator without conveniences.
 
     Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32, and the patterns may be
     block lists by threshold where there are no bounds. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]``

@@ -26,10 +26,18 @@ def route(
     begin: Tensor | None = None,
     end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Router scoring in one operator: pool, two MLPs, decision; see :func:`flux_ext.operators.reference.route`.
+    """Router scoring in one operator: pool, two MLPs, decision (:func:`flux_ext.operators.reference.route`).
 
-    ``x`` fp16, bf16 or fp32; weights of one such dtype; bounds int32. Returns logits, fp32, differentiable in ``x``
-    and the weights, and the route, int32.
+    Args:
+        x: the states, ``[B, S, H, D]`` or packed ``[T, H, D]``; fp16, bf16 or fp32.
+        weights: ``[w1, b1, ..., w5, b5]`` of the five linear layers, each weight ``[out, in]``; one of these dtypes.
+        pool_size: rows pooled at either end of a sequence.
+        per_head: one decision per head, else one per sequence.
+        begin, end: int32 ``[B]``, the rows of ``x`` that belong to each sequence; both needed where it is packed.
+
+    Returns:
+        logits, fp32 ``[B, 2]`` (per head ``[B, H, 2]``), differentiable in ``x`` and the weights; and the route, int32
+        ``[B]`` (``[B, H]``).
 
     Where the pooled states are not finite (NaN, or what overflowed), neither are the logits, and the route is full.
 
@@ -44,7 +52,7 @@ def route(
     check_integer("pool_size", pool_size)
     try:
         _, logits, decision = call(_ops.route, x, weights, pool_size, bool(per_head), begin, end)
-    except RuntimeError:  # perhaps the dispatcher's; looked into late, as there are ten weights
+    except RuntimeError:  # perhaps a weight is no tensor; ten of them are not checked before every call
         check_tensors({f"weights[{i}]": w for i, w in enumerate(weights)}, {})
         raise
     return logits, decision

@@ -83,7 +83,10 @@ class FluxRouters(
         self._tensors()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """See the Hub's ``push_to_hub``. A repository that has a model card keeps it."""
+        """Saves to the Hub repository ``repo_id``; other arguments as for the Hub's ``push_to_hub``.
+
+        A repository that has a model card keeps it.
+        """
         api = HfApi(token=kwargs.get("token"))
         repo_id = api.create_repo(repo_id=repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
         if api.file_exists(repo_id, CARD_FILE, revision=kwargs.get("branch")):
@@ -167,7 +170,7 @@ class FluxRouters(
         return routers.to(device).eval()
 
     def load_weights(self, tensors: Mapping[str, Tensor], name: str = "the state dict") -> None:
-        """Copies tensors of exactly this module's names and shapes.
+        """Copies tensors of exactly this module's names and shapes; ``name`` is what errors call them.
 
         Raises:
             ValueError: a tensor is missing, superfluous or of another shape; nothing was changed.

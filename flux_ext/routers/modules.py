@@ -124,7 +124,7 @@ class Router(nn.Module):
         return logits, decide(logits)
 
     def forward(self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None) -> Tensor:
-        """The logits of :meth:`decide`."""
+        """The logits of :meth:`decide`, arguments as for :meth:`decide`."""
         return self.decide(x, seq_start, seq_end)[0]
 
     def load_published(self, state_dict: Mapping[str, Tensor], layer: int | None = None) -> None:

@@ -100,7 +100,11 @@ class Recipe:
 
     @classmethod
     def published(cls, **changes: Any) -> Recipe:
-        """The recipe of the published code: straight-through, ``|d|`` and ``d^2``, multiplier rate 1e-3."""
+        """The recipe of the published code: straight-through, ``|d|`` and ``d^2``, multiplier rate 1e-3.
+
+        Args:
+            changes: other fields of the recipe, or other values of these three.
+        """
         base: dict[str, Any] = {
             "objective": "straight_through",
             "multipliers": "published_abs",
@@ -113,7 +117,7 @@ class Recipe:
         return self.targets.get(task, self.default_target)
 
     def check_tasks(self, tasks: Collection[str]) -> None:
-        """ValueError where ``targets`` names a task that is not among these."""
+        """ValueError where ``targets`` names a task that is not among ``tasks``."""
         if unknown := sorted(set(self.targets) - set(tasks)):
             raise ValueError(
                 f"targets names tasks that the data lack: {', '.join(unknown)}; they have {', '.join(sorted(tasks))}"
@@ -141,6 +145,8 @@ class Recipe:
 
 def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
     """``TrainingArguments`` with the published optimiser settings, any of them open to ``changes``.
+
+    Checkpoints, and in the end the routers, go to ``output_dir``.
 
     AdamW with learning rate 5e-4, betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the
     steps, then cosine (arXiv 2604.07394, section 4).

@@ -78,7 +78,7 @@ class PaddedCollator:
     """Batches padded on the left, so that the answers end together and few logits are needed.
 
     Returns ``input_ids``, ``attention_mask`` and ``labels`` ``[B, S]``, ``task_ids`` and ``prompt_lengths``
-    ``[B]``, all int64. Without any padding there is no mask.
+    ``[B]``, all int64. Padding is ``pad_token_id``; without any there is no mask.
     """
 
     pad_token_id: int = 0

@@ -171,7 +171,7 @@ class Objective(nn.Module):
         self.generator.set_state(state.cpu())
 
     def uniform(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uniform draws in (0, 1), fp32, on the device of ``like``."""
+        """Uniform draws in (0, 1), fp32 of this ``shape``, on the device of ``like``."""
         x = torch.rand(*shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
         return x.to(like.device, non_blocking=True)
 
@@ -255,7 +255,8 @@ class Counterfactual(Objective):
         self.register_buffer("dealt", torch.full((len(self.tasks),), num_layers))
 
     def deal(self, tasks: Sequence[int]) -> Tensor:
-        """The layers to flip, int64 ``[B, flips]`` on the CPU, different ones in each row."""
+        """The layers to flip for sequences of these ``tasks``, int64 ``[B, flips]`` on the CPU, different ones in each
+        row."""
         flips, rows = self.recipe.flips, []
         for task in tasks:
             if self.dealt[task] + flips > self.num_layers:
@@ -267,7 +268,7 @@ class Counterfactual(Objective):
         return torch.stack(rows)
 
     def groups(self, batch: int) -> Tensor:
-        """The heads that flip together, bool ``[B, flips, H]`` on the CPU."""
+        """The heads that flip together in a ``batch`` of B sequences, bool ``[B, flips, H]`` on the CPU."""
         shape = (batch, self.recipe.flips, self.num_heads)
         rank = torch.rand(shape, generator=self.generator).argsort(-1).argsort(-1)
         return rank < self.recipe.heads_per_flip
