@@ -14,7 +14,7 @@
 #include "attend_case.h"
 #include "cpu/cpu.h"
 #ifdef FLUX_SIMT
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
 #endif
 
@@ -31,33 +31,33 @@ struct HostPlan {
 
 HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
-  std::vector<int64_t> cost{0}, row_cost(num_rows(s), 0);
-  std::vector<Span> tiles_of_row;
-  const auto add_row = [&](int32_t row) {
-    const int32_t b = row / s.num_kv_heads, h = row % s.num_kv_heads;
+  std::vector<int64_t> cost{0}, cost_of(num_seq_heads(s), 0);
+  std::vector<Span> tiles_of;  // by sequence head
+  const auto add_tiles = [&](int32_t seq_head) {
+    const int32_t b = seq_head / s.num_kv_heads, h = seq_head % s.num_kv_heads;
     const auto begin = int32_t(p.tiles.size());
-    for (int32_t m = tiles_in_row(s, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
-    tiles_of_row.push_back({begin, int32_t(p.tiles.size())});
+    for (int32_t m = tiles_in_seq_head(s, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
+    tiles_of.push_back({begin, int32_t(p.tiles.size())});
   };
-  for (int32_t row = 0; row < num_rows(s); ++row) add_row(row);
+  for (int32_t n = 0; n < num_seq_heads(s); ++n) add_tiles(n);
   for (const Tile& t : p.tiles) {
     const int32_t c = tile_cost(view_tile(s, tile, t));
     cost.push_back(cost.back() + c);
-    row_cost[t.seq * s.num_kv_heads + t.kv_head] += c;
+    cost_of[t.seq * s.num_kv_heads + t.kv_head] += c;
   }
   const auto num_tiles = int32_t(p.tiles.size());
   bool in_turn = true;
-  for (int32_t row = 0; row < num_rows(s); ++row) {
-    const int32_t longest = s.kv_rows(row / s.num_kv_heads, row % s.num_kv_heads).size();
-    in_turn &= takes_turns(num_rows(s), longest, s.head_dim) && tiles_of_row[row].size() == tiles_of_row[0].size();
+  for (int32_t n = 0; n < num_seq_heads(s); ++n) {
+    const int32_t longest = s.kv_rows(n / s.num_kv_heads, n % s.num_kv_heads).size();
+    in_turn &= takes_turns(num_seq_heads(s), longest, s.head_dim) && tiles_of[n].size() == tiles_of[0].size();
   }
-  const int32_t row_tiles = tiles_of_row[0].size();
+  const int32_t tiles_each = tiles_of[0].size();
   bool whole = true;
   for (int32_t t = 0; t < num_tiles; ++t) {
-    const Span row = tiles_of_row[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
-    int64_t before = work_before(cost.data(), num_tiles, t, row), own = cost[t + 1] - cost[t];
+    const Span siblings = tiles_of[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
+    int64_t before = work_before(cost.data(), num_tiles, t, siblings), own = cost[t + 1] - cost[t];
     if (in_turn) {
-      const Turn turn = turn_of(cost.data(), num_rows(s), row_tiles, t - row.begin);
+      const Turn turn = turn_of(cost.data(), num_seq_heads(s), tiles_each, t - siblings.begin);
       before = turn.before, own = turn.largest;
     }
     whole &= !ends_late(before, own, cost.back(), num_workers);
@@ -70,15 +70,15 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
   }
   if (in_turn) {
     p.tiles.clear();
-    for (int32_t i = row_tiles - 1; i >= 0; --i)
-      for (int32_t r = 0; r < num_rows(s); ++r) p.tiles.push_back({r / s.num_kv_heads, r % s.num_kv_heads, i});
+    for (int32_t i = tiles_each - 1; i >= 0; --i)
+      for (int32_t n = 0; n < num_seq_heads(s); ++n) p.tiles.push_back({n / s.num_kv_heads, n % s.num_kv_heads, i});
     return p;
   }
-  std::vector<int32_t> order(num_rows(s));
+  std::vector<int32_t> order(num_seq_heads(s));
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row_cost[a] > row_cost[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost_of[a] > cost_of[b]; });
   p.tiles.clear();
-  for (int32_t row : order) add_row(row);
+  for (int32_t seq_head : order) add_tiles(seq_head);
   return p;
 }
 
@@ -179,7 +179,7 @@ TEST_F(Plan, Decode) {
   for (uint32_t seed = 0; seed < 5; ++seed) {
     expect_equal_plans(1, 8, 1, 100000, {4, 64}, 264, seed);
     expect_equal_plans(64, 8, 1, 40000, {4, 64}, 264, seed);
-    expect_equal_plans(300, 8, 1, 3000, {4, 64}, 264, seed);  // more rows than shared memory holds
+    expect_equal_plans(300, 8, 1, 3000, {4, 64}, 264, seed);  // more sequence heads than shared memory holds
     expect_equal_plans(1500, 2, 1, 64, {4, 64}, 16, seed);
   }
 }
@@ -188,9 +188,9 @@ TEST_F(Plan, Prefill) {
   for (uint32_t seed = 0; seed < 5; ++seed) {
     expect_equal_plans(1, 1, 5, 5, {32, 64}, 132, seed);
     expect_equal_plans(3, 4, 2000, 3000, {32, 64}, 132, seed);
-    expect_equal_plans(8, 8, 20000, 20000, {32, 128}, 132, seed);  // whole tiles, sorted rows
+    expect_equal_plans(8, 8, 20000, 20000, {32, 128}, 132, seed);  // whole tiles, sorted
     expect_equal_plans(200, 8, 300, 3000, {32, 64}, 132, seed);
-    expect_equal_plans(1, 8, 4096, 4096, {32, 128}, 132, seed, true);  // rows take turns
+    expect_equal_plans(1, 8, 4096, 4096, {32, 128}, 132, seed, true);  // in turns
     expect_equal_plans(4, 8, 512, 1500, {32, 64}, 40, seed, true);
     expect_equal_plans(1, 5, 128, 3000, {32, 64}, 132, seed, true);  // would, but tiles end late
   }
@@ -470,14 +470,14 @@ TEST(Append, AgreesWithTheCpu) {
     p.pool_dtype = random.chance(50) ? p.k_dtype : DType(random.integer(0, 2));
     std::vector<int32_t> base, ring, seen;
     const int32_t window_pages = ceil_div(p.pattern.window + p.pattern.align + p.unit + 1, p.page_size) + 1;
-    for (int32_t row = 0; row < p.num_rows(); ++row) {
+    for (int32_t n = 0; n < p.num_seq_heads(); ++n) {
       const int32_t full = p.max_pages - p.sink_pages;
       base.push_back(p.num_pages);
       ring.push_back(max_of(random.chance(50) ? full : min_of(window_pages, full), 1));
       seen.push_back(random.integer(0, 10));
       p.num_pages += p.sink_pages + ring.back();
     }
-    std::vector<int32_t> table(size_t(p.num_rows()) * p.max_pages), kv_len(p.num_rows());
+    std::vector<int32_t> table(size_t(p.num_seq_heads()) * p.max_pages), kv_len(p.num_seq_heads());
     std::vector<int64_t> slots{7};
     std::vector<int32_t> active(p.batch, 1);
     const int32_t unit = random.chance(50) ? 8 : 1;
@@ -502,13 +502,13 @@ TEST(Append, AgreesWithTheCpu) {
       else
         return x.data();
     });
-    for (int step = 0; step < p.max_cache_len; ++step) {  // the last ones find rows full
+    for (int step = 0; step < p.max_cache_len; ++step) {  // the last ones find no place
       for (test::Data* x : {&k, &v})
         for (int64_t n = 0; n < x->size(); ++n) x->set(n, random.normal());
       Copies token;
       there.k = token(k), there.v = token(v);
       here.k = k.bytes.data(), here.v = v.bytes.data();
-      if (i % 2) {  // rows without a token in this step, and rows that get NaN
+      if (i % 2) {  // sequences without a token in this step, and such that get NaN
         for (int32_t& a : active) a = random.integer(-1, 1);
         there.active = token(active), here.active = active.data();
       }

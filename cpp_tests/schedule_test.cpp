@@ -181,7 +181,7 @@ TEST(Schedule, NeverMoreTilesThanAnnounced) {
   }
 }
 
-TEST(Schedule, LongestTilesOfARowComeFirst) {
+TEST(Schedule, LongestTilesOfASequenceHeadComeFirst) {
   ProblemShape shape;
   shape.batch = shape.num_q_heads = shape.num_kv_heads = 1;
   shape.max_q_len = shape.q_rows.capacity = shape.kv_rows.capacity = 1000;
@@ -196,34 +196,35 @@ TEST(Schedule, LongestTilesOfARowComeFirst) {
   }
 }
 
-// Whatever order the rows are handed out in.
+// Whatever order the sequence heads are handed out in.
 TEST(Schedule, TilesHandedOutWholeEndInTime) {
   Random random(31);
   int whole_plans = 0;
   for (int i = 0; i < 3000; ++i) {
-    const int32_t workers = random.integer(1, 40), num_rows = random.integer(1, 12);
-    std::vector<std::vector<int32_t>> rows(num_rows);
+    const int32_t workers = random.integer(1, 40), num_seq_heads = random.integer(1, 12);
+    std::vector<std::vector<int32_t>> seq_heads(num_seq_heads);  // costs of their tiles
     std::vector<int64_t> cost{0};
     std::vector<Span> spans;
-    for (auto& row : rows) {
+    for (auto& tiles : seq_heads) {
       const auto begin = int32_t(cost.size()) - 1;
       const int32_t longest = random.integer(1, random.chance(20) ? 300 : 20);
-      for (int32_t t = random.integer(0, 30); t > 0; --t) row.push_back(random.integer(1, longest));
-      for (const int32_t c : row) cost.push_back(cost.back() + c);
+      for (int32_t t = random.integer(0, 30); t > 0; --t) tiles.push_back(random.integer(1, longest));
+      for (const int32_t c : tiles) cost.push_back(cost.back() + c);
       spans.push_back({begin, int32_t(cost.size()) - 1});
     }
     const auto num_tiles = int32_t(cost.size()) - 1;
     bool whole = true;
-    for (const Span& row : spans)
-      for (int32_t t = row.begin; t < row.end; ++t)
-        whole &= !ends_late(work_before(cost.data(), num_tiles, t, row), cost[t + 1] - cost[t], cost.back(), workers);
+    for (const Span& siblings : spans)
+      for (int32_t t = siblings.begin; t < siblings.end; ++t)
+        whole &=
+            !ends_late(work_before(cost.data(), num_tiles, t, siblings), cost[t + 1] - cost[t], cost.back(), workers);
     if (!whole) continue;
     ++whole_plans;
     for (int order = 0; order < 3; ++order) {
-      for (int r = num_rows - 1; r > 0; --r) std::swap(rows[r], rows[random.integer(0, r)]);
+      for (int n = num_seq_heads - 1; n > 0; --n) std::swap(seq_heads[n], seq_heads[random.integer(0, n)]);
       std::vector<int64_t> free(workers, 0);  // when each worker is
-      for (const auto& row : rows)
-        for (const int32_t c : row) *std::min_element(free.begin(), free.end()) += c;
+      for (const auto& tiles : seq_heads)
+        for (const int32_t c : tiles) *std::min_element(free.begin(), free.end()) += c;
       const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
       EXPECT_LE(end, std::max(total + total / 8 + int64_t(kSplitBlocks) * workers, total + total / kSmallPart));
     }
@@ -231,27 +232,28 @@ TEST(Schedule, TilesHandedOutWholeEndInTime) {
   EXPECT_GT(whole_plans, 300);
 }
 
-// Rows that take turns, the longest tiles first.
-TEST(Schedule, TilesOfRowsInTurnEndInTime) {
+// Sequence heads that take turns, the longest tiles first.
+TEST(Schedule, TilesOfSequenceHeadsInTurnEndInTime) {
   Random random(32);
   int whole_plans = 0;
   for (int i = 0; i < 3000; ++i) {
-    const int32_t workers = random.integer(1, 40), num_rows = random.integer(2, 12), row_tiles = random.integer(1, 30);
+    const int32_t workers = random.integer(1, 40), num_seq_heads = random.integer(2, 12);
+    const int32_t tiles_each = random.integer(1, 30);
     std::vector<int64_t> cost{0};
-    for (int32_t r = 0; r < num_rows; ++r) {
-      std::vector<int32_t> row(row_tiles);
-      for (int32_t& c : row) c = random.integer(1, 40);
-      std::sort(row.rbegin(), row.rend());
-      for (const int32_t c : row) cost.push_back(cost.back() + c);
+    for (int32_t n = 0; n < num_seq_heads; ++n) {
+      std::vector<int32_t> tiles(tiles_each);
+      for (int32_t& c : tiles) c = random.integer(1, 40);
+      std::sort(tiles.rbegin(), tiles.rend());
+      for (const int32_t c : tiles) cost.push_back(cost.back() + c);
     }
     std::vector<int64_t> free(workers, 0);  // when each worker is
     bool whole = true;
     int64_t before = 0;
-    for (int32_t place = 0; place < row_tiles; ++place) {
-      const Turn turn = turn_of(cost.data(), num_rows, row_tiles, place);
+    for (int32_t place = 0; place < tiles_each; ++place) {
+      const Turn turn = turn_of(cost.data(), num_seq_heads, tiles_each, place);
       whole &= !ends_late(turn.before, turn.largest, cost.back(), workers);
-      for (int32_t r = 0; r < num_rows; ++r) {
-        const int64_t c = cost[r * row_tiles + place + 1] - cost[r * row_tiles + place];
+      for (int32_t n = 0; n < num_seq_heads; ++n) {
+        const int64_t c = cost[n * tiles_each + place + 1] - cost[n * tiles_each + place];
         EXPECT_LE(c, turn.largest);
         *std::min_element(free.begin(), free.end()) += c;
         before += c;

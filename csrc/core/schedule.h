@@ -1,10 +1,11 @@
 // Who computes what: all visible work is a line of (tile, key block) units, cut into equal pieces.
 //
-// A tile is (sequence, KV head, block of query rows); the query heads of the group are packed into its
-// rows (row = query * group + head of the group), so a decode step is a tile with few rows. Tiles are
-// numbered row by row, where a row is a (sequence, KV head) pair, and within a row from the last query
-// block (the longest under a causal mask) to the first. The planner and the kernels call the same
-// functions, so they cannot disagree.
+// A sequence head is one KV head of one sequence: what has keys of its own, and so what work is counted by. There are
+// batch * num_kv_heads of them; number n is KV head n % num_kv_heads of sequence n / num_kv_heads.
+// A tile is a block of the queries of one sequence head. Its rows are these queries for every query head that shares
+// the KV head (row = query * group + head of the group), so a decode step is a tile with few rows. Tiles are numbered
+// sequence head by sequence head, and within one from the last block of queries, which under a causal mask sees the
+// most keys, to the first. The planner and the kernels call the same functions, so they cannot disagree.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +53,7 @@ struct TileView {
   }
 };
 
-FLUX_HD int32_t tiles_in_row(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
+FLUX_HD int32_t tiles_in_seq_head(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
   return ceil_div(shape.q_rows(seq, kv_head).size(), tile.q_tokens);
 }
 
@@ -178,28 +179,30 @@ FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, in
   return before + tile_cost * num_workers > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
-// Whole tiles are handed out row after row; what comes before a tile is then at most all other rows and the tiles
-// before it in its own. `row`: the tiles of this tile's row.
-FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span row) {
-  return cost[num_tiles] - (cost[row.end] - cost[tile]);
+// Whole tiles are handed out one sequence head after the other; what comes before a tile is then at most all other
+// sequence heads and the tiles before it in its own. `siblings`: the tiles of its sequence head.
+FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span siblings) {
+  return cost[num_tiles] - (cost[siblings.end] - cost[tile]);
 }
 
-// Or the rows take turns: the first tile of each, then the second of each. So the longest come first and the shortest
-// last, and the end is even. For rows with equally many tiles, few enough, whose keys the cache holds all at once.
-constexpr int32_t kRowsInTurn = 32;
+// Or the sequence heads take turns: the first tile of each, then the second of each. So the longest come first and the
+// shortest last, and the end is even. For sequence heads with equally many tiles, few enough, whose keys the cache
+// holds all at once.
+constexpr int32_t kSeqHeadsInTurn = 32;
 constexpr int64_t kKeysInTurn = int64_t(32) << 20;  // bytes of keys and values, two for an element
-FLUX_HD bool takes_turns(int32_t num_rows, int64_t longest_kv, int32_t head_dim) {
-  return num_rows > 1 && num_rows <= kRowsInTurn && 4 * longest_kv * head_dim * num_rows <= kKeysInTurn;
+FLUX_HD bool takes_turns(int32_t num_seq_heads, int64_t longest_kv, int32_t head_dim) {
+  return num_seq_heads > 1 && num_seq_heads <= kSeqHeadsInTurn &&
+         4 * longest_kv * head_dim * num_seq_heads <= kKeysInTurn;
 }
-// Of the tiles with this place in their rows: the cost of the largest, and what comes before it at most.
+// Of the tiles with this place in their sequence heads: the cost of the largest, and what comes before it at most.
 struct Turn {
   int64_t before = 0, largest = 0;
 };
-FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_rows, int32_t row_tiles, int32_t place) {
+FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_each, int32_t place) {
   Turn turn;
-  for (int32_t r = 0; r < num_rows; ++r) {
-    const int64_t *row = cost + r * row_tiles, own = row[place + 1] - row[place];
-    turn.before += row[place + 1] - row[0];
+  for (int32_t n = 0; n < num_seq_heads; ++n) {
+    const int64_t *first = cost + n * tiles_each, own = first[place + 1] - first[place];
+    turn.before += first[place + 1] - first[0];
     if (own > turn.largest) turn.largest = own;
   }
   turn.before -= turn.largest;
@@ -217,10 +220,12 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
 
-// Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
-constexpr int kRowBits = 22;
-FLUX_HD int64_t row_key(int64_t cost, int32_t row) { return (((int64_t(1) << 40) - cost) << kRowBits) | row; }
-FLUX_HD int32_t row_of_key(int64_t key) { return int32_t(key & ((1 << kRowBits) - 1)); }
+// Ascending keys put the costliest sequence head first, equal ones in their order.
+constexpr int kSeqHeadBits = 22;
+FLUX_HD int64_t sort_key(int64_t cost, int32_t seq_head) {
+  return (((int64_t(1) << 40) - cost) << kSeqHeadBits) | seq_head;
+}
+FLUX_HD int32_t seq_head_of(int64_t sort_key) { return int32_t(sort_key & ((1 << kSeqHeadBits) - 1)); }
 
 // Does this worker hold the first piece of a cut tile? Then it (or its twin in the combine stage) merges
 // the pieces that the following workers hold. Returns the tile, or -1.

@@ -26,7 +26,7 @@ void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
   run_dynamic(executor, num_tiles, backward_scratch(s),
               [&](int64_t t, float* scratch) { queries_backward(b, views[t], scratch, stats[t]); });
 
-  // The key blocks of a (sequence, KV head) that has queries; the others have gradient 0, as they were handed over.
+  // The key blocks of every sequence head that has queries; the others have gradient 0, as they were handed over.
   struct Keys {
     int64_t first_tile;
     int32_t num_tiles, block;
@@ -34,7 +34,7 @@ void attend_backward(const AttendBackwardParams& b, const Executor& executor) {
   std::vector<Keys> jobs;
   for (int64_t t = 0; t < num_tiles;) {
     const Tile& tile = work.tiles[t];
-    const int32_t count = tiles_in_row(s, shape, tile.seq, tile.kv_head);
+    const int32_t count = tiles_in_seq_head(s, shape, tile.seq, tile.kv_head);
     for (int32_t n = 0; n < ceil_div(views[t].kv_rows.size(), kKvBlock); ++n) jobs.push_back({t, count, n});
     t += count;
   }

@@ -6,9 +6,9 @@
 #pragma once
 
 #include "core/softmax_state.h"
+#include "cpu/addresses.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
 
 namespace flux::cpu::FLUX_ISA {
 

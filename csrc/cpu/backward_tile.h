@@ -152,7 +152,7 @@ FLUX_HD void mask_keys(const TileView& v, int32_t group, int32_t rows, int32_t k
   }
 }
 
-// Second pass. Writes grad_k and grad_v of one key block of a (sequence, KV head), whose tiles are views[num_views].
+// Second pass. Writes grad_k and grad_v of one key block of a sequence head, whose tiles are views[num_views].
 template <typename Op, typename T>
 void keys_backward(const AttendBackwardParams& b, const TileView* views, const RowStats* stats, int32_t num_views,
                    int32_t block, float* scratch) {

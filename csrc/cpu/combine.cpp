@@ -1,7 +1,7 @@
 #include "cpu/combine.h"
 
+#include "cpu/addresses.h"
 #include "cpu/element.h"
-#include "cpu/rows.h"
 
 namespace flux::cpu {
 namespace {

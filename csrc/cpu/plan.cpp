@@ -8,7 +8,7 @@ Plan plan(const ProblemShape& shape, const TileShape& tile_shape, int num_worker
   p.cost.push_back(0);
   for (int32_t b = 0; b < shape.batch; ++b)
     for (int32_t h = 0; h < shape.num_kv_heads; ++h)
-      for (int32_t m = tiles_in_row(shape, tile_shape, b, h) - 1; m >= 0; --m) {
+      for (int32_t m = tiles_in_seq_head(shape, tile_shape, b, h) - 1; m >= 0; --m) {
         p.tiles.push_back({b, h, m});
         p.cost.push_back(p.cost.back() + tile_cost(view_tile(shape, tile_shape, p.tiles.back())));
       }

@@ -1,9 +1,13 @@
-// Stage 3: the choice between the families of attend kernels.
+// Stage 3: the choice between the families of attend kernels. A family is named after the oldest GPU that it runs on:
+//
+//           prefill             decode (at most kDecodeRows rows)
+//   sm90    sm90/kernel.h       none: sm80's, whose smaller tiles suit it, runs on Hopper too
+//   sm80    sm80/prefill.h      sm80/decode.h
 #include <climits>
 #include <mutex>
 
 #include "cuda/cuda.h"
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 
 namespace flux::cuda {
 namespace {
@@ -46,7 +50,8 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
   if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
-  if (num_rows(p.shape) >= 1 << kRowBits) return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
+  if (num_seq_heads(p.shape) >= 1 << kSeqHeadBits)
+    return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
   c->overlap = device.overlap;
   const cudaError_t before = cudaPeekAtLastError();  // somebody else's, who may still want to see it
 #ifdef FLUX_SM90
@@ -58,7 +63,7 @@ Status attend_config(const AttendParams& p, AttendConfig* c) {
     return {p.shape.head_dim > 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
                                    : "no kernel fits: at most 128 query heads may share a KV head",
             cudaPeekAtLastError() == before ? cudaSuccess : cudaGetLastError()};
-  if (ceil_div(p.shape.max_q_len, c->tile.q_tokens) > kMaxRowTiles || max_tiles(p.shape, c->tile) > INT_MAX)
+  if (ceil_div(p.shape.max_q_len, c->tile.q_tokens) > kMaxSeqHeadTiles || max_tiles(p.shape, c->tile) > INT_MAX)
     return {"q must have at most 2^20 tiles per sequence and 2^31 in all: split the batch", cudaSuccess};
   return {};
 }

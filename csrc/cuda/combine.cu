@@ -1,9 +1,9 @@
 // Stage 4: the pieces of cut tiles, merged in the order of their workers.
+#include "cuda/addresses.h"
 #include "cuda/cuda.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/element.h"
-#include "cuda/launch.h"
 #include "cuda/plan.h"
-#include "cuda/rows.h"
 
 namespace flux::cuda {
 namespace {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan) {
-    const dim3 grid(num_rows(p.shape), max_of(int32_t(most_rows(p.shape)), 1));
+    const dim3 grid(num_seq_heads(p.shape), max_of(int32_t(most_rows(p.shape)), 1));
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }

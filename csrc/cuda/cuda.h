@@ -17,11 +17,11 @@ namespace flux::cuda {
 
 // What the plan stage leaves in device memory for attend and combine.
 //
-// Work comes as items. Where no tile ends late, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
-// costliest first, the tiles of a row neighbours and longest first, so that tiles running at the same time read the
-// same keys; or, where rows take turns (`takes_turns`), the longest tile of every row, then the second of every row.
-// Else item i is an even share of all key blocks, ranges[i]. A block of the attend kernel does item blockIdx.x, then
-// what the counter `next_item` gives it.
+// Work comes as items. Where no tile ends late, an item is one whole tile: sequence heads costliest first, the tiles of
+// one beside each other and longest first, so that tiles running at the same time read the same keys; or, where
+// sequence heads take turns (`takes_turns`), the longest tile of each, then the second of each. Else item i is an even
+// share of all key blocks, ranges[i]. A block of the attend kernel does item blockIdx.x, then what the counter
+// `next_item` gives it.
 struct PlanHeader {
   int32_t num_tiles;
   int32_t num_items;    // whole tiles: num_tiles; else at most num_workers
@@ -35,8 +35,8 @@ struct PlanView {
   WorkRange* ranges = nullptr;  // [num_workers], empty where tiles are whole
   // Scratch of the plan stage, where shared memory is too small.
   int64_t* cost = nullptr;        // [max_tiles + 1]
-  int64_t* row_keys = nullptr;    // [rows, up to a power of two]
-  int32_t* tile_begin = nullptr;  // [2, rows + 1]
+  int64_t* sort_keys = nullptr;   // [sequence heads, up to a power of two]
+  int32_t* tile_begin = nullptr;  // [2, sequence heads + 1]
 };
 
 // Partials of cut tiles; for slots see partial_slot (item = worker).
@@ -58,14 +58,14 @@ struct AttendConfig {
   int32_t tile_rows = 0;     // chooses the kernel within its family
   int32_t num_workers = 0;   // blocks of the attend kernel: all that fit on the device at once
   bool inline_plan = false;  // the attend kernel plans for itself; see plans_inline
-  bool overlap = false;      // kernels may be launched as launch.h describes
+  bool overlap = false;      // kernels may be launched as dependent_launch.h describes
 };
 
-// A row, i.e. (sequence, KV head) pair, has no more tiles than this: the 1024 rows that plan.h adds
-// up at a time then sum to 31 bits.
-constexpr int32_t kMaxRowTiles = 1 << 20;
+// A sequence head has no more tiles than this: the 1024 of them that exclusive_sum adds up at a time then sum to 31
+// bits.
+constexpr int32_t kMaxSeqHeadTiles = 1 << 20;
 
-// A problem so small that every block may plan it for itself: one tile per row. It is always split.
+// A problem so small that every block may plan it for itself: one tile per sequence head. It is always split.
 constexpr int32_t kInlineTiles = 256;
 inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
   return s.max_q_len <= c.tile.q_tokens && int64_t(s.batch) * s.num_kv_heads <= kInlineTiles;
@@ -80,7 +80,7 @@ struct Device {
   int32_t index;
   int32_t capability;  // 80, 90, ...
   int32_t num_sms;
-  bool overlap;  // the kernels' machine code has what launch.h needs
+  bool overlap;  // the kernels' machine code has what dependent_launch.h needs
 };
 
 struct Workspace {
@@ -99,7 +99,7 @@ inline int32_t q_tokens_of(const ProblemShape& s, int32_t tile_rows) {
   return tokens;
 }
 
-inline int32_t num_rows(const ProblemShape& s) { return s.batch * s.num_kv_heads; }
+inline int32_t num_seq_heads(const ProblemShape& s) { return s.batch * s.num_kv_heads; }
 
 // Lays the workspace out from `base` (null: only its size counts).
 inline Workspace lay_out(const ProblemShape& s, const AttendConfig& c, void* base) {
@@ -108,15 +108,16 @@ inline Workspace lay_out(const ProblemShape& s, const AttendConfig& c, void* bas
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + w.bytes);
     w.bytes += (size_t(count) * sizeof(*pointer) + 255) / 256 * 256;
   };
-  const int64_t tiles = max_tiles(s, c.tile), rows = num_rows(s), slots = 2 * int64_t(c.num_workers) * c.tile_rows;
+  const int64_t tiles = max_tiles(s, c.tile), seq_heads = num_seq_heads(s);
+  const int64_t slots = 2 * int64_t(c.num_workers) * c.tile_rows;
   int64_t sorted = 1;
-  while (sorted < rows) sorted *= 2;
+  while (sorted < seq_heads) sorted *= 2;
   take(w.plan.header, 1);
   take(w.plan.tiles, tiles);
   take(w.plan.ranges, c.num_workers);
   take(w.plan.cost, tiles + 1);
-  take(w.plan.row_keys, sorted);
-  take(w.plan.tile_begin, 2 * (rows + 1));
+  take(w.plan.sort_keys, sorted);
+  take(w.plan.tile_begin, 2 * (seq_heads + 1));
   take(w.partials.state, slots);
   take(w.partials.out, slots * s.head_dim);
   w.partials.tile_rows = c.tile_rows;

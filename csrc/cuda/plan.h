@@ -17,8 +17,8 @@ __device__ Int sum_up_to_lane(Int x) {
   return x;
 }
 
-// values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads in a row
-// must sum to 31 bits.
+// values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads values
+// that follow each other must sum to 31 bits.
 template <int kThreads, typename Int>
 __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   constexpr int kWarps = kThreads / 32;
@@ -42,9 +42,9 @@ __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   __syncthreads();
 }
 
-// The row that a tile belongs to: the last with begin[row] <= tile that has any.
-__device__ inline int32_t find_row(const int32_t* begin, int32_t rows, int32_t tile) {
-  int32_t lo = 0, hi = rows;
+// The sequence head that a tile belongs to: the last with begin[seq_head] <= tile that has any.
+__device__ inline int32_t find_seq_head(const int32_t* begin, int32_t seq_heads, int32_t tile) {
+  int32_t lo = 0, hi = seq_heads;
   while (hi - lo > 1) {
     const int32_t mid = (lo + hi) / 2;
     (begin[mid] <= tile ? lo : hi) = mid;
@@ -52,12 +52,12 @@ __device__ inline int32_t find_row(const int32_t* begin, int32_t rows, int32_t t
   return lo;
 }
 
-// The tiles of a row stand from its last query block to its first.
-__device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t count, int32_t index) {
-  return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
+// The tiles of a sequence head stand from its last query block to its first.
+__device__ inline Tile make_tile(const ProblemShape& s, int32_t seq_head, int32_t count, int32_t index) {
+  return {seq_head / s.num_kv_heads, seq_head % s.num_kv_heads, count - 1 - index};
 }
 
-// The line of work of a problem that plans_inline: tile t is row t, which has no other.
+// The line of work of a problem that plans_inline: tile t is that of sequence head t, which has no other.
 struct InlineLine {
   int64_t begin[kInlineTiles + 1];  // cost of the tiles before each, as shared out; of all
   int32_t cost[kInlineTiles];

@@ -17,8 +17,8 @@
 #include <cstring>
 
 #include "cuda/cluster.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/element.h"
-#include "cuda/launch.h"
 #include "cuda/route.h"
 #include "cuda/sm80/ptx.h"
 

@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "torch/append.h"
+#include "torch/append_args.h"
 #include "torch/convert.h"
 #include "torch/values.h"
 

@@ -12,7 +12,7 @@
 
 #include <atomic>
 
-#include "torch/append.h"
+#include "torch/append_args.h"
 #include "torch/convert.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,

@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
   m.def(
       "route(Tensor x, Tensor[] weights, int pool_size, bool per_head, Tensor? begin, Tensor? end) -> "
       "(Tensor, Tensor, Tensor)");
-  // One token more, k and v [B, Hkv, 1, D], in every row of a cache with fixed addresses. pattern: sink, window,
-  // last_q, align. active [B]: 1 a token, 0 none, -1 NaN in its place.
+  // One more token, k and v [B, Hkv, 1, D], for every KV head of every sequence of a cache with fixed addresses.
+  // pattern: sink, window, last_q, align. active [B]: 1 a token, 0 none, -1 NaN in its place.
   m.def(
       "append(Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor base, Tensor ring, "
       "Tensor(c!) page_table, Tensor(d!) kv_len, Tensor(e!) seen, Tensor(f!) slots, int[] pattern, "

@@ -1,3 +1,3 @@
-#include "cuda/sm80/launch.h"
+#include "cuda/sm80/kernel.h"
 
 template struct flux::cuda::sm80::Kernels<256>;

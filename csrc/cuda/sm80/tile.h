@@ -1,7 +1,7 @@
 // Rows of kDim elements in shared memory: swizzled, filled by cp.async, read as tensor-core fragments.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/addresses.h"
 #include "cuda/sm80/ptx.h"
 
 namespace flux::cuda::sm80 {

@@ -4,7 +4,7 @@
 #include <cutlass/numeric_conversion.h>
 
 #include "cuda/sm90/params.h"
-#include "cuda/sm90/rows.h"
+#include "cuda/sm90/thread_rows.h"
 #include "cuda/sm90/traits.h"
 
 namespace flux::cuda::sm90 {

@@ -5,7 +5,7 @@
 
 namespace flux::cuda::sm90 {
 
-// Defined in launch.h, instantiated in attend_*.cu.
+// Defined in launch_instance.h, instantiated in attend_*.cu.
 template <DType kDType, int kHeadDim, int kKvBlock, int kWarpgroups>
 cudaError_t launch_instance(const KernelParams& p, const AttendConfig& c, cudaStream_t stream);
 

@@ -3,7 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/mask.h"
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"

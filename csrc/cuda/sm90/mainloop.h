@@ -6,7 +6,7 @@
 
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"
-#include "cuda/sm90/rows.h"
+#include "cuda/sm90/thread_rows.h"
 #include "cuda/sm90/traits.h"
 
 namespace flux::cuda::sm90 {

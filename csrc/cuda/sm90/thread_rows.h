@@ -7,8 +7,8 @@
 
 #include <cute/tensor.hpp>
 
+#include "cuda/addresses.h"
 #include "cuda/mask.h"
-#include "cuda/rows.h"
 #include "cuda/softmax.h"
 
 namespace flux::cuda::sm90 {

@@ -1,9 +1,10 @@
-// Definitions of kernels.h.
+// The attend kernel of this family around one tile's work (decode.h, prefill.h), and its launch: definitions of
+// kernels.h.
 #pragma once
 
 #include <atomic>
 
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
 #include "cuda/sm80/decode.h"
 #include "cuda/sm80/kernels.h"

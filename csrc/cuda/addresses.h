@@ -1,4 +1,4 @@
-// Where the rows of a tile live in memory.
+// Where the rows of a tile, and the keys it sees, live in memory.
 //
 // Row r of a tile is query token r / group and head r % group of its KV head's group.
 #pragma once
@@ -51,7 +51,7 @@ struct RowNorm {
   FLUX_HD float operator()(float x) const { return sees_any ? x * factor : 0.f; }
 };
 
-// Rows of k or v of one (sequence, KV head), by key position; paged or not.
+// Rows of k or v of one sequence head, by key position; paged or not.
 struct KvRows {
   const int32_t* pages = nullptr;  // null: not paged
   int64_t base = 0, row_stride = 0, page_stride = 0;
