@@ -217,8 +217,9 @@ __global__ void share_kernel(const int32_t* cost, int32_t num_tiles, Shared* sha
     pieces[t] = tile_pieces(line.begin, num_tiles, t, line.workers);
 }
 
-// The line of work, where every tile has as many whole shares as it needs: one worker each.
-std::vector<WorkRange> whole_shares(const std::vector<int32_t>& cost, int64_t share) {
+// The line of work, where every tile has as many whole shares as it needs: one worker each. (Found by walking, not
+// with the functions that are tested.)
+std::vector<WorkRange> cut_into_shares(const std::vector<int32_t>& cost, int64_t share) {
   std::vector<WorkRange> ranges;
   for (int32_t t = 0; t < int32_t(cost.size()); ++t)
     for (int64_t unit = 0; unit < cost[t]; unit += share) {
@@ -248,7 +249,7 @@ TEST_F(Plan, OfADecodeStep) {
     const int32_t workers = sharing_workers(begin.back(), num_tiles, num_workers);
     const int64_t share = ceil_div_64(begin.back(), workers);
     const bool alike = std::count(cost.begin(), cost.end(), cost[0]) == num_tiles;
-    std::vector<WorkRange> expected = whole_shares(cost, share);
+    std::vector<WorkRange> expected = cut_into_shares(cost, share);
     if (alike || int32_t(expected.size()) > workers) {
       expected.clear();
       for (int32_t w = 0; w < workers; ++w) expected.push_back(work_range(begin.data(), num_tiles, w, workers));

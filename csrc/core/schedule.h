@@ -33,24 +33,30 @@ struct TileView {
   Tile tile;
   Span q_rows;    // rows of q that belong to the tile
   Span kv_rows;   // rows of k of the whole sequence
-  int32_t q_pos;  // position of the first row, in key coordinates
+  int32_t q_pos;  // position of the first query, see pattern.h
   Pattern pattern;
   BlockList list;
   KvBlocks blocks;
 
   FLUX_HD int32_t q_pos_end() const { return q_pos + q_rows.size(); }
-  FLUX_HD bool masked(int32_t kv_begin, int32_t kv_end) const {
-    return needs_mask(pattern, q_pos, q_pos_end(), kv_begin, kv_end, kv_rows.size(), list);
+  FLUX_HD TileMask mask() const { return {pattern, q_pos, q_pos_end(), kv_rows.size(), list}; }
+
+  // Of a query, counted from the first of the tile (`token`). Is the pair visible?
+  FLUX_HD bool sees(int32_t token, int32_t kv_pos) const {
+    return visible(pattern, q_pos + token, kv_pos, kv_rows.size(), list);
   }
-  // Is the pair visible? (`row` counts from the first row of the tile.)
-  FLUX_HD bool sees(int32_t row, int32_t kv_pos) const {
-    return visible(pattern, q_pos + row, kv_pos, kv_rows.size(), list);
+  // The last key it may see; -1 in padding, which sees nothing.
+  FLUX_HD int32_t last_key(int32_t token) const { return token < q_rows.size() ? q_pos + token : -1; }
+  FLUX_HD VisibleKeys visible_keys(int32_t token) const {
+    return flux::visible_keys(pattern, last_key(token), kv_rows.size(), list);
   }
   // Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
   // none.
-  FLUX_HD bool sees_any(int32_t row) const {
-    return list.blocks ? list.count > 0 && list.blocks[0] * list.width <= q_pos + row : q_pos + row >= 0;
+  FLUX_HD bool sees_any(int32_t token) const {
+    return list.blocks ? list.count > 0 && list.blocks[0] * list.width <= q_pos + token : q_pos + token >= 0;
   }
+  // Do its queries see all keys up to their own in the blocks that the tile visits?
+  FLUX_HD bool hides_only_later_keys() const { return list.blocks || pattern.window >= kUnlimited; }
 };
 
 FLUX_HD int32_t tiles_in_seq_head(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
@@ -209,8 +215,9 @@ FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_e
   return turn;
 }
 
-// If any tile would end late, the line is split evenly. Two units for each worker at least; one where that takes at
-// most half of them, and leaves no more pieces of a tile (on average) than combine merges at once.
+// If any tile would end late, the line is split evenly: over all workers, or, where there is little to do, over so many
+// that each has two units at least. (Or one, where that takes at most half of the workers, and leaves no more pieces of
+// a tile, on average, than combine merges at once.)
 constexpr int32_t kPiecesAtOnce = 24;
 template <typename Int>  // of 32 or 64 bits
 FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_workers) {
@@ -218,6 +225,19 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
   const bool few = total_cost <= workers / 2 && total_cost <= Int(num_tiles) * kPiecesAtOnce;
   const Int most = few ? total_cost : total_cost / 2;
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
+}
+
+// A decode step (see plans_inline, cuda/cuda.h) has one tile per sequence head. Where an even share holds the end of
+// one tile and the beginning of another, its worker pays for both in turn. So where tiles differ in cost, each is
+// rounded up to whole shares, if that takes no more workers. (Tiles that are alike mostly fall into whole shares by
+// themselves.) Kernels plan such a step twice over, for a warp and for a block: the decision is here, alike for both.
+template <typename Int>
+FLUX_HD bool tiles_differ(Int largest_cost, Int total_cost, int32_t num_tiles) {
+  return largest_cost * num_tiles != total_cost;
+}
+template <typename Int>
+FLUX_HD Int whole_shares(Int tile_cost, Int share) {
+  return (tile_cost + share - 1) / share;
 }
 
 // Ascending keys put the costliest sequence head first, equal ones in their order.

@@ -43,11 +43,11 @@ struct PanelRows {
   const int32_t* first_key;  // [kPanel] the first key a row sees beyond the sink
 };
 
-FLUX_HD bool sees_nothing(const Pattern& p, const BlockList& list, int32_t kv_len, const PanelRows& rows,
-                          const KeyRange& keys) {
-  if (keys.begin >= rows.q_end) return true;
-  if (list.blocks || keys.begin < p.sink || rows.q_end > kv_len - p.last_q) return false;
-  return keys.begin + keys.size <= p.window_begin(flux::max_of(rows.q_begin, 0));
+FLUX_HD bool sees_nothing(const TileView& v, const PanelRows& rows, const KeyRange& keys) {
+  return sees_none(v.pattern, rows.q_begin, rows.q_end, keys.begin, keys.begin + keys.size, v.kv_rows.size(), v.list);
+}
+FLUX_HD bool needs_mask(const TileView& v, const PanelRows& rows, const KeyRange& keys) {
+  return TileMask(v.pattern, rows.q_begin, rows.q_end, v.kv_rows.size(), v.list)(keys.begin, keys.begin + kKvBlock);
 }
 
 // -inf where a row does not see a key. scores: [keys.size rounded up, kPanel]
@@ -65,17 +65,11 @@ FLUX_HD void mask_panel(const Pattern& p, const PanelRows& rows, const KeyRange&
   }
 }
 
-// The first key beyond the sink that a query at `pos` sees.
-FLUX_HD int32_t first_visible(const TileView& v, int32_t pos) {
-  const bool sees_all = v.list.blocks || pos < 0 || pos >= v.kv_rows.size() - v.pattern.last_q;
-  return sees_all ? 0 : v.pattern.window_begin(pos);
-}
-
 FLUX_HD void find_visible(const TileView& v, int32_t group, int32_t rows, int32_t padded_rows, int32_t* pos,
                           int32_t* first_key) {
   for (int32_t r = 0; r < padded_rows; ++r) {
     pos[r] = r < rows ? v.q_pos + r / group : -1;
-    first_key[r] = first_visible(v, pos[r]);
+    first_key[r] = visible_keys(v.pattern, pos[r], v.kv_rows.size(), v.list).begin;
   }
 }
 
@@ -197,7 +191,6 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
     }
     transpose_panel(staging, stride, dim_units, q + int64_t(panel) * dim_units * kPanel);
   }
-  const int32_t kv_len = v.kv_rows.size();
   find_visible(v, group, rows, padded_rows, pos, first_key);
   for (int32_t r = 0; r < padded_rows; ++r) max[r] = -INFINITY, sum[r] = 0.f;
   std::memset(state.out, 0, size_t(padded_rows) * out_stride * sizeof(float));
@@ -216,7 +209,7 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
-      if (sees_nothing(v.pattern, v.list, kv_len, seen, keys)) continue;
+      if (sees_nothing(v, seen, keys)) continue;
       const Unit* q_panel = q + int64_t(panel) * dim_units * kPanel;
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators s;
@@ -224,8 +217,7 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
         multiply<Op>(k + j * stride, stride, 1, q_panel, kPanel, dim_units, s);
         store_step(s, scale, scores + j * kPanel);
       }
-      if (needs_mask(v.pattern, seen.q_begin, seen.q_end, keys.begin, keys.begin + kKvBlock, kv_len, v.list))
-        mask_panel(v.pattern, seen, keys, padded, scores);
+      if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, scores);
       float rescale[kPanel];
       softmax_panel(padded, scores, max + row, sum + row, rescale);
       const auto* left = Op::pack_probabilities(scores, padded, probabilities);
@@ -320,7 +312,7 @@ FLUX_HD void few_block(const float* q, int64_t stride, int32_t rows, int32_t dim
   for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores);
   for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores);
 
-  const bool masked = view.masked(keys.begin, keys.begin + kKvBlock);
+  const bool masked = view.mask()(keys.begin, keys.begin + kKvBlock);
   float rescale[kFewRows];
   for (r = 0; r < rows; ++r) {
     float* s = scores + r * kKvBlock;

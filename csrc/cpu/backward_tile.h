@@ -52,7 +52,7 @@ template <typename Op, typename T>
 void queries_backward(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats) {
   using Unit = typename Op::Unit;
   const AttendParams& p = b.forward;
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = v.kv_rows.size();
+  const int32_t group = p.shape.group(), dim = p.shape.head_dim;
   const int32_t dim_units = dim / Op::kPerUnit;
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
   const int64_t stride = padded_dim(p.shape) + kLanes;
@@ -108,14 +108,13 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
-      if (sees_nothing(v.pattern, v.list, kv_len, seen, keys)) continue;
+      if (sees_nothing(v, seen, keys)) continue;
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators s;
         multiply_rows<Op>(k_units + j * stride, stride, q + int64_t(row) * dim_units, dim_units, s);
         store_step(s, scale2, dscores + j * kPanel);
       }
-      if (needs_mask(v.pattern, seen.q_begin, seen.q_end, keys.begin, keys.begin + kKvBlock, kv_len, v.list))
-        mask_panel(v.pattern, seen, keys, padded, dscores);
+      if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, dscores);
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators dp;
         multiply_rows<Op>(values + j * stride, stride, dout + int64_t(row) * dim_units, dim_units, dp);
@@ -142,10 +141,10 @@ FLUX_HD void mask_keys(const TileView& v, int32_t group, int32_t rows, int32_t k
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const Vec hidden = broadcast(-INFINITY);
   for (int32_t r = 0; r < rows; ++r) {
-    const int32_t at = v.q_pos + r / group, first = first_visible(v, at);
+    const VisibleKeys keys = visible_keys(v.pattern, v.q_pos + r / group, v.kv_rows.size(), v.list);
     for (int half = 0; half < kPanel; half += kLanes) {
       const IntVec key = lane + (key_begin + half);
-      const IntVec seen = (key <= at) & ((key < v.pattern.sink) | (key >= first));
+      const IntVec seen = (key <= keys.last) & ((key < keys.sink) | (key >= keys.begin));
       float* s = scores + r * kPanel + half;
       store(s, seen ? load(s) : hidden);
     }
@@ -160,7 +159,7 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
   const AttendParams& p = b.forward;
   const TileView& any = views[0];
   const KeyRange keys = keys_of(any, block);
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = any.kv_rows.size();
+  const int32_t group = p.shape.group(), dim = p.shape.head_dim;
   const int64_t stride = padded_dim(p.shape) + kLanes;
   const int32_t dim_units = dim / Op::kPerUnit;
   const int32_t max_rows = tile_rows(p.shape), panels = ceil_div(keys.size, kPanel);
@@ -212,13 +211,13 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
       const int32_t column = panel * kPanel;
       const KeyRange seen{keys.begin + column, flux::min_of(kPanel, keys.size - column)};
       const PanelRows all{v.q_pos, v.q_pos_end(), nullptr, nullptr};
-      if (sees_nothing(v.pattern, v.list, kv_len, all, seen)) continue;
+      if (sees_nothing(v, all, seen)) continue;
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators s;
         multiply_rows<Op>(q_units + r * stride, stride, k + int64_t(column) * dim_units, dim_units, s);
         store_step(s, scale2, probs + r * kPanel);
       }
-      if (v.masked(seen.begin, seen.begin + kPanel)) mask_keys(v, group, padded, seen.begin, probs);
+      if (v.mask()(seen.begin, seen.begin + kPanel)) mask_keys(v, group, padded, seen.begin, probs);
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators dp;
         multiply_rows<Op>(dout_units + r * stride, stride, values + int64_t(column) * dim_units, dim_units, dp);

@@ -5,7 +5,6 @@
 
 #include "core/params.h"
 #include "core/schedule.h"
-#include "core/softmax_state.h"
 
 namespace flux::cuda {
 
@@ -39,17 +38,6 @@ FLUX_HD T* out_row(const AttendParams& p, const TileView& v, const TileRow& r) {
 FLUX_HD float& lse_at(const AttendParams& p, const TileView& v, const TileRow& r) {
   return p.lse[row_offset(p.lse_stride, v, r)];
 }
-
-// Normalises the outputs of a row. A row that sees no key is zero whatever was summed up, which may be 0 * NaN; where
-// all visible scores are -inf the sum is 0 and the result NaN, as softmax has it.
-struct RowNorm {
-  bool sees_any;
-  float factor;
-
-  FLUX_HD RowNorm(const TileView& v, const TileRow& r, const SoftmaxState& state)
-      : sees_any(v.sees_any(r.token)), factor(1.f / state.sum) {}
-  FLUX_HD float operator()(float x) const { return sees_any ? x * factor : 0.f; }
-};
 
 // Rows of k or v of one sequence head, by key position; paged or not.
 struct KvRows {

@@ -1,8 +1,7 @@
 // Stage 4: the pieces of cut tiles, merged in the order of their workers.
-#include "cuda/addresses.h"
 #include "cuda/cuda.h"
 #include "cuda/dependent_launch.h"
-#include "cuda/element.h"
+#include "cuda/epilogue.h"
 #include "cuda/plan.h"
 
 namespace flux::cuda {
@@ -24,11 +23,7 @@ __device__ Sum merge_sums(const Sum (&sums)[n]) {
   float factor[n];
   for (int i = 0; i < n; ++i) states[i] = sums[i].state;
   Sum all{merge(states, factor)};
-  for (int i = 0; i < n; ++i) {
-    const float4& x = sums[i].out;
-    all.out = {all.out.x + x.x * factor[i], all.out.y + x.y * factor[i], all.out.z + x.z * factor[i],
-               all.out.w + x.w * factor[i]};
-  }
+  for (int i = 0; i < n; ++i) all.out = add_scaled(all.out, sums[i].out, factor[i]);
   return all;
 }
 
@@ -87,8 +82,7 @@ class RowWriter {
   }
   __device__ void write(int32_t d, const Sum& sum) const {
     const RowNorm norm(view_, at_, sum.state);
-    *reinterpret_cast<uint2*>(out_ + d) = {pack<T>(norm(sum.out.x), norm(sum.out.y)),
-                                           pack<T>(norm(sum.out.z), norm(sum.out.w))};
+    store_four(out_ + d, norm, sum.out);
     if (d == 0) *lse_ = sum.state.lse();
   }
 

@@ -68,10 +68,8 @@ __device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
   return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
 }
 
-// From the costs of the tiles, by one warp: who shares them, and where each begins. Rounding every tile up to whole
-// shares keeps the end of one tile and the beginning of another out of the same share, whose worker would pay for both
-// in turn; it is done where tiles differ and it makes no share larger than the largest and takes no more workers.
-// (Tiles that are alike mostly fall into whole shares by themselves.)
+// From the costs of the tiles, by one warp: who shares them, and where each begins, rounded up to whole shares where
+// `tiles_differ`.
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
@@ -85,11 +83,11 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
   const int64_t end = sum_up_to_lane(own), total = __shfl_sync(~0u, end, 31);
   int32_t workers = sharing_workers(total, num_tiles, num_workers);
   int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
-  if (int64_t(__reduce_max_sync(~0u, longest)) * num_tiles != total) {
+  if (tiles_differ(int64_t(__reduce_max_sync(~0u, longest)), total, num_tiles)) {
     share = ceil_div_64(total, workers);
     int32_t own_shares = 0;
 #pragma unroll 1
-    for (int32_t t = first; t < last; ++t) own_shares += int32_t(ceil_div_64(line.cost[t], share));
+    for (int32_t t = first; t < last; ++t) own_shares += int32_t(whole_shares<int64_t>(line.cost[t], share));
     const int32_t shares_end = sum_up_to_lane(own_shares), shares = __shfl_sync(~0u, shares_end, 31);
     if (shares <= workers) {
       workers = shares;
@@ -101,7 +99,7 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
 #pragma unroll 1
   for (int32_t t = first; t < last; ++t) {
     line.begin[t] = begin;
-    begin += share > 0 ? ceil_div_64(line.cost[t], share) * share : line.cost[t];
+    begin += share > 0 ? whole_shares<int64_t>(line.cost[t], share) * share : line.cost[t];
   }
   if (lane == 31) {
     line.begin[num_tiles] = begin;
@@ -134,7 +132,8 @@ __device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, 
           __shfl_sync(~0u, p.block, 1)};
 }
 
-// The same for a line so short that every warp has it in registers, a tile a lane: no barrier, and no search.
+// share_out and share_of for a line so short that every warp has it in registers, a tile a lane. It stands beside them
+// for speed: no barrier, no search, 32-bit divisions.
 constexpr int32_t kWarpTiles = 32;
 __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32;
@@ -142,8 +141,8 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
   uint32_t workers = sharing_workers(total, num_tiles, num_workers);  // fewer than 2^16
   uint32_t share = total / workers, rest = total % workers;           // rest: units that make some shares larger
-  if (__reduce_max_sync(~0u, own) * num_tiles != total) {
-    const uint32_t largest = share + (rest > 0), own_shares = (own + largest - 1) / largest;
+  if (tiles_differ(__reduce_max_sync(~0u, own), total, num_tiles)) {
+    const uint32_t largest = share + (rest > 0), own_shares = whole_shares(own, largest);
     if (const uint32_t shares = __reduce_add_sync(~0u, own_shares); shares <= workers) {
       own = own_shares * largest;
       workers = shares, share = largest, rest = 0;

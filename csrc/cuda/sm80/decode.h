@@ -2,6 +2,7 @@
 // of stages and no barrier among warps until the tile's end, where their results are merged.
 #pragma once
 
+#include "cuda/epilogue.h"
 #include "cuda/sm80/fragments.h"
 #include "cuda/worker.h"
 
@@ -66,7 +67,7 @@ struct Decode {
 
     uint32_t q[kDim / 16][4];
     load_queries(p, v, q);
-    const TileMask masked(v);
+    const TileMask masked = v.mask();
     const SoftmaxScale scale(p.scale);
     OnlineSoftmax<2> softmax;
     Out out = {};
@@ -84,7 +85,7 @@ struct Decode {
       const int32_t kv_begin = kv_begin_of(b);
       if (masked(kv_begin, kv_begin + kWarpKeys))
         apply_mask<1, kWarpKeys>(scores, kv_begin,
-                                 [&](int r) { return row_mask(v, (lane / 4 + 8 * r) / p.shape.group()); });
+                                 [&](int r) { return v.visible_keys((lane / 4 + 8 * r) / p.shape.group()); });
       update_softmax<1, kWarpKeys, kDim>(softmax, scores, out, scale);
       multiply_pv<T, 1, kWarpKeys>(out, scores, values_of(stage));
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -118,15 +119,12 @@ struct Decode {
       const SoftmaxState state = merge(states, factor);
       float4 sum{0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float4 x = *reinterpret_cast<const float4*>(out_of(w) + row * kDim + d);
-        sum = {sum.x + x.x * factor[w], sum.y + x.y * factor[w], sum.z + x.z * factor[w], sum.w + x.w * factor[w]};
-      }
+      for (int w = 0; w < kWarps; ++w)
+        sum = add_scaled(sum, *reinterpret_cast<const float4*>(out_of(w) + row * kDim + d), factor[w]);
       if (piece.final()) {
         const TileRow at = tile_row(p, v, row);
         const RowNorm norm(v, at, state);
-        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(norm(sum.x), norm(sum.y)),
-                                                               pack<T>(norm(sum.z), norm(sum.w))};
+        store_four(out_row<T>(p, v, at) + d, norm, sum);
         if (d == 0) lse_at(p, v, at) = state.lse();
       } else {
         *reinterpret_cast<float4*>(partials.out_row(piece.slot, row) + d) = sum;

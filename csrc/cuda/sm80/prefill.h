@@ -4,6 +4,7 @@
 // enough and the next tiles load while this one is multiplied (FlashAttention-2, arXiv 2307.08691).
 #pragma once
 
+#include "cuda/epilogue.h"
 #include "cuda/sm80/fragments.h"
 #include "cuda/worker.h"
 
@@ -81,7 +82,7 @@ struct Prefill {
     const int32_t num_blocks = piece.span.end - piece.span.begin;
     using Loader = RowLoader<T, kDim, kKeys, kThreads>;
     const Loader load_keys(p, p.k, p.k_stride, v, threadIdx.x), load_values(p, p.v, p.v_stride, v, threadIdx.x);
-    const TileMask masked(v);
+    const TileMask masked = v.mask();
     const auto load = [&](int i) {  // tile i of the ring's sequence; always one group
       if (i < 2 * num_blocks) {
         const int32_t kv_begin = v.blocks[piece.span.begin + i / 2] * kKeys;
@@ -111,7 +112,7 @@ struct Prefill {
       const int32_t kv_begin = v.blocks[piece.span.begin + b] * kKeys;
       if (masked(kv_begin, kv_begin + kKeys))
         apply_mask<kRowTiles, kKeys>(scores, kv_begin, [&](int r) {
-          return row_mask(v, (first_row + r / 2 * 16 + r % 2 * 8 + lane / 4) / p.shape.group());
+          return v.visible_keys((first_row + r / 2 * 16 + r % 2 * 8 + lane / 4) / p.shape.group());
         });
       update_softmax<kRowTiles, kKeys, kDim>(softmax, scores, out, scale);
 

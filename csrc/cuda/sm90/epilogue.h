@@ -1,8 +1,7 @@
 // Writes the rows of a finished tile: normalised output and log-sum-exp, or a partial of a cut tile.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
+#include "cuda/epilogue.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/thread_rows.h"
 #include "cuda/sm90/traits.h"
@@ -22,13 +21,6 @@ CUTLASS_DEVICE uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint3
   w3 = __shfl_xor_sync(~0u, w3, 3);
   permute();
   return {w0, w1, w2, w3};
-}
-
-template <class Element>
-CUTLASS_DEVICE uint32_t pack(float a, float b) {
-  using Convert = cutlass::NumericArrayConverter<Element, float, 2>;
-  const auto pair = Convert{}({a, b});
-  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 template <class T, class Output>
@@ -60,7 +52,7 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (j + i) + 2 * r;
-        word[i] = pack<Element>(norm(o(at)), norm(o(at + 1)));
+        word[i] = pack<typename T::PackedElement>(norm(o(at)), norm(o(at + 1)));
       }
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       if (valid && 8 * (j + lane) < dim) *reinterpret_cast<uint4*>(out + 8 * j) = chunk;

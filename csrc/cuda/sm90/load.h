@@ -4,7 +4,6 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "cuda/dependent_launch.h"
-#include "cuda/mask.h"
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/traits.h"
@@ -76,7 +75,7 @@ class Loader {
       const Piece& piece = shared_.work[ring.index];
       if (piece.view.tile.seq < 0) break;
       const Keys keys(p_.attend, piece.view);
-      const TileMask mask(piece.view);
+      const TileMask mask = piece.view.mask();
       const int32_t asks_at = min_of(piece.span.begin + T::kBlocksAhead, piece.span.end) - 1;
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
         if (i == asks_at) shared_.work_wanted.arrive();

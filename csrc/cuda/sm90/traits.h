@@ -1,6 +1,8 @@
 // Compile-time description of one instance: types, layouts in shared memory, matrix instructions, thread roles.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cutlass/numeric_types.h>
 
 #include <cute/tensor.hpp>
@@ -27,6 +29,8 @@ constexpr int kMaxBuffers = 12;
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_>
 struct Traits {
   using Element = Element_;
+  // The same bits, as cuda/element.h takes them.
+  using PackedElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
 
