@@ -29,35 +29,36 @@ struct HostPlan {
   std::vector<WorkRange> ranges;
 };
 
-HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_workers) {
+HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
-  std::vector<int64_t> cost{0}, cost_of(num_seq_heads(s), 0);
+  std::vector<int64_t> cost{0}, cost_of(num_seq_heads(problem), 0);
   std::vector<Span> tiles_of;  // by sequence head
   const auto add_tiles = [&](int32_t seq_head) {
-    const int32_t b = seq_head / s.num_kv_heads, h = seq_head % s.num_kv_heads;
+    const int32_t b = seq_head / problem.kv.num_heads, h = seq_head % problem.kv.num_heads;
     const auto begin = int32_t(p.tiles.size());
-    for (int32_t m = tiles_in_seq_head(s, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
+    for (int32_t m = tiles_in_seq_head(problem, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
     tiles_of.push_back({begin, int32_t(p.tiles.size())});
   };
-  for (int32_t n = 0; n < num_seq_heads(s); ++n) add_tiles(n);
+  for (int32_t n = 0; n < num_seq_heads(problem); ++n) add_tiles(n);
   for (const Tile& t : p.tiles) {
-    const int32_t c = tile_cost(view_tile(s, tile, t));
+    const int32_t c = tile_cost(view_tile(problem, tile, t));
     cost.push_back(cost.back() + c);
-    cost_of[t.seq * s.num_kv_heads + t.kv_head] += c;
+    cost_of[t.seq * problem.kv.num_heads + t.kv_head] += c;
   }
   const auto num_tiles = int32_t(p.tiles.size());
   bool in_turn = true;
-  for (int32_t n = 0; n < num_seq_heads(s); ++n) {
-    const int32_t longest = s.kv_rows(n / s.num_kv_heads, n % s.num_kv_heads).size();
-    in_turn &= takes_turns(num_seq_heads(s), longest, s.head_dim) && tiles_of[n].size() == tiles_of[0].size();
+  for (int32_t n = 0; n < num_seq_heads(problem); ++n) {
+    const int32_t longest = problem.kv.rows(n / problem.kv.num_heads, n % problem.kv.num_heads).size();
+    in_turn &=
+        takes_turns(num_seq_heads(problem), longest, problem.head_dim) && tiles_of[n].size() == tiles_of[0].size();
   }
   const int32_t tiles_each = tiles_of[0].size();
   bool whole = true;
   for (int32_t t = 0; t < num_tiles; ++t) {
-    const Span siblings = tiles_of[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
+    const Span siblings = tiles_of[p.tiles[t].seq * problem.kv.num_heads + p.tiles[t].kv_head];
     int64_t before = work_before(cost.data(), num_tiles, t, siblings), own = cost[t + 1] - cost[t];
     if (in_turn) {
-      const Turn turn = turn_of(cost.data(), num_seq_heads(s), tiles_each, t - siblings.begin);
+      const Turn turn = turn_of(cost.data(), num_seq_heads(problem), tiles_each, t - siblings.begin);
       before = turn.before, own = turn.largest;
     }
     whole &= !ends_late(before, own, cost.back(), num_workers);
@@ -71,10 +72,11 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
   if (in_turn) {
     p.tiles.clear();
     for (int32_t i = tiles_each - 1; i >= 0; --i)
-      for (int32_t n = 0; n < num_seq_heads(s); ++n) p.tiles.push_back({n / s.num_kv_heads, n % s.num_kv_heads, i});
+      for (int32_t n = 0; n < num_seq_heads(problem); ++n)
+        p.tiles.push_back({n / problem.kv.num_heads, n % problem.kv.num_heads, i});
     return p;
   }
-  std::vector<int32_t> order(num_seq_heads(s));
+  std::vector<int32_t> order(num_seq_heads(problem));
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost_of[a] > cost_of[b]; });
   p.tiles.clear();
@@ -113,33 +115,35 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
   std::vector<int32_t> q_end(batch), kv_end(batch), route(size_t(batch) * kv_heads);
   for (int32_t b = 0; b < batch; ++b) q_end[b] = equal_q ? max_q : up_to(max_q), kv_end[b] = up_to(max_kv);
   for (int32_t& r : route) r = up_to(1);
-  ProblemShape s;
-  s.batch = batch;
-  s.num_kv_heads = kv_heads;
-  s.num_q_heads = 4 * kv_heads;
-  s.head_dim = 128;
-  s.max_q_len = s.q_rows.capacity = max_q;
-  s.kv_rows.capacity = max_kv;
-  s.total_q_rows = int64_t(batch) * max_q;
-  s.route_stride_b = kv_heads;
-  s.route_stride_h = 1;
-  s.patterns[1] = {128, 512, up_to(200), 1};
-  ProblemShape on_host = s;
-  on_host.q_rows.end = q_end.data();
-  on_host.kv_rows.end = kv_end.data();
-  on_host.route = route.data();
+  AttendParams p;
+  p.batch = batch;
+  p.kv.num_heads = kv_heads;
+  p.q.num_heads = 4 * kv_heads;
+  p.head_dim = 128;
+  p.q.max_len = p.q.rows.capacity = max_q;
+  p.kv.rows.capacity = max_kv;
+  p.q.total_rows = int64_t(batch) * max_q;
+  p.routing.stride_b = kv_heads;
+  p.routing.stride_h = 1;
+  p.routing.patterns[1] = {128, 512, up_to(200), 1};
+  AttendParams on_host = p;
+  on_host.q.rows.end = q_end.data();
+  on_host.kv.rows.end = kv_end.data();
+  on_host.routing.route = route.data();
   const DeviceArray<int32_t> d_q(q_end), d_kv(kv_end), d_route(route);
-  s.q_rows.end = d_q.get();
-  s.kv_rows.end = d_kv.get();
-  s.route = d_route.get();
+  p.q.rows.end = d_q.get();
+  p.kv.rows.end = d_kv.get();
+  p.routing.route = d_route.get();
 
+  Instance instance{};  // its rows alone count here
+  instance.tile_rows = 16;
   AttendConfig c;
+  c.instance = &instance;
   c.tile = tile;
-  c.tile_rows = 16;
   c.num_workers = num_workers;
-  const DeviceArray<char> memory(std::vector<char>(lay_out(s, c, nullptr).bytes, char(0xff)));
-  const Workspace w = lay_out(s, c, memory.get());
-  for (int repeat = 0; repeat < 2; ++repeat) CUDA_OK(plan(s, c, w.plan, nullptr));
+  const DeviceArray<char> memory(std::vector<char>(lay_out(p, c, nullptr).bytes, char(0xff)));
+  const Workspace w = lay_out(p, c, memory.get());
+  for (int repeat = 0; repeat < 2; ++repeat) CUDA_OK(plan(p, c, w.plan, nullptr));
   CUDA_OK(cudaDeviceSynchronize());
 
   const HostPlan expected = plan_on_host(on_host, tile, num_workers);
@@ -316,28 +320,30 @@ class Copies {
 void attend_on_device(test::AttendCase& c) {
   Copies copy;
   AttendParams p = c.params.forward;
-  ProblemShape& s = p.shape;
   const test::Problem& host = c.problem;
-  p.q = copy(c.q), p.k = copy(c.k), p.v = copy(c.v), p.out = copy(c.out), p.lse = copy(c.lse);
-  if (p.page_table) p.page_table = copy(c.page_table);
-  s.q_rows.begin = copy(host.q_begin), s.q_rows.end = copy(host.q_end);
-  s.kv_rows.begin = copy(host.kv_begin), s.kv_rows.end = copy(host.kv_end);
-  s.route = copy(host.route);
+  p.q.data = copy(c.q), p.kv.k.data = copy(c.k), p.kv.v.data = copy(c.v), p.out.data = copy(c.out), p.lse = copy(c.lse);
+  if (p.kv.page_table) p.kv.page_table = copy(c.page_table);
+  p.q.rows.begin = copy(host.q_begin), p.q.rows.end = copy(host.q_end);
+  p.kv.rows.begin = copy(host.kv_begin), p.kv.rows.end = copy(host.kv_end);
+  p.routing.route = copy(host.route);
   for (int mode = 0; mode < 2; ++mode)
-    if (s.blocks[mode].blocks)
-      s.blocks[mode].blocks = copy(host.blocks[mode]), s.blocks[mode].counts = copy(host.counts[mode]);
+    if (p.routing.blocks[mode].blocks)
+      p.routing.blocks[mode].blocks = copy(host.blocks[mode]), p.routing.blocks[mode].counts = copy(host.counts[mode]);
 
   AttendConfig config;
-  const Status status = attend_config(p, &config);
-  ASSERT_TRUE(status.ok()) << status.what;
-  const DeviceArray<char> memory(std::vector<char>(lay_out(s, config, nullptr).bytes, char(0xff)));
-  const Workspace w = lay_out(s, config, memory.get());
-  CUDA_OK(plan(s, config, w.plan, nullptr));
-  CUDA_OK(attend(p, config, w, nullptr));
-  CUDA_OK(combine(p, config, w, nullptr));
+  const Status chosen = configure(p, &config);
+  ASSERT_TRUE(chosen.ok()) << chosen.what;
+  const DeviceArray<char> memory(std::vector<char>(lay_out(p, config, nullptr).bytes, char(0xff)));
+  const Status done = attend(p, config, memory.get(), nullptr);
+  ASSERT_TRUE(done.ok()) << done.what;
+  Explanation e;
+  ASSERT_TRUE(explain(p, &e).ok());
+  EXPECT_EQ(e.family, config.instance->family);
+  EXPECT_EQ(e.decode, most_rows(p) <= kDecodeRows && p.group() <= kDecodeRows);
+  EXPECT_EQ(e.workers, config.num_workers);
   CUDA_OK(cudaDeviceSynchronize());
   c.lse = to_host(p.lse, c.lse.size());
-  c.out.bytes = to_host(static_cast<unsigned char*>(p.out), c.out.bytes.size());
+  c.out.bytes = to_host(static_cast<unsigned char*>(p.out.data), c.out.bytes.size());
 }
 
 class Attend : public testing::TestWithParam<std::tuple<DType, test::Layout, bool>> {};
@@ -361,10 +367,9 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
       o.max_batch = 1, o.min_q_len = 17, o.max_q_len = 30, o.max_kv_len = 2000;  // tiles that are cut
     test::AttendCase c;
     test::random_attend(random, dtype, kind, dim, 8, o, c);
-    ProblemShape& shape = c.params.forward.shape;
-    if (shape.total_q_rows == 0) continue;
-    if (!decode && random.chance(50))
-      shape.max_q_len = 1 << 18, shape.total_q_rows = 1 << 20;  // bounds that call for large tiles
+    Queries& q = c.params.forward.q;
+    if (q.total_rows == 0) continue;
+    if (!decode && random.chance(50)) q.max_len = 1 << 18, q.total_rows = 1 << 20;  // bounds that call for large tiles
     const auto poison = c.out.bytes;
     attend_on_device(c);
     test::expect_attended(c, test::expected(c));

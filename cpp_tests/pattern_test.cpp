@@ -52,6 +52,8 @@ Case random_case(Random& random, bool with_list) {
   return c;
 }
 
+QueryRange range_of(const Case& c) { return {c.pattern, c.list, {0, c.kv_len}, c.q_begin, c.q_end}; }
+
 bool sees(const Case& c, int32_t q, int32_t k) { return q >= 0 && visible(c.pattern, q, k, c.kv_len, c.list); }
 
 void check_blocks(const Case& c) {
@@ -79,7 +81,7 @@ void check_mask(const Case& c) {
     bool all = true;
     for (int32_t q = c.q_begin; q < c.q_end && all; ++q)
       for (int32_t k = begin; k < end && all; ++k) all = k < c.kv_len && sees(c, q, k);
-    const TileMask masked(c.pattern, c.q_begin, c.q_end, c.kv_len, c.list);
+    const TileMask masked(range_of(c));
     ASSERT_EQ(masked(begin, end), !all) << "block " << blocks[i];
   }
 }
@@ -108,7 +110,7 @@ TEST(Pattern, BoundsHoldExactlyTheVisibleKeys) {
     const Case c = random_case(random, i % 2);
     SCOPED_TRACE(describe(c));
     for (int32_t q = c.q_begin; q < c.q_end; ++q) {
-      const VisibleKeys keys = visible_keys(c.pattern, q, c.kv_len, c.list);
+      const VisibleKeys keys = visible_keys(c.pattern, q, {0, c.kv_len}, c.list);
       for (int32_t k = 0; k < c.kv_len; ++k) {
         const bool listed = !c.list.blocks || std::count(c.blocks.begin(), c.blocks.end(), k / c.list.width);
         ASSERT_EQ(keys.contain(k) && listed, sees(c, q, k)) << "query " << q << " key " << k;
@@ -131,7 +133,7 @@ TEST(Pattern, NoneIsSeenExactlyWhereEveryPairIsHidden) {
     bool any = false;
     for (int32_t q = c.q_begin; q < c.q_end; ++q)
       for (int32_t k = begin; k < end; ++k) any |= sees(c, q, k);
-    ASSERT_EQ(sees_none(c.pattern, c.q_begin, c.q_end, begin, end, c.kv_len, c.list), !any) << begin << ".." << end;
+    ASSERT_EQ(sees_none(range_of(c), begin, end), !any) << begin << ".." << end;
     none += !any;
   }
   EXPECT_GT(none, 400);

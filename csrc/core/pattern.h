@@ -21,6 +21,12 @@ FLUX_HD constexpr int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 FLUX_HD constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 FLUX_HD constexpr int64_t ceil_div_64(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What stands at [begin, end): rows of a tensor, tiles of a plan.
+struct Span {
+  int32_t begin, end;
+  FLUX_HD int32_t size() const { return end - begin; }
+};
+
 // The key blocks one query block may see, ascending, `width` keys each. No list: every block.
 struct BlockList {
   const int32_t* blocks = nullptr;
@@ -59,10 +65,10 @@ struct VisibleKeys {
 };
 
 // A list does not narrow the bounds: kernels apply it by visiting its blocks alone. A negative position sees nothing.
-FLUX_HD VisibleKeys visible_keys(const Pattern& p, int32_t q_pos, int32_t kv_len, const BlockList& list = {}) {
+FLUX_HD VisibleKeys visible_keys(const Pattern& p, int32_t q_pos, const Span& kv_rows, const BlockList& list) {
   VisibleKeys keys;
   keys.last = q_pos;
-  if (list.blocks || q_pos < 0 || q_pos >= kv_len - p.last_q) return keys;
+  if (list.blocks || q_pos < 0 || q_pos >= kv_rows.size() - p.last_q) return keys;
   keys.begin = p.window_begin(q_pos);
   keys.sink = p.sink;
   return keys;
@@ -123,33 +129,42 @@ FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int
   return b;
 }
 
-// Which blocks of keys must be masked for the queries [q_begin, q_end); what does not depend on the block, a division
-// among it, is worked out once.
+// Queries that follow each other, and the keys of their sequence. (A TileView, schedule.h, is one too.)
+struct QueryRange {
+  Pattern pattern;
+  BlockList list;
+  Span kv_rows;
+  int32_t q_pos, q_end;  // positions
+
+  FLUX_HD int32_t q_pos_end() const { return q_end; }
+};
+
+// Which blocks of keys must be masked for such queries; what does not depend on the block, a division among it, is
+// worked out once. (A template, so that of a TileView in shared memory nothing is read before it is needed.)
 struct TileMask {
-  int32_t first;         // the first query
+  int32_t first;         // position of the first query
   int32_t window_begin;  // of the query whose window starts last; low where no window hides anything
   int32_t sink;
 
-  FLUX_HD TileMask(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_len, const BlockList& list = {})
-      : first(q_begin), window_begin(-kUnlimited), sink(p.sink) {
-    const int32_t last = min_of(q_end, kv_len - p.last_q) - 1;
-    if (!list.blocks && last >= q_begin) window_begin = p.window_begin(last);
+  template <typename Range>
+  FLUX_HD explicit TileMask(const Range& r) : first(r.q_pos), window_begin(-kUnlimited), sink(r.pattern.sink) {
+    const int32_t last = min_of(r.q_pos_end(), r.kv_rows.size() - r.pattern.last_q) - 1;
+    if (!r.list.blocks && last >= r.q_pos) window_begin = r.pattern.window_begin(last);
   }
 
-  // False exactly when every query sees every key in [kv_begin, kv_end).
+  // False exactly when every query sees every key in [kv_begin, kv_end). The first term: at the diagonal, or past the
+  // end of the keys.
   FLUX_HD bool operator()(int32_t kv_begin, int32_t kv_end) const {
-    const bool at_diagonal = kv_end - 1 > first;  // or past the end of the keys
-    return at_diagonal || (kv_end > sink && max_of(kv_begin, sink) < window_begin);
+    return kv_end - 1 > first || (kv_end > sink && max_of(kv_begin, sink) < window_begin);
   }
 };
 
-// True exactly when no query in [q_begin, q_end) sees a key in [kv_begin, kv_end), of a block that the list, if there
-// is one, holds.
-FLUX_HD bool sees_none(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_begin, int32_t kv_end,
-                       int32_t kv_len, const BlockList& list = {}) {
-  if (kv_begin >= q_end) return true;
-  if (list.blocks || kv_begin < p.sink || q_end > kv_len - p.last_q) return false;
-  return kv_end <= p.window_begin(max_of(q_begin, 0));
+// True exactly when none of the queries sees a key in [kv_begin, kv_end), of a block that the list, if there is one,
+// holds.
+FLUX_HD bool sees_none(const QueryRange& r, int32_t kv_begin, int32_t kv_end) {
+  if (kv_begin >= r.q_end) return true;
+  if (r.list.blocks || kv_begin < r.pattern.sink || r.q_end > r.kv_rows.size() - r.pattern.last_q) return false;
+  return kv_end <= r.pattern.window_begin(max_of(r.q_pos, 0));
 }
 
 }  // namespace flux

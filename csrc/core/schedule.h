@@ -39,7 +39,7 @@ struct TileView {
   KvBlocks blocks;
 
   FLUX_HD int32_t q_pos_end() const { return q_pos + q_rows.size(); }
-  FLUX_HD TileMask mask() const { return {pattern, q_pos, q_pos_end(), kv_rows.size(), list}; }
+  FLUX_HD TileMask mask() const { return TileMask(*this); }
 
   // Of a query, counted from the first of the tile (`token`). Is the pair visible?
   FLUX_HD bool sees(int32_t token, int32_t kv_pos) const {
@@ -48,7 +48,7 @@ struct TileView {
   // The last key it may see; -1 in padding, which sees nothing.
   FLUX_HD int32_t last_key(int32_t token) const { return token < q_rows.size() ? q_pos + token : -1; }
   FLUX_HD VisibleKeys visible_keys(int32_t token) const {
-    return flux::visible_keys(pattern, last_key(token), kv_rows.size(), list);
+    return flux::visible_keys(pattern, last_key(token), kv_rows, list);
   }
   // Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
   // none.
@@ -59,29 +59,29 @@ struct TileView {
   FLUX_HD bool hides_only_later_keys() const { return list.blocks || pattern.window >= kUnlimited; }
 };
 
-FLUX_HD int32_t tiles_in_seq_head(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
-  return ceil_div(shape.q_rows(seq, kv_head).size(), tile.q_tokens);
+FLUX_HD int32_t tiles_in_seq_head(const AttendParams& p, const TileShape& tile, int32_t seq, int32_t kv_head) {
+  return ceil_div(p.q.rows(seq, kv_head).size(), tile.q_tokens);
 }
 
 // No launch has more tiles than this, whatever the lengths on the device are (spans that overlap, which no
 // valid input has, are cut off by the planner).
-FLUX_HD int64_t max_tiles(const ProblemShape& shape, const TileShape& tile) {
-  const int64_t padded = int64_t(shape.batch) * ceil_div(shape.max_q_len, tile.q_tokens);
-  const int64_t packed = shape.total_q_rows / tile.q_tokens + shape.batch;
-  return (padded < packed ? padded : packed) * shape.num_kv_heads;
+FLUX_HD int64_t max_tiles(const AttendParams& p, const TileShape& tile) {
+  const int64_t padded = int64_t(p.batch) * ceil_div(p.q.max_len, tile.q_tokens);
+  const int64_t packed = p.q.total_rows / tile.q_tokens + p.batch;
+  return (padded < packed ? padded : packed) * p.kv.num_heads;
 }
 
-FLUX_HD TileView view_tile(const ProblemShape& shape, const TileShape& tile_shape, const Tile& t) {
+FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, const Tile& t) {
   TileView v;
   v.tile = t;
-  const Span q = shape.q_rows(t.seq, t.kv_head);
-  v.kv_rows = shape.kv_rows(t.seq, t.kv_head);
+  const Span q = p.q.rows(t.seq, t.kv_head);
+  v.kv_rows = p.kv.rows(t.seq, t.kv_head);
   const int32_t first = t.q_block * tile_shape.q_tokens;
   v.q_rows = {q.begin + first, min_of(q.begin + first + tile_shape.q_tokens, q.end)};
   v.q_pos = v.kv_rows.size() - q.size() + first;
-  const int32_t mode = shape.mode(t.seq, t.kv_head);
-  v.pattern = shape.patterns[mode];
-  v.list = shape.blocks[mode](t.seq, t.kv_head, shape.num_kv_heads, first);
+  const int32_t mode = p.routing.mode(t.seq, t.kv_head);
+  v.pattern = p.routing.patterns[mode];
+  v.list = p.routing.blocks[mode](t.seq, t.kv_head, p.kv.num_heads, first);
   v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), tile_shape.kv_block, v.list);
   return v;
 }

@@ -6,31 +6,37 @@
 
 namespace flux::cpu {
 
+// Row `row` of a tensor that is not paged.
+template <typename T>
+FLUX_HD const T* row_of(const View& x, int32_t seq, int32_t row, int32_t head) {
+  return static_cast<const T*>(x.data) + seq * x.stride.b + row * x.stride.s + head * x.stride.h;
+}
+template <typename T>
+FLUX_HD T* row_of(const MutableView& x, int32_t seq, int32_t row, int32_t head) {
+  return static_cast<T*>(x.data) + seq * x.stride.b + row * x.stride.s + head * x.stride.h;
+}
+
 template <typename T>
 FLUX_HD const T* q_row(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
-  return static_cast<const T*>(p.q) + t.seq * p.q_stride.b + row * p.q_stride.s + head * p.q_stride.h;
+  return row_of<T>(View{p.q.data, p.q.stride}, t.seq, row, head);
 }
-
-// `pos` counts from the first key of the sequence.
-template <typename T>
-FLUX_HD const T* kv_row(const AttendParams& p, const void* base, const Strides& stride, const TileView& v,
-                        int32_t pos) {
-  const int64_t row = v.kv_rows.begin + pos;
-  const T* data = static_cast<const T*>(base);
-  if (!p.page_table) return data + v.tile.seq * stride.b + row * stride.s + v.tile.kv_head * stride.h;
-  const int64_t page =
-      p.page_table[v.tile.seq * p.page_stride_b + v.tile.kv_head * p.page_stride_h + row / p.page_size];
-  // Pages of one head belong to a page table per head.
-  return data + page * stride.b + (row % p.page_size) * stride.s + (p.pages_per_head ? 0 : v.tile.kv_head * stride.h);
-}
-
 template <typename T>
 FLUX_HD T* out_row(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
-  return static_cast<T*>(p.out) + t.seq * p.out_stride.b + row * p.out_stride.s + head * p.out_stride.h;
+  return row_of<T>(p.out, t.seq, row, head);
 }
-
 FLUX_HD float& lse_at(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
   return p.lse[t.seq * p.lse_stride.b + row * p.lse_stride.s + head * p.lse_stride.h];
+}
+
+// Key or value `pos`, counted from the first of the sequence; paged or not.
+template <typename T>
+FLUX_HD const T* kv_row(const KeyValues& kv, const View& x, const TileView& v, int32_t pos) {
+  const int64_t row = v.kv_rows.begin + pos;
+  const int32_t seq = v.tile.seq, head = v.tile.kv_head;
+  const T* data = static_cast<const T*>(x.data);
+  if (!kv.page_table) return data + seq * x.stride.b + row * x.stride.s + head * x.stride.h;
+  const int64_t page = kv.page_table[seq * kv.page_stride_b + head * kv.page_stride_h + row / kv.page_size];
+  return data + page * x.stride.b + (row % kv.page_size) * x.stride.s + (kv.pages_per_head ? 0 : head * x.stride.h);
 }
 
 }  // namespace flux::cpu

@@ -14,13 +14,13 @@ struct TileRow {
 };
 
 FLUX_HD TileRow tile_row(const AttendParams& p, const TileView& v, int32_t row) {
-  const int32_t group = p.shape.group();
+  const int32_t group = p.group();
   const int32_t token = row / group;
   return {token, v.tile.kv_head * group + (row - token * group)};
 }
 
 // Rows of the tile that hold a query; the others are padding.
-FLUX_HD int32_t valid_rows(const AttendParams& p, const TileView& v) { return v.q_rows.size() * p.shape.group(); }
+FLUX_HD int32_t valid_rows(const AttendParams& p, const TileView& v) { return v.q_rows.size() * p.group(); }
 
 // Offsets in elements.
 FLUX_HD int64_t row_offset(const Strides& s, const TileView& v, const TileRow& r) {
@@ -29,11 +29,11 @@ FLUX_HD int64_t row_offset(const Strides& s, const TileView& v, const TileRow& r
 
 template <typename T>
 FLUX_HD const T* q_row(const AttendParams& p, const TileView& v, const TileRow& r) {
-  return static_cast<const T*>(p.q) + row_offset(p.q_stride, v, r);
+  return static_cast<const T*>(p.q.data) + row_offset(p.q.stride, v, r);
 }
 template <typename T>
 FLUX_HD T* out_row(const AttendParams& p, const TileView& v, const TileRow& r) {
-  return static_cast<T*>(p.out) + row_offset(p.out_stride, v, r);
+  return static_cast<T*>(p.out.data) + row_offset(p.out.stride, v, r);
 }
 FLUX_HD float& lse_at(const AttendParams& p, const TileView& v, const TileRow& r) {
   return p.lse[row_offset(p.lse_stride, v, r)];
@@ -60,17 +60,18 @@ struct KvRows {
   FLUX_HD int64_t operator()(int32_t kv_pos) const { return base + offset(kv_pos); }
 };
 
-FLUX_HD KvRows kv_rows(const AttendParams& p, const Strides& s, const TileView& v) {
+FLUX_HD KvRows kv_rows(const KeyValues& kv, const View& x, const TileView& v) {
+  const Strides& s = x.stride;
   KvRows r;
   r.first = v.kv_rows.begin;
   r.count = v.kv_rows.size();
   r.row_stride = s.s;
-  if (p.page_table) {
-    r.pages = p.page_table + v.tile.seq * p.page_stride_b + v.tile.kv_head * p.page_stride_h;
-    r.base = p.pages_per_head ? 0 : v.tile.kv_head * s.h;
+  if (kv.page_table) {
+    r.pages = kv.page_table + v.tile.seq * kv.page_stride_b + v.tile.kv_head * kv.page_stride_h;
+    r.base = kv.pages_per_head ? 0 : v.tile.kv_head * s.h;
     r.page_stride = s.b;
-    r.page_size = p.page_size;
-    r.last_page = p.num_pages - 1;
+    r.page_size = kv.page_size;
+    r.last_page = kv.num_pages - 1;
   } else {
     r.base = v.tile.seq * s.b + v.tile.kv_head * s.h;
   }

@@ -22,8 +22,8 @@ struct RowNorm {
 
 // Four neighbouring elements of a row of the output.
 template <typename T>
-__device__ inline void store_four(T* to, const RowNorm& norm, const float4& sum) {
-  *reinterpret_cast<uint2*>(to) = {pack<T>(norm(sum.x), norm(sum.y)), pack<T>(norm(sum.z), norm(sum.w))};
+__device__ inline uint2 pack_four(const RowNorm& norm, const float4& sum) {
+  return {pack<T>(norm(sum.x), norm(sum.y)), pack<T>(norm(sum.z), norm(sum.w))};
 }
 
 __device__ inline float4 add_scaled(const float4& sum, const float4& x, float factor) {

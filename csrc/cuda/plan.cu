@@ -38,12 +38,12 @@ __device__ void sort(int64_t* keys, int32_t n) {
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
-    plan_kernel(const __grid_constant__ ProblemShape s, const TileShape tile, const int32_t tiles_max,
+    plan_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const int32_t tiles_max,
                 const int32_t num_workers, PlanView plan) {
   __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
-  const int32_t seq_heads = s.batch * s.num_kv_heads, tid = threadIdx.x;
+  const int32_t seq_heads = p.batch * p.kv.num_heads, tid = threadIdx.x;
   const bool small = seq_heads <= kSmallSeqHeads;
   int64_t* sort_keys = small ? shared.sort_keys : plan.sort_keys;
   int32_t* begin = small ? shared.tile_begin[0] : plan.tile_begin;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // Tiles of every sequence head.
   for (int32_t n = tid; n < seq_heads; n += kThreads)
-    begin[n] = min_of(tiles_in_seq_head(s, tile, n / s.num_kv_heads, n % s.num_kv_heads), kMaxSeqHeadTiles);
+    begin[n] = min_of(tiles_in_seq_head(p, tile, n / p.kv.num_heads, n % p.kv.num_heads), kMaxSeqHeadTiles);
   if (tid == 0) shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0;
   __syncthreads();
   exclusive_sum<kThreads>(begin, seq_heads, shared.warp_sums);
@@ -62,17 +62,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const int32_t num_tiles = begin[seq_heads], tiles_each = begin[1];
   for (int32_t n = tid; n < seq_heads; n += kThreads) {
-    const int32_t longest_kv = s.kv_rows(n / s.num_kv_heads, n % s.num_kv_heads).size();
-    if (begin[n + 1] - begin[n] != tiles_each || !takes_turns(seq_heads, longest_kv, s.head_dim)) shared.no_turns = 1;
+    const int32_t longest_kv = p.kv.rows(n / p.kv.num_heads, n % p.kv.num_heads).size();
+    if (begin[n + 1] - begin[n] != tiles_each || !takes_turns(seq_heads, longest_kv, p.head_dim)) shared.no_turns = 1;
   }
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
     const int32_t seq_head = find_seq_head(begin, seq_heads, t);
-    const Tile own = make_tile(s, seq_head, begin[seq_head + 1] - begin[seq_head], t - begin[seq_head]);
+    const Tile own = make_tile(p, seq_head, begin[seq_head + 1] - begin[seq_head], t - begin[seq_head]);
     plan.tiles[t] = own;
-    cost[t] = tile_cost(view_tile(s, tile, own));
+    cost[t] = tile_cost(view_tile(p, tile, own));
   }
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!whole) return;
   if (in_turn) {
     for (int32_t t = tid; t < num_tiles; t += kThreads)
-      plan.tiles[t] = make_tile(s, t % seq_heads, tiles_each, t / seq_heads);
+      plan.tiles[t] = make_tile(p, t % seq_heads, tiles_each, t / seq_heads);
     return;
   }
 
@@ -131,18 +131,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   exclusive_sum<kThreads>(sorted_begin, seq_heads, shared.warp_sums);
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
     const int32_t i = find_seq_head(sorted_begin, seq_heads, t);
-    plan.tiles[t] = make_tile(s, seq_head_of(sort_keys[i]), sorted_begin[i + 1] - sorted_begin[i], t - sorted_begin[i]);
+    plan.tiles[t] = make_tile(p, seq_head_of(sort_keys[i]), sorted_begin[i + 1] - sorted_begin[i], t - sorted_begin[i]);
   }
 }
 
 }  // namespace
 
-cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
+cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
-  const auto tiles = int32_t(max_tiles(s, c.tile));
-  const bool few = tiles <= kFewThreads && num_seq_heads(s) <= kFewThreads;
+  const auto tiles = int32_t(max_tiles(p, c.tile));
+  const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;
   return launch(few ? plan_kernel<kFewThreads> : plan_kernel<kManyThreads>, 1, few ? kFewThreads : kManyThreads, 0,
-                stream, c.overlap, s, c.tile, tiles, c.num_workers, plan);
+                stream, c.overlap, p, c.tile, tiles, c.num_workers, plan);
 }
 
 }  // namespace flux::cuda

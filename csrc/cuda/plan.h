@@ -53,8 +53,8 @@ __device__ inline int32_t find_seq_head(const int32_t* begin, int32_t seq_heads,
 }
 
 // The tiles of a sequence head stand from its last query block to its first.
-__device__ inline Tile make_tile(const ProblemShape& s, int32_t seq_head, int32_t count, int32_t index) {
-  return {seq_head / s.num_kv_heads, seq_head % s.num_kv_heads, count - 1 - index};
+__device__ inline Tile make_tile(const AttendParams& p, int32_t seq_head, int32_t count, int32_t index) {
+  return {seq_head / p.kv.num_heads, seq_head % p.kv.num_heads, count - 1 - index};
 }
 
 // The line of work of a problem that plans_inline: tile t is that of sequence head t, which has no other.
@@ -64,8 +64,8 @@ struct InlineLine {
   int32_t workers;  // that have a share
 };
 
-__device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
-  return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
+__device__ inline Tile inline_tile(const AttendParams& p, int32_t t) {
+  return {t / p.kv.num_heads, t % p.kv.num_heads, 0};
 }
 
 // From the costs of the tiles, by one warp: who shares them, and where each begins, rounded up to whole shares where
@@ -109,11 +109,11 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
 
 // Fills the line, in shared memory, and returns how many tiles it has. Each is shown to keep(t, view) by one thread.
 template <int kThreads, typename Keep>
-__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, int32_t num_workers, InlineLine& line,
+__device__ int32_t line_up(const AttendParams& p, const TileShape& tile, int32_t num_workers, InlineLine& line,
                            Keep keep) {
-  const int32_t num_tiles = s.batch * s.num_kv_heads;
+  const int32_t num_tiles = p.batch * p.kv.num_heads;
   for (int32_t t = threadIdx.x; t < num_tiles; t += kThreads) {
-    const TileView view = view_tile(s, tile, inline_tile(s, t));
+    const TileView view = view_tile(p, tile, inline_tile(p, t));
     line.cost[t] = tile_cost(view);
     keep(t, view);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <type_traits>
 
 #include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
@@ -23,7 +24,7 @@ struct InlineScratch {
 template <typename Body>
 __device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials,
                               WorkerState& shared) {
-  const int32_t num_tiles = p.shape.batch * p.shape.num_kv_heads, worker = blockIdx.x;
+  const int32_t num_tiles = p.batch * p.kv.num_heads, worker = blockIdx.x;
   WorkRange range;
   const auto begin_with = [&](const TileView& view) {
     shared.plan.range = range;  // costs no registers there
@@ -31,12 +32,12 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
   };
   if (num_tiles <= kWarpTiles) {
     const int32_t lane = threadIdx.x % 32;
-    const Tile lane_tile = inline_tile(p.shape, lane);
+    const Tile lane_tile = inline_tile(p, lane);
     work_out(lane_tile.seq);
     wait_for_previous();
     let_next_start();
     TileView view;
-    if (lane < num_tiles) view = view_tile(p.shape, tile, lane_tile);
+    if (lane < num_tiles) view = view_tile(p, tile, lane_tile);
     range = share_of_warp(tile_cost(view), num_tiles, worker, gridDim.x);
     if (empty(range)) return;
     if (int32_t(threadIdx.x) == range.tile) begin_with(view);
@@ -45,7 +46,7 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
     let_next_start();
     static_assert(sizeof(InlineScratch) <= Body::kSmemBytes);
     auto& scratch = *reinterpret_cast<InlineScratch*>(shared_memory());
-    line_up<Body::kThreads>(p.shape, tile, gridDim.x, scratch.line,
+    line_up<Body::kThreads>(p, tile, gridDim.x, scratch.line,
                             [&](int32_t t, const TileView& view) { scratch.views[t] = view; });
     range = share_of(scratch.line, num_tiles, worker);
     if (empty(range)) return;
@@ -57,8 +58,7 @@ __device__ void attend_inline(const AttendParams& p, const TileShape& tile, cons
     Body::run(p, partials, shared.piece, shared_address(shared_memory()));
     __syncthreads();
     if (++t >= tiles_end(shared.plan.range)) break;
-    if (threadIdx.x == 0)
-      shared.piece = piece_of(view_tile(p.shape, tile, inline_tile(p.shape, t)), shared.plan.range, worker, t);
+    if (threadIdx.x == 0) shared.piece = piece_of(view_tile(p, tile, inline_tile(p, t)), shared.plan.range, worker, t);
   }
 }
 
@@ -83,60 +83,38 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     state.plan = {header, first_range(plan, header)};
   }
   __syncthreads();
-  for_each_piece(plan, p.shape, tile, state,
+  for_each_piece(plan, p, tile, state,
                  [&](const Piece& piece) { Body::run(p, partials, piece, shared_address(shared_memory())); });
 }
 
-// Calls use(Body{}) for the kernel that a configuration names.
-template <int kDim, typename Use>
-auto with_body(DType dtype, int32_t tile_rows, Use use) {
-  const auto typed = [&](auto element) {
-    using T = decltype(element);
-    if (tile_rows == kDecodeRows) return use(Decode<T, kDim>{});
-    if constexpr (prefill_rows(kDim) != kSmallRows)
-      if (tile_rows != kSmallRows) return use(Prefill<T, kDim, prefill_rows(kDim)>{});
-    return use(Prefill<T, kDim, kSmallRows>{});
-  };
-  return dtype == DType::kFloat16 ? typed(__half{}) : typed(__nv_bfloat16{});
+// The work on one tile: of at most kDecodeRows rows, decode.h; of more, prefill.h.
+template <DType kDType, int kDim, int kRows>
+using BodyOf =
+    std::conditional_t<kRows == kDecodeRows, Decode<Element<kDType>, kDim>, Prefill<Element<kDType>, kDim, kRows>>;
+
+template <typename Body>
+cudaError_t launch_kernel(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+  return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
+                c.tile.q_tokens, c.inline_plan, w.plan, w.partials);
 }
 
-template <int kDim>
-bool Kernels<kDim>::configure(const AttendParams& p, const Device& device, AttendConfig* c) {
-  const int32_t group = p.shape.group();
-  const int64_t rows = most_rows(p.shape);
-  c->arch = Arch::kSm80;
-  c->tile_rows = rows <= kDecodeRows ? kDecodeRows : rows <= kSmallRows ? kSmallRows : prefill_rows(kDim);
-  while (c->tile_rows < group) {
-    if (c->tile_rows >= prefill_rows(kDim)) return false;
-    c->tile_rows = c->tile_rows == kDecodeRows ? kSmallRows : prefill_rows(kDim);
-  }
-  return with_body<kDim>(p.dtype, c->tile_rows, [&](auto body) {
-    using Body = decltype(body);
-    c->tile = {q_tokens_of(p.shape, c->tile_rows), Body::kKeys};
-    static std::atomic<int> known[64];  // blocks per multiprocessor, by device: asking takes microseconds
-    std::atomic<int>& cached = known[device.index % 64];
-    int blocks = device.index < 64 ? cached.load() : 0;
-    const auto kernel = attend_kernel<Body>;
-    if (blocks == 0 &&
-        (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes) != cudaSuccess ||
-         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Body::kThreads, Body::kSmemBytes) !=
-             cudaSuccess))
-      return false;
-    if (device.index < 64) cached = blocks;
-    c->num_workers = blocks * device.num_sms;
-    c->inline_plan = c->tile_rows == kDecodeRows && plans_inline(p.shape, *c);
-    return blocks > 0;
-  });
-}
+template <DType kDType, int kDim, int kRows>
+const Instance Kernel<kDType, kDim, kRows>::instance = {
+    80, kDType, kDim, kRows, BodyOf<kDType, kDim, kRows>::kKeys, launch_kernel<BodyOf<kDType, kDim, kRows>>};
 
-template <int kDim>
-cudaError_t Kernels<kDim>::attend(const AttendParams& p, const AttendConfig& c, const Workspace& w,
-                                  cudaStream_t stream) {
-  return with_body<kDim>(p.dtype, c.tile_rows, [&](auto body) {
-    using Body = decltype(body);
-    return launch(attend_kernel<Body>, dim3(c.num_workers), Body::kThreads, Body::kSmemBytes, stream, c.overlap, p,
-                  c.tile.q_tokens, c.inline_plan, w.plan, w.partials);
-  });
+template <DType kDType, int kDim, int kRows>
+int Kernel<kDType, kDim, kRows>::blocks_per_multiprocessor(int device) {
+  using Body = BodyOf<kDType, kDim, kRows>;
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // asking takes microseconds
+  int blocks = device < kDevices ? known[device].load() : 0;
+  if (blocks > 0) return blocks;
+  const auto kernel = attend_kernel<Body>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes) != cudaSuccess ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Body::kThreads, Body::kSmemBytes) != cudaSuccess)
+    return 0;
+  if (device < kDevices) known[device] = blocks;
+  return blocks;
 }
 
 }  // namespace flux::cuda::sm80

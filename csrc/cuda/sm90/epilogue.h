@@ -28,7 +28,7 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
                                float scale_log2, const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
-  const int32_t dim = a.shape.head_dim, lane = int32_t(threadIdx.x % 4);
+  const int32_t dim = a.head_dim, lane = int32_t(threadIdx.x % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     const SoftmaxState state = softmax.state(r, scale_log2);
@@ -66,7 +66,7 @@ CUTLASS_DEVICE void store_empty(const AttendParams& a, const TileView& view) {
   const int32_t lane = int32_t(threadIdx.x % 32);
   for (int32_t r = 0; r < valid_rows(a, view); ++r) {
     const TileRow where = tile_row(a, view, r);
-    if (8 * lane < a.shape.head_dim)
+    if (8 * lane < a.head_dim)
       *reinterpret_cast<uint4*>(out_row<typename T::Element>(a, view, where) + 8 * lane) = uint4{0, 0, 0, 0};
     if (lane == 0) lse_at(a, view, where) = -INFINITY;
   }
