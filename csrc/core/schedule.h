@@ -164,17 +164,23 @@ struct TilePieces {
 };
 FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t tile, int32_t num_workers) {
   const int64_t total = cost[num_tiles], blocks_begin = cost[tile] + kTileOverhead, end = cost[tile + 1];
-  const bool has_blocks = end > blocks_begin;  // or is rounded up, to one share: a single piece either way
+  // A tile without key blocks has one piece, also where it is rounded up to a whole share.
+  const bool has_blocks = end > blocks_begin;
   TilePieces p{1, worker_of(has_blocks ? blocks_begin : cost[tile], total, num_workers), 0};
   if (has_blocks) p.count = worker_of(end - 1, total, num_workers) - p.leader + 1;
   p.leader_slot = 2 * p.leader + (share_begin(cost, num_tiles, p.leader, num_workers).tile == tile ? 0 : 1);
   return p;
 }
 
-// How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
-// cost no merging, but end raggedly: at worst a tile starts when all workers together are done with what comes before
-// it. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are handed
-// out whole unless one ends later than that and is no small part of a share either.
+// Work can be handed out in two ways:
+// - Whole tiles: a worker that is free takes the next tile from a counter. Nothing is cut, so nothing is merged, and
+//   tiles that run at the same time share keys through the cache. But the end is ragged: workers idle while the last
+//   tiles run.
+// - Even shares (work_range): all workers end together, but tiles are cut, and their pieces stored and merged. That was
+//   measured to cost as much as kSplitBlocks key blocks for every worker and an eighth of the work (docs/kernels.md).
+// So tiles are handed out whole unless one of them might end later than even shares would at that cost. A tile starts
+// when the work before it, spread over all workers, is done, or earlier; `ends_late` bounds its end by that. A tile
+// that is a small part of a worker's share makes no difference worth a cut.
 constexpr int32_t kSplitBlocks = 8;
 constexpr int32_t kSmallPart = 4;
 FLUX_HD bool is_small_part(int64_t tile_cost, int64_t total_cost, int32_t num_workers) {

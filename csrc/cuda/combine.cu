@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   const int32_t num_tiles = line_up<32 * kWarps>(p, tile_shape, num_workers, line, keep);
   const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
-    wait_for_previous();  // even so: whatever waits for this kernel counts on the one before it too
+    wait_for_previous();  // even so: the kernel after this one relies on the one before this one having ended
     let_next_start();
     return;
   }

@@ -22,8 +22,7 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
   //   7 workers          threads, or thread blocks, that share the work; 0: nothing to do, and all numbers are 0
   //   8 plans_itself     1: every thread block plans for itself, without a launch for it
   //   9 workspace_bytes  memory that is allocated for the call, besides the outputs, at most
-  //  10 copies           CUDA: the sum of 1 (q), 2 (k) and 4 (v) for those copied at every call, as they are not
-  //  aligned
+  //  10 copies           CUDA: the sum of 1 (q), 2 (k), 4 (v) for those copied at every call, as they are not aligned
   // Arguments are checked as `attend` checks them, but for the values inside CPU tensors.
   m.def(
       "explain(Tensor q, Tensor k, Tensor v, Tensor? route, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "

@@ -19,15 +19,15 @@ struct InlineScratch {
   TileView views[kInlineTiles];
 };
 
-// A block's share of a problem that plans_inline, from before the wait on. (The next kernel may start only after it:
-// combine reads lengths and routes before it waits for this one.)
+// All that a block does where the problem `plans_inline`. (It lets the next kernel start only after its own wait:
+// combine reads lengths and routes, which the kernel before this one may have written, before it waits.)
 template <typename Body>
 __device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials,
                               WorkerState& shared) {
   const int32_t num_tiles = p.batch * p.kv.num_heads, worker = blockIdx.x;
   WorkRange range;
   const auto begin_with = [&](const TileView& view) {
-    shared.plan.range = range;  // costs no registers there
+    shared.plan.range = range;  // in shared memory it costs no registers
     shared.piece = piece_of(view, range, worker, range.tile);
   };
   if (num_tiles <= kWarpTiles) {

@@ -89,8 +89,8 @@ struct Traits {
     bool masked;
   };
 
-  // The tile whose output is to be stored, the one that ends, the one whose first K the consumers wait for; a power of
-  // two.
+  // Pieces that shared memory describes at a time. Three are in use: one whose output is being stored, one whose last
+  // products run, one whose first keys are waited for. Rounded up to a power of two, for the sake of `% kWorkSlots`.
   static constexpr int kWorkSlots = 4;
   // A thread block takes its next tile when so many key blocks of the one at hand are still to be loaded: enough to
   // find the tile meanwhile. Taking it any earlier would leave other thread blocks idle at the end.
