@@ -60,77 +60,76 @@ inline void random_attend(Random& random, DType dtype, Layout kind, int32_t dim,
   o.block_lists = random.chance(30);
   random_problem(random, o, c.problem);
   AttendParams& p = c.params.forward;
-  ProblemShape& s = c.problem.shape;
-  s.head_dim = dim;
-  p.shape = s;
+  p = c.problem.params;
+  p.head_dim = dim;
   p.dtype = dtype;
   p.scale = (random.chance(20) ? -1.5f : 1.f) / std::sqrt(float(dim));
   const bool paged = kind == Layout::kPaged || kind == Layout::kPagedPerHead, packed = kind == Layout::kPacked;
 
-  c.q.allocate(dtype, layout(random, unit, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, p.q_stride));
-  c.out.allocate(dtype, layout(random, unit, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, p.out_stride));
+  c.q.allocate(dtype, layout(random, unit, packed, p.batch, p.q.rows.capacity, p.q.num_heads, dim, p.q.stride));
+  c.out.allocate(dtype, layout(random, unit, packed, p.batch, p.q.rows.capacity, p.q.num_heads, dim, p.out.stride));
   c.grad_out.allocate(
-      dtype, layout(random, unit, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, c.params.grad_out_stride));
+      dtype, layout(random, unit, packed, p.batch, p.q.rows.capacity, p.q.num_heads, dim, c.params.grad_out.stride));
   c.grad_q.allocate(
-      dtype, layout(random, unit, packed, s.batch, s.q_rows.capacity, s.num_q_heads, dim, c.params.grad_q_stride));
-  p.lse_stride = {packed ? 0 : int64_t(s.num_q_heads) * s.q_rows.capacity, 1, s.q_rows.capacity};
-  c.lse.assign(size_t(packed ? 1 : s.batch) * s.num_q_heads * s.q_rows.capacity, NAN);
+      dtype, layout(random, unit, packed, p.batch, p.q.rows.capacity, p.q.num_heads, dim, c.params.grad_q.stride));
+  p.lse_stride = {packed ? 0 : int64_t(p.q.num_heads) * p.q.rows.capacity, 1, p.q.rows.capacity};
+  c.lse.assign(size_t(packed ? 1 : p.batch) * p.q.num_heads * p.q.rows.capacity, NAN);
   if (paged) {
-    p.page_size = 16 << random.integer(0, 2);
-    const int32_t heads = kind == Layout::kPagedPerHead ? s.num_kv_heads : 1;
-    const int32_t per_sequence = ceil_div(s.kv_rows.capacity, p.page_size) + 1;
-    p.num_pages = s.batch * heads * per_sequence + 3;
-    std::vector<int32_t> order(p.num_pages);
+    p.kv.page_size = 16 << random.integer(0, 2);
+    const int32_t heads = kind == Layout::kPagedPerHead ? p.kv.num_heads : 1;
+    const int32_t per_sequence = ceil_div(p.kv.rows.capacity, p.kv.page_size) + 1;
+    p.kv.num_pages = p.batch * heads * per_sequence + 3;
+    std::vector<int32_t> order(p.kv.num_pages);
     std::iota(order.begin(), order.end(), 0);
-    for (int32_t i = p.num_pages - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
-    c.page_table.assign(size_t(s.batch) * heads * per_sequence, 1 << 30);  // garbage beyond the last key
-    for (int32_t b = 0; b < s.batch; ++b)
+    for (int32_t i = p.kv.num_pages - 1; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
+    c.page_table.assign(size_t(p.batch) * heads * per_sequence, 1 << 30);  // garbage beyond the last key
+    for (int32_t b = 0; b < p.batch; ++b)
       for (int32_t h = 0; h < heads; ++h)
-        for (int32_t i = 0; i < ceil_div(s.kv_rows(b, h).end, p.page_size); ++i) {
+        for (int32_t i = 0; i < ceil_div(p.kv.rows(b, h).end, p.kv.page_size); ++i) {
           const size_t n = (size_t(b) * heads + h) * per_sequence + i;
           c.page_table[n] = order[n];
         }
-    p.page_table = c.page_table.data();
-    p.page_stride_b = int64_t(heads) * per_sequence;
-    p.pages_per_head = kind == Layout::kPagedPerHead;
-    p.page_stride_h = p.pages_per_head ? per_sequence : 0;
+    p.kv.page_table = c.page_table.data();
+    p.kv.page_stride_b = int64_t(heads) * per_sequence;
+    p.kv.pages_per_head = kind == Layout::kPagedPerHead;
+    p.kv.page_stride_h = p.kv.pages_per_head ? per_sequence : 0;
   }
-  const int64_t kv_batch = paged ? p.num_pages : s.batch, kv_rows = paged ? p.page_size : s.kv_rows.capacity;
-  const int64_t kv_heads = kind == Layout::kPagedPerHead ? 1 : s.num_kv_heads;
-  c.k.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, p.k_stride));
-  c.v.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, p.v_stride));
-  c.grad_k.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_k_stride));
-  c.grad_v.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_v_stride));
+  const int64_t kv_batch = paged ? p.kv.num_pages : p.batch, kv_rows = paged ? p.kv.page_size : p.kv.rows.capacity;
+  const int64_t kv_heads = kind == Layout::kPagedPerHead ? 1 : p.kv.num_heads;
+  c.k.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, p.kv.k.stride));
+  c.v.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, p.kv.v.stride));
+  c.grad_k.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_k.stride));
+  c.grad_v.allocate(dtype, layout(random, unit, packed, kv_batch, kv_rows, kv_heads, dim, c.params.grad_v.stride));
 
   // Values only where a sequence has rows; all else stays NaN.
-  for (int32_t b = 0; b < s.batch; ++b) {
-    for (int32_t g = 0; g < s.num_q_heads; ++g) {
-      const Span rows = s.q_rows(b, g / s.group());
+  for (int32_t b = 0; b < p.batch; ++b) {
+    for (int32_t g = 0; g < p.q.num_heads; ++g) {
+      const Span rows = p.q.rows(b, g / p.group());
       for (int32_t r = rows.begin; r < rows.end; ++r)
         for (int32_t d = 0; d < dim; ++d) {
-          c.q.set(at(p.q_stride, b, r, g) + d, random.normal());
-          c.grad_out.set(at(c.params.grad_out_stride, b, r, g) + d, random.normal());
+          c.q.set(at(p.q.stride, b, r, g) + d, random.normal());
+          c.grad_out.set(at(c.params.grad_out.stride, b, r, g) + d, random.normal());
         }
     }
-    for (int32_t h = 0; h < s.num_kv_heads; ++h)
-      for (int32_t j = 0; j < s.kv_rows(b, h).size(); ++j)
+    for (int32_t h = 0; h < p.kv.num_heads; ++h)
+      for (int32_t j = 0; j < p.kv.rows(b, h).size(); ++j)
         for (int32_t d = 0; d < dim; ++d) {
-          c.k.set(kv_at(p, p.k_stride, b, h, j) + d, random.normal());
-          c.v.set(kv_at(p, p.v_stride, b, h, j) + d, random.normal());
+          c.k.set(kv_at(p, p.kv.k.stride, b, h, j) + d, random.normal());
+          c.v.set(kv_at(p, p.kv.v.stride, b, h, j) + d, random.normal());
         }
   }
   c.grad_q.fill(0);  // as the operators hand them over
   c.grad_k.fill(0);
   c.grad_v.fill(0);
-  p.q = c.q.bytes.data();
-  p.k = c.k.bytes.data();
-  p.v = c.v.bytes.data();
-  p.out = c.out.bytes.data();
+  p.q.data = c.q.bytes.data();
+  p.kv.k.data = c.k.bytes.data();
+  p.kv.v.data = c.v.bytes.data();
+  p.out.data = c.out.bytes.data();
   p.lse = c.lse.data();
-  c.params.grad_out = paged ? nullptr : c.grad_out.bytes.data();
-  c.params.grad_q = c.grad_q.bytes.data();
-  c.params.grad_k = c.grad_k.bytes.data();
-  c.params.grad_v = c.grad_v.bytes.data();
+  c.params.grad_out.data = paged ? nullptr : c.grad_out.bytes.data();
+  c.params.grad_q.data = c.grad_q.bytes.data();
+  c.params.grad_k.data = c.grad_k.bytes.data();
+  c.params.grad_v.data = c.grad_v.bytes.data();
 }
 
 // Rounding of one number in this dtype.
@@ -154,12 +153,12 @@ struct Difference {
 // the scores counts than at ordinary ones.
 inline void expect_attended(const AttendCase& c, const Expected& e, double slack = 1) {
   const AttendParams& p = c.params.forward;
-  const int32_t dim = p.shape.head_dim;
+  const int32_t dim = p.head_dim;
   Difference out, lse;
   int64_t rows = 0;
-  for_each_query(p.shape, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>& keys) {
+  for_each_query(p, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>& keys) {
     ++rows;
-    const int64_t i = at(p.lse_stride, seq, row, g), o = at(p.out_stride, seq, row, g);
+    const int64_t i = at(p.lse_stride, seq, row, g), o = at(p.out.stride, seq, row, g);
     ASSERT_EQ(c.lse[i] == -INFINITY, keys.empty());
     lse.add(c.lse[i], e.lse[i]);
     for (int32_t d = 0; d < dim; ++d) out.add(c.out[o + d], e.out[o + d]);

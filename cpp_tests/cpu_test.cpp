@@ -41,24 +41,24 @@ class Workers : public cpu::Executor {
 void check_attend(AttendCase& c, const Workers& workers, double slack = 1) {
   const AttendBackwardParams& b = c.params;
   const AttendParams& p = b.forward;
-  const int32_t dim = p.shape.head_dim;
+  const int32_t dim = p.head_dim;
   cpu::attend(p, workers);
   const test::Expected e = test::expected(c);
   test::expect_attended(c, e, slack);
-  if (!b.grad_out) return;
+  if (!b.grad_out.data) return;
 
   Difference grad_q, grad_k, grad_v;
   cpu::attend_backward(b, workers);
-  test::for_each_query(p.shape, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>&) {
-    const int64_t i = test::at(b.grad_q_stride, seq, row, g);
+  test::for_each_query(p, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>&) {
+    const int64_t i = test::at(b.grad_q.stride, seq, row, g);
     for (int32_t d = 0; d < dim; ++d) grad_q.add(c.grad_q[i + d], e.grad_q[i + d]);
   });
-  for (int32_t seq = 0; seq < p.shape.batch; ++seq)
-    for (int32_t h = 0; h < p.shape.num_kv_heads; ++h)
-      for (int32_t j = 0; j < p.shape.kv_rows(seq, h).size(); ++j)
+  for (int32_t seq = 0; seq < p.batch; ++seq)
+    for (int32_t h = 0; h < p.kv.num_heads; ++h)
+      for (int32_t j = 0; j < p.kv.rows(seq, h).size(); ++j)
         for (int32_t d = 0; d < dim; ++d) {
-          const int64_t k = test::kv_at(p, b.grad_k_stride, seq, h, j) + d;
-          const int64_t v = test::kv_at(p, b.grad_v_stride, seq, h, j) + d;
+          const int64_t k = test::kv_at(p, b.grad_k.stride, seq, h, j) + d;
+          const int64_t v = test::kv_at(p, b.grad_v.stride, seq, h, j) + d;
           grad_k.add(c.grad_k[k], e.grad_k[k]);
           grad_v.add(c.grad_v[v], e.grad_v[v]);
         }
@@ -105,35 +105,33 @@ void random_long(Random& random, DType dtype, int32_t dim, int32_t len, int32_t 
   test::Problem& problem = c.problem;
   problem.q_begin = problem.kv_begin = {0};
   problem.q_end = problem.kv_end = {len};
-  ProblemShape s;
-  s.batch = s.num_kv_heads = 1;
-  s.num_q_heads = group;
-  s.head_dim = dim;
-  s.max_q_len = s.q_rows.capacity = s.kv_rows.capacity = len;
-  s.total_q_rows = len;
-  s.patterns[0] = pattern;
   AttendBackwardParams& b = c.params;
   AttendParams& p = b.forward;
-  p.shape = problem.shape = s;
+  p.batch = p.kv.num_heads = 1;
+  p.q.num_heads = group;
+  p.head_dim = dim;
+  p.q.max_len = p.q.rows.capacity = p.kv.rows.capacity = len;
+  p.q.total_rows = len;
+  p.routing.patterns[0] = pattern;
   p.dtype = dtype;
   p.scale = 0.125f;
-  p.q_stride = p.out_stride = b.grad_out_stride = b.grad_q_stride = {0, int64_t(group) * dim, dim};
-  p.k_stride = p.v_stride = b.grad_k_stride = b.grad_v_stride = {0, dim, dim};
+  p.q.stride = p.out.stride = b.grad_out.stride = b.grad_q.stride = {0, int64_t(group) * dim, dim};
+  p.kv.k.stride = p.kv.v.stride = b.grad_k.stride = b.grad_v.stride = {0, dim, dim};
   p.lse_stride = {0, 1, len};
   for (Data* t : {&c.q, &c.out, &c.grad_out, &c.grad_q}) t->allocate(dtype, int64_t(len) * group * dim);
   for (Data* t : {&c.k, &c.v, &c.grad_k, &c.grad_v}) t->allocate(dtype, int64_t(len) * dim);
   for (Data* t : {&c.q, &c.k, &c.v, &c.grad_out})
     for (int64_t i = 0; i < t->size(); ++i) t->set(i, random.normal());
   c.lse.assign(size_t(len) * group, NAN);
-  p.q = c.q.bytes.data();
-  p.k = c.k.bytes.data();
-  p.v = c.v.bytes.data();
-  p.out = c.out.bytes.data();
+  p.q.data = c.q.bytes.data();
+  p.kv.k.data = c.k.bytes.data();
+  p.kv.v.data = c.v.bytes.data();
+  p.out.data = c.out.bytes.data();
   p.lse = c.lse.data();
-  b.grad_out = c.grad_out.bytes.data();
-  b.grad_q = c.grad_q.bytes.data();
-  b.grad_k = c.grad_k.bytes.data();
-  b.grad_v = c.grad_v.bytes.data();
+  b.grad_out.data = c.grad_out.bytes.data();
+  b.grad_q.data = c.grad_q.bytes.data();
+  b.grad_k.data = c.grad_k.bytes.data();
+  b.grad_v.data = c.grad_v.bytes.data();
 }
 
 TEST(Cpu, GradientsHaveTheSameBitsForAnyNumberOfWorkers) {

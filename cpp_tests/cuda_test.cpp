@@ -14,7 +14,7 @@
 #include "attend_case.h"
 #include "cpu/cpu.h"
 #ifdef FLUX_SIMT
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
 #endif
 
@@ -29,35 +29,36 @@ struct HostPlan {
   std::vector<WorkRange> ranges;
 };
 
-HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_workers) {
+HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
-  std::vector<int64_t> cost{0}, row_cost(num_rows(s), 0);
-  std::vector<Span> tiles_of_row;
-  const auto add_row = [&](int32_t row) {
-    const int32_t b = row / s.num_kv_heads, h = row % s.num_kv_heads;
+  std::vector<int64_t> cost{0}, cost_of(num_seq_heads(problem), 0);
+  std::vector<Span> tiles_of;  // by sequence head
+  const auto add_tiles = [&](int32_t seq_head) {
+    const int32_t b = seq_head / problem.kv.num_heads, h = seq_head % problem.kv.num_heads;
     const auto begin = int32_t(p.tiles.size());
-    for (int32_t m = tiles_in_row(s, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
-    tiles_of_row.push_back({begin, int32_t(p.tiles.size())});
+    for (int32_t m = tiles_in_seq_head(problem, tile, b, h) - 1; m >= 0; --m) p.tiles.push_back({b, h, m});
+    tiles_of.push_back({begin, int32_t(p.tiles.size())});
   };
-  for (int32_t row = 0; row < num_rows(s); ++row) add_row(row);
+  for (int32_t n = 0; n < num_seq_heads(problem); ++n) add_tiles(n);
   for (const Tile& t : p.tiles) {
-    const int32_t c = tile_cost(view_tile(s, tile, t));
+    const int32_t c = tile_cost(view_tile(problem, tile, t));
     cost.push_back(cost.back() + c);
-    row_cost[t.seq * s.num_kv_heads + t.kv_head] += c;
+    cost_of[t.seq * problem.kv.num_heads + t.kv_head] += c;
   }
   const auto num_tiles = int32_t(p.tiles.size());
   bool in_turn = true;
-  for (int32_t row = 0; row < num_rows(s); ++row) {
-    const int32_t longest = s.kv_rows(row / s.num_kv_heads, row % s.num_kv_heads).size();
-    in_turn &= takes_turns(num_rows(s), longest, s.head_dim) && tiles_of_row[row].size() == tiles_of_row[0].size();
+  for (int32_t n = 0; n < num_seq_heads(problem); ++n) {
+    const int32_t longest = problem.kv.rows(n / problem.kv.num_heads, n % problem.kv.num_heads).size();
+    in_turn &=
+        takes_turns(num_seq_heads(problem), longest, problem.head_dim) && tiles_of[n].size() == tiles_of[0].size();
   }
-  const int32_t row_tiles = tiles_of_row[0].size();
+  const int32_t tiles_each = tiles_of[0].size();
   bool whole = true;
   for (int32_t t = 0; t < num_tiles; ++t) {
-    const Span row = tiles_of_row[p.tiles[t].seq * s.num_kv_heads + p.tiles[t].kv_head];
-    int64_t before = work_before(cost.data(), num_tiles, t, row), own = cost[t + 1] - cost[t];
+    const Span siblings = tiles_of[p.tiles[t].seq * problem.kv.num_heads + p.tiles[t].kv_head];
+    int64_t before = work_before(cost.data(), num_tiles, t, siblings), own = cost[t + 1] - cost[t];
     if (in_turn) {
-      const Turn turn = turn_of(cost.data(), num_rows(s), row_tiles, t - row.begin);
+      const Turn turn = turn_of(cost.data(), num_seq_heads(problem), tiles_each, t - siblings.begin);
       before = turn.before, own = turn.largest;
     }
     whole &= !ends_late(before, own, cost.back(), num_workers);
@@ -70,15 +71,16 @@ HostPlan plan_on_host(const ProblemShape& s, const TileShape& tile, int32_t num_
   }
   if (in_turn) {
     p.tiles.clear();
-    for (int32_t i = row_tiles - 1; i >= 0; --i)
-      for (int32_t r = 0; r < num_rows(s); ++r) p.tiles.push_back({r / s.num_kv_heads, r % s.num_kv_heads, i});
+    for (int32_t i = tiles_each - 1; i >= 0; --i)
+      for (int32_t n = 0; n < num_seq_heads(problem); ++n)
+        p.tiles.push_back({n / problem.kv.num_heads, n % problem.kv.num_heads, i});
     return p;
   }
-  std::vector<int32_t> order(num_rows(s));
+  std::vector<int32_t> order(num_seq_heads(problem));
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row_cost[a] > row_cost[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost_of[a] > cost_of[b]; });
   p.tiles.clear();
-  for (int32_t row : order) add_row(row);
+  for (int32_t seq_head : order) add_tiles(seq_head);
   return p;
 }
 
@@ -113,33 +115,35 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
   std::vector<int32_t> q_end(batch), kv_end(batch), route(size_t(batch) * kv_heads);
   for (int32_t b = 0; b < batch; ++b) q_end[b] = equal_q ? max_q : up_to(max_q), kv_end[b] = up_to(max_kv);
   for (int32_t& r : route) r = up_to(1);
-  ProblemShape s;
-  s.batch = batch;
-  s.num_kv_heads = kv_heads;
-  s.num_q_heads = 4 * kv_heads;
-  s.head_dim = 128;
-  s.max_q_len = s.q_rows.capacity = max_q;
-  s.kv_rows.capacity = max_kv;
-  s.total_q_rows = int64_t(batch) * max_q;
-  s.route_stride_b = kv_heads;
-  s.route_stride_h = 1;
-  s.patterns[1] = {128, 512, up_to(200), 1};
-  ProblemShape on_host = s;
-  on_host.q_rows.end = q_end.data();
-  on_host.kv_rows.end = kv_end.data();
-  on_host.route = route.data();
+  AttendParams p;
+  p.batch = batch;
+  p.kv.num_heads = kv_heads;
+  p.q.num_heads = 4 * kv_heads;
+  p.head_dim = 128;
+  p.q.max_len = p.q.rows.capacity = max_q;
+  p.kv.rows.capacity = max_kv;
+  p.q.total_rows = int64_t(batch) * max_q;
+  p.routing.stride_b = kv_heads;
+  p.routing.stride_h = 1;
+  p.routing.patterns[1] = {128, 512, up_to(200), 1};
+  AttendParams on_host = p;
+  on_host.q.rows.end = q_end.data();
+  on_host.kv.rows.end = kv_end.data();
+  on_host.routing.route = route.data();
   const DeviceArray<int32_t> d_q(q_end), d_kv(kv_end), d_route(route);
-  s.q_rows.end = d_q.get();
-  s.kv_rows.end = d_kv.get();
-  s.route = d_route.get();
+  p.q.rows.end = d_q.get();
+  p.kv.rows.end = d_kv.get();
+  p.routing.route = d_route.get();
 
+  Instance instance{};  // its rows alone count here
+  instance.tile_rows = 16;
   AttendConfig c;
+  c.instance = &instance;
   c.tile = tile;
-  c.tile_rows = 16;
   c.num_workers = num_workers;
-  const DeviceArray<char> memory(std::vector<char>(lay_out(s, c, nullptr).bytes, char(0xff)));
-  const Workspace w = lay_out(s, c, memory.get());
-  for (int repeat = 0; repeat < 2; ++repeat) CUDA_OK(plan(s, c, w.plan, nullptr));
+  const DeviceArray<char> memory(std::vector<char>(lay_out(p, c, nullptr).bytes, char(0xff)));
+  const Workspace w = lay_out(p, c, memory.get());
+  for (int repeat = 0; repeat < 2; ++repeat) CUDA_OK(plan(p, c, w.plan, nullptr));
   CUDA_OK(cudaDeviceSynchronize());
 
   const HostPlan expected = plan_on_host(on_host, tile, num_workers);
@@ -179,7 +183,7 @@ TEST_F(Plan, Decode) {
   for (uint32_t seed = 0; seed < 5; ++seed) {
     expect_equal_plans(1, 8, 1, 100000, {4, 64}, 264, seed);
     expect_equal_plans(64, 8, 1, 40000, {4, 64}, 264, seed);
-    expect_equal_plans(300, 8, 1, 3000, {4, 64}, 264, seed);  // more rows than shared memory holds
+    expect_equal_plans(300, 8, 1, 3000, {4, 64}, 264, seed);  // more sequence heads than shared memory holds
     expect_equal_plans(1500, 2, 1, 64, {4, 64}, 16, seed);
   }
 }
@@ -188,9 +192,9 @@ TEST_F(Plan, Prefill) {
   for (uint32_t seed = 0; seed < 5; ++seed) {
     expect_equal_plans(1, 1, 5, 5, {32, 64}, 132, seed);
     expect_equal_plans(3, 4, 2000, 3000, {32, 64}, 132, seed);
-    expect_equal_plans(8, 8, 20000, 20000, {32, 128}, 132, seed);  // whole tiles, sorted rows
+    expect_equal_plans(8, 8, 20000, 20000, {32, 128}, 132, seed);  // whole tiles, sorted
     expect_equal_plans(200, 8, 300, 3000, {32, 64}, 132, seed);
-    expect_equal_plans(1, 8, 4096, 4096, {32, 128}, 132, seed, true);  // rows take turns
+    expect_equal_plans(1, 8, 4096, 4096, {32, 128}, 132, seed, true);  // in turns
     expect_equal_plans(4, 8, 512, 1500, {32, 64}, 40, seed, true);
     expect_equal_plans(1, 5, 128, 3000, {32, 64}, 132, seed, true);  // would, but tiles end late
   }
@@ -217,8 +221,9 @@ __global__ void share_kernel(const int32_t* cost, int32_t num_tiles, Shared* sha
     pieces[t] = tile_pieces(line.begin, num_tiles, t, line.workers);
 }
 
-// The line of work, where every tile has as many whole shares as it needs: one worker each.
-std::vector<WorkRange> whole_shares(const std::vector<int32_t>& cost, int64_t share) {
+// The line of work, where every tile has as many whole shares as it needs: one worker each. (Found by walking, not
+// with the functions that are tested.)
+std::vector<WorkRange> cut_into_shares(const std::vector<int32_t>& cost, int64_t share) {
   std::vector<WorkRange> ranges;
   for (int32_t t = 0; t < int32_t(cost.size()); ++t)
     for (int64_t unit = 0; unit < cost[t]; unit += share) {
@@ -248,7 +253,7 @@ TEST_F(Plan, OfADecodeStep) {
     const int32_t workers = sharing_workers(begin.back(), num_tiles, num_workers);
     const int64_t share = ceil_div_64(begin.back(), workers);
     const bool alike = std::count(cost.begin(), cost.end(), cost[0]) == num_tiles;
-    std::vector<WorkRange> expected = whole_shares(cost, share);
+    std::vector<WorkRange> expected = cut_into_shares(cost, share);
     if (alike || int32_t(expected.size()) > workers) {
       expected.clear();
       for (int32_t w = 0; w < workers; ++w) expected.push_back(work_range(begin.data(), num_tiles, w, workers));
@@ -315,28 +320,30 @@ class Copies {
 void attend_on_device(test::AttendCase& c) {
   Copies copy;
   AttendParams p = c.params.forward;
-  ProblemShape& s = p.shape;
   const test::Problem& host = c.problem;
-  p.q = copy(c.q), p.k = copy(c.k), p.v = copy(c.v), p.out = copy(c.out), p.lse = copy(c.lse);
-  if (p.page_table) p.page_table = copy(c.page_table);
-  s.q_rows.begin = copy(host.q_begin), s.q_rows.end = copy(host.q_end);
-  s.kv_rows.begin = copy(host.kv_begin), s.kv_rows.end = copy(host.kv_end);
-  s.route = copy(host.route);
+  p.q.data = copy(c.q), p.kv.k.data = copy(c.k), p.kv.v.data = copy(c.v), p.out.data = copy(c.out), p.lse = copy(c.lse);
+  if (p.kv.page_table) p.kv.page_table = copy(c.page_table);
+  p.q.rows.begin = copy(host.q_begin), p.q.rows.end = copy(host.q_end);
+  p.kv.rows.begin = copy(host.kv_begin), p.kv.rows.end = copy(host.kv_end);
+  p.routing.route = copy(host.route);
   for (int mode = 0; mode < 2; ++mode)
-    if (s.blocks[mode].blocks)
-      s.blocks[mode].blocks = copy(host.blocks[mode]), s.blocks[mode].counts = copy(host.counts[mode]);
+    if (p.routing.blocks[mode].blocks)
+      p.routing.blocks[mode].blocks = copy(host.blocks[mode]), p.routing.blocks[mode].counts = copy(host.counts[mode]);
 
   AttendConfig config;
-  const Status status = attend_config(p, &config);
-  ASSERT_TRUE(status.ok()) << status.what;
-  const DeviceArray<char> memory(std::vector<char>(lay_out(s, config, nullptr).bytes, char(0xff)));
-  const Workspace w = lay_out(s, config, memory.get());
-  CUDA_OK(plan(s, config, w.plan, nullptr));
-  CUDA_OK(attend(p, config, w, nullptr));
-  CUDA_OK(combine(p, config, w, nullptr));
+  const Status chosen = configure(p, &config);
+  ASSERT_TRUE(chosen.ok()) << chosen.what;
+  const DeviceArray<char> memory(std::vector<char>(lay_out(p, config, nullptr).bytes, char(0xff)));
+  const Status done = attend(p, config, memory.get(), nullptr);
+  ASSERT_TRUE(done.ok()) << done.what;
+  Explanation e;
+  ASSERT_TRUE(explain(p, &e).ok());
+  EXPECT_EQ(e.family, config.instance->family);
+  EXPECT_EQ(e.decode, most_rows(p) <= kDecodeRows && p.group() <= kDecodeRows);
+  EXPECT_EQ(e.workers, config.num_workers);
   CUDA_OK(cudaDeviceSynchronize());
   c.lse = to_host(p.lse, c.lse.size());
-  c.out.bytes = to_host(static_cast<unsigned char*>(p.out), c.out.bytes.size());
+  c.out.bytes = to_host(static_cast<unsigned char*>(p.out.data), c.out.bytes.size());
 }
 
 class Attend : public testing::TestWithParam<std::tuple<DType, test::Layout, bool>> {};
@@ -360,10 +367,9 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
       o.max_batch = 1, o.min_q_len = 17, o.max_q_len = 30, o.max_kv_len = 2000;  // tiles that are cut
     test::AttendCase c;
     test::random_attend(random, dtype, kind, dim, 8, o, c);
-    ProblemShape& shape = c.params.forward.shape;
-    if (shape.total_q_rows == 0) continue;
-    if (!decode && random.chance(50))
-      shape.max_q_len = 1 << 18, shape.total_q_rows = 1 << 20;  // bounds that call for large tiles
+    Queries& q = c.params.forward.q;
+    if (q.total_rows == 0) continue;
+    if (!decode && random.chance(50)) q.max_len = 1 << 18, q.total_rows = 1 << 20;  // bounds that call for large tiles
     const auto poison = c.out.bytes;
     attend_on_device(c);
     test::expect_attended(c, test::expected(c));
@@ -470,14 +476,14 @@ TEST(Append, AgreesWithTheCpu) {
     p.pool_dtype = random.chance(50) ? p.k_dtype : DType(random.integer(0, 2));
     std::vector<int32_t> base, ring, seen;
     const int32_t window_pages = ceil_div(p.pattern.window + p.pattern.align + p.unit + 1, p.page_size) + 1;
-    for (int32_t row = 0; row < p.num_rows(); ++row) {
+    for (int32_t n = 0; n < p.num_seq_heads(); ++n) {
       const int32_t full = p.max_pages - p.sink_pages;
       base.push_back(p.num_pages);
       ring.push_back(max_of(random.chance(50) ? full : min_of(window_pages, full), 1));
       seen.push_back(random.integer(0, 10));
       p.num_pages += p.sink_pages + ring.back();
     }
-    std::vector<int32_t> table(size_t(p.num_rows()) * p.max_pages), kv_len(p.num_rows());
+    std::vector<int32_t> table(size_t(p.num_seq_heads()) * p.max_pages), kv_len(p.num_seq_heads());
     std::vector<int64_t> slots{7};
     std::vector<int32_t> active(p.batch, 1);
     const int32_t unit = random.chance(50) ? 8 : 1;
@@ -502,13 +508,13 @@ TEST(Append, AgreesWithTheCpu) {
       else
         return x.data();
     });
-    for (int step = 0; step < p.max_cache_len; ++step) {  // the last ones find rows full
+    for (int step = 0; step < p.max_cache_len; ++step) {  // the last ones find no place
       for (test::Data* x : {&k, &v})
         for (int64_t n = 0; n < x->size(); ++n) x->set(n, random.normal());
       Copies token;
       there.k = token(k), there.v = token(v);
       here.k = k.bytes.data(), here.v = v.bytes.data();
-      if (i % 2) {  // rows without a token in this step, and rows that get NaN
+      if (i % 2) {  // sequences without a token in this step, and such that get NaN
         for (int32_t& a : active) a = random.integer(-1, 1);
         there.active = token(active), here.active = active.data();
       }

@@ -1,8 +1,9 @@
-// kv_blocks and needs_mask against the specification, `visible`.
+// What is derived from the specification, `visible`, against it.
 #include "core/pattern.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <string>
 
@@ -51,6 +52,8 @@ Case random_case(Random& random, bool with_list) {
   return c;
 }
 
+QueryRange range_of(const Case& c) { return {c.pattern, c.list, {0, c.kv_len}, c.q_begin, c.q_end}; }
+
 bool sees(const Case& c, int32_t q, int32_t k) { return q >= 0 && visible(c.pattern, q, k, c.kv_len, c.list); }
 
 void check_blocks(const Case& c) {
@@ -78,7 +81,8 @@ void check_mask(const Case& c) {
     bool all = true;
     for (int32_t q = c.q_begin; q < c.q_end && all; ++q)
       for (int32_t k = begin; k < end && all; ++k) all = k < c.kv_len && sees(c, q, k);
-    ASSERT_EQ(needs_mask(c.pattern, c.q_begin, c.q_end, begin, end, c.kv_len, c.list), !all) << "block " << blocks[i];
+    const TileMask masked(range_of(c));
+    ASSERT_EQ(masked(begin, end), !all) << "block " << blocks[i];
   }
 }
 
@@ -97,6 +101,42 @@ TEST(Pattern, MaskIsNeededExactlyWhereAPairIsHidden) {
 TEST(Pattern, MaskIsNeededExactlyWhereAPairOfAListIsHidden) {
   Random random(4);
   for (int i = 0; i < 4000; ++i) check_mask(random_case(random, true));
+}
+
+// What a query sees, as bounds; for a list, in the blocks of the list.
+TEST(Pattern, BoundsHoldExactlyTheVisibleKeys) {
+  Random random(5);
+  for (int i = 0; i < 1000; ++i) {
+    const Case c = random_case(random, i % 2);
+    SCOPED_TRACE(describe(c));
+    for (int32_t q = c.q_begin; q < c.q_end; ++q) {
+      const VisibleKeys keys = visible_keys(c.pattern, q, {0, c.kv_len}, c.list);
+      for (int32_t k = 0; k < c.kv_len; ++k) {
+        const bool listed = !c.list.blocks || std::count(c.blocks.begin(), c.blocks.end(), k / c.list.width);
+        ASSERT_EQ(keys.contain(k) && listed, sees(c, q, k)) << "query " << q << " key " << k;
+      }
+    }
+  }
+}
+
+// For queries [q, q_end) and any range of keys; with a list, of one of its blocks.
+TEST(Pattern, NoneIsSeenExactlyWhereEveryPairIsHidden) {
+  Random random(6);
+  int none = 0;
+  for (int i = 0; i < 4000; ++i) {
+    const Case c = random_case(random, i % 2);
+    SCOPED_TRACE(describe(c));
+    const int32_t begin = random.integer(0, c.kv_len), end = begin + random.integer(1, c.block);
+    if (c.list.blocks && (!std::count(c.blocks.begin(), c.blocks.end(), begin / c.list.width) ||
+                          begin / c.list.width != (end - 1) / c.list.width))
+      continue;
+    bool any = false;
+    for (int32_t q = c.q_begin; q < c.q_end; ++q)
+      for (int32_t k = begin; k < end; ++k) any |= sees(c, q, k);
+    ASSERT_EQ(sees_none(range_of(c), begin, end), !any) << begin << ".." << end;
+    none += !any;
+  }
+  EXPECT_GT(none, 400);
 }
 
 TEST(Pattern, PublishedDefaults) {

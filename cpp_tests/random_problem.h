@@ -61,9 +61,9 @@ inline std::vector<int32_t> random_blocks(Random& random, int32_t last_pos, int3
   return blocks;
 }
 
-// A ragged batch and the memory its ProblemShape points to.
+// A ragged batch and the memory its parameters point to.
 struct Problem {
-  ProblemShape shape;
+  AttendParams params;  // sizes, bounds and routing
   std::vector<int32_t> q_begin, q_end, kv_begin, kv_end, route;
   std::vector<int32_t> blocks[2], counts[2];
 };
@@ -78,12 +78,12 @@ struct ProblemOptions {
 
 // Fills `out` (whose vectors must then stay where they are).
 inline void random_problem(Random& random, const ProblemOptions& o, Problem& out) {
-  ProblemShape& s = out.shape;
-  s.batch = random.integer(1, o.max_batch);
-  s.num_kv_heads = random.integer(1, o.max_kv_heads);
-  s.num_q_heads = s.num_kv_heads * random.integer(1, o.max_group);
+  AttendParams& p = out.params;
+  p.batch = random.integer(1, o.max_batch);
+  p.kv.num_heads = random.integer(1, o.max_kv_heads);
+  p.q.num_heads = p.kv.num_heads * random.integer(1, o.max_group);
   int32_t q_at = 0, kv_at = 0;
-  for (int32_t b = 0; b < s.batch; ++b) {
+  for (int32_t b = 0; b < p.batch; ++b) {
     const bool decode = o.min_q_len == 1 && random.chance(30);
     const int32_t q_len = random.chance(10) ? 0
                           : decode          ? random.integer(1, 4)
@@ -91,46 +91,46 @@ inline void random_problem(Random& random, const ProblemOptions& o, Problem& out
     out.q_begin.push_back(o.packed ? q_at : random.chance(30) ? random.integer(0, 5) : 0);
     out.q_end.push_back(out.q_begin.back() + q_len);
     q_at = out.q_end.back();
-    s.max_q_len = max_of(s.max_q_len, q_len);
-    s.total_q_rows += q_len;
-    s.q_rows.capacity = max_of(s.q_rows.capacity, q_at);
-    for (int32_t h = 0; h < (o.per_head_lengths ? s.num_kv_heads : 1); ++h) {
+    p.q.max_len = max_of(p.q.max_len, q_len);
+    p.q.total_rows += q_len;
+    p.q.rows.capacity = max_of(p.q.rows.capacity, q_at);
+    for (int32_t h = 0; h < (o.per_head_lengths ? p.kv.num_heads : 1); ++h) {
       const int32_t kv_len = random.chance(10) ? 0 : random.chance(40) ? q_len : random.integer(1, o.max_kv_len);
       out.kv_begin.push_back(o.packed ? kv_at : random.chance(30) ? random.integer(0, 5) : 0);
       out.kv_end.push_back(out.kv_begin.back() + kv_len);
       kv_at = out.kv_end.back();
-      s.kv_rows.capacity = max_of(s.kv_rows.capacity, kv_at);
+      p.kv.rows.capacity = max_of(p.kv.rows.capacity, kv_at);
     }
-    for (int32_t h = 0; h < s.num_kv_heads; ++h) out.route.push_back(random.integer(0, 1));
+    for (int32_t h = 0; h < p.kv.num_heads; ++h) out.route.push_back(random.integer(0, 1));
   }
-  s.q_rows.begin = out.q_begin.data();
-  s.q_rows.end = out.q_end.data();
-  s.kv_rows.begin = out.kv_begin.data();
-  s.kv_rows.end = out.kv_end.data();
+  p.q.rows.begin = out.q_begin.data();
+  p.q.rows.end = out.q_end.data();
+  p.kv.rows.begin = out.kv_begin.data();
+  p.kv.rows.end = out.kv_end.data();
   if (o.per_head_lengths) {
-    s.kv_rows.begin_stride_b = s.kv_rows.end_stride_b = s.num_kv_heads;
-    s.kv_rows.begin_stride_h = s.kv_rows.end_stride_h = 1;
+    p.kv.rows.begin_stride_b = p.kv.rows.end_stride_b = p.kv.num_heads;
+    p.kv.rows.begin_stride_h = p.kv.rows.end_stride_h = 1;
   }
-  s.route = out.route.data();
-  s.route_stride_b = s.num_kv_heads;
-  s.route_stride_h = 1;
+  p.routing.route = out.route.data();
+  p.routing.stride_b = p.kv.num_heads;
+  p.routing.stride_h = 1;
   for (int mode = 0; mode < 2; ++mode) {
-    s.patterns[mode] = random_pattern(random);
+    p.routing.patterns[mode] = random_pattern(random);
     if (!o.block_lists || random.chance(30)) continue;
-    s.patterns[mode] = {};
-    BlockTable& t = s.blocks[mode];
+    p.routing.patterns[mode] = {};
+    BlockTable& t = p.routing.blocks[mode];
     t.kv_width = random.chance(50) ? 64 : 128;
-    t.q_blocks = max_of(ceil_div(s.max_q_len, t.q_width), 1);
-    t.max_count = ceil_div(s.kv_rows.capacity, t.kv_width) + 1;
-    out.blocks[mode].assign(size_t(s.batch) * s.num_kv_heads * t.q_blocks * t.max_count, -7);
-    out.counts[mode].assign(size_t(s.batch) * s.num_kv_heads * t.q_blocks, 0);
-    for (int32_t b = 0; b < s.batch; ++b)
-      for (int32_t h = 0; h < s.num_kv_heads; ++h) {
-        const int32_t q_len = s.q_rows(b, h).size(), kv_len = s.kv_rows(b, h).size();
+    t.q_blocks = max_of(ceil_div(p.q.max_len, t.q_width), 1);
+    t.max_count = ceil_div(p.kv.rows.capacity, t.kv_width) + 1;
+    out.blocks[mode].assign(size_t(p.batch) * p.kv.num_heads * t.q_blocks * t.max_count, -7);
+    out.counts[mode].assign(size_t(p.batch) * p.kv.num_heads * t.q_blocks, 0);
+    for (int32_t b = 0; b < p.batch; ++b)
+      for (int32_t h = 0; h < p.kv.num_heads; ++h) {
+        const int32_t q_len = p.q.rows(b, h).size(), kv_len = p.kv.rows(b, h).size();
         for (int32_t m = 0; m * t.q_width < q_len; ++m) {
           const int32_t last_pos = kv_len - q_len + min_of((m + 1) * t.q_width, q_len) - 1;
           const std::vector<int32_t> list = random_blocks(random, last_pos, t.kv_width);
-          const size_t i = (size_t(b) * s.num_kv_heads + h) * t.q_blocks + m;
+          const size_t i = (size_t(b) * p.kv.num_heads + h) * t.q_blocks + m;
           out.counts[mode][i] = int32_t(list.size());
           std::copy(list.begin(), list.end(), out.blocks[mode].begin() + i * t.max_count);
         }

@@ -24,10 +24,10 @@ inline int64_t at(const Strides& s, int64_t b, int64_t row, int64_t head) { retu
 
 // Where key `pos` of a sequence stands in k or v.
 inline int64_t kv_at(const AttendParams& p, const Strides& s, int32_t b, int32_t h, int32_t pos) {
-  const int32_t row = p.shape.kv_rows(b, h).begin + pos;
-  if (!p.page_table) return at(s, b, row, h);
-  const int32_t page = p.page_table[b * p.page_stride_b + h * p.page_stride_h + row / p.page_size];
-  return at(s, page, row % p.page_size, p.pages_per_head ? 0 : h);
+  const int32_t row = p.kv.rows(b, h).begin + pos;
+  if (!p.kv.page_table) return at(s, b, row, h);
+  const int32_t page = p.kv.page_table[b * p.kv.page_stride_b + h * p.kv.page_stride_h + row / p.kv.page_size];
+  return at(s, page, row % p.kv.page_size, p.kv.pages_per_head ? 0 : h);
 }
 
 struct Expected {
@@ -36,17 +36,17 @@ struct Expected {
 
 // f(sequence, KV head, query head, row of q, position, keys it sees)
 template <typename F>
-void for_each_query(const ProblemShape& s, F&& f) {
-  for (int32_t b = 0; b < s.batch; ++b)
-    for (int32_t g = 0; g < s.num_q_heads; ++g) {
-      const int32_t h = g / s.group(), mode = s.mode(b, h);
-      const Span q = s.q_rows(b, h), kv = s.kv_rows(b, h);
+void for_each_query(const AttendParams& p, F&& f) {
+  for (int32_t b = 0; b < p.batch; ++b)
+    for (int32_t g = 0; g < p.q.num_heads; ++g) {
+      const int32_t h = g / p.group(), mode = p.routing.mode(b, h);
+      const Span q = p.q.rows(b, h), kv = p.kv.rows(b, h);
       for (int32_t i = 0; i < q.size(); ++i) {
         const int32_t pos = kv.size() - q.size() + i;
-        const BlockList list = s.blocks[mode](b, h, s.num_kv_heads, i);
+        const BlockList list = p.routing.blocks[mode](b, h, p.kv.num_heads, i);
         std::vector<int32_t> keys;
         for (int32_t j = 0; j < kv.size(); ++j)
-          if (visible(s.patterns[mode], pos, j, kv.size(), list)) keys.push_back(j);
+          if (visible(p.routing.patterns[mode], pos, j, kv.size(), list)) keys.push_back(j);
         f(b, h, g, q.begin + i, keys);
       }
     }
@@ -55,16 +55,16 @@ void for_each_query(const ProblemShape& s, F&& f) {
 // Sizes: elements of q (and out), of lse, of k (and v). grad_out null: no gradients.
 inline Expected attend(const AttendBackwardParams& b, size_t q_size, size_t lse_size, size_t kv_size) {
   const AttendParams& p = b.forward;
-  const int32_t dim = p.shape.head_dim;
+  const int32_t dim = p.head_dim;
   Expected e{std::vector<double>(q_size), std::vector<double>(lse_size, -INFINITY), std::vector<double>(q_size),
              std::vector<double>(kv_size), std::vector<double>(kv_size)};
-  for_each_query(p.shape, [&](int32_t seq, int32_t h, int32_t g, int32_t row, const std::vector<int32_t>& keys) {
-    const int64_t q = at(p.q_stride, seq, row, g), out = at(p.out_stride, seq, row, g);
+  for_each_query(p, [&](int32_t seq, int32_t h, int32_t g, int32_t row, const std::vector<int32_t>& keys) {
+    const int64_t q = at(p.q.stride, seq, row, g), out = at(p.out.stride, seq, row, g);
     std::vector<double> prob(keys.size());
     double max = -INFINITY, sum = 0;
     for (size_t n = 0; n < keys.size(); ++n) {
-      const int64_t k = kv_at(p, p.k_stride, seq, h, keys[n]);
-      for (int32_t d = 0; d < dim; ++d) prob[n] += read(p.dtype, p.q, q + d) * read(p.dtype, p.k, k + d);
+      const int64_t k = kv_at(p, p.kv.k.stride, seq, h, keys[n]);
+      for (int32_t d = 0; d < dim; ++d) prob[n] += read(p.dtype, p.q.data, q + d) * read(p.dtype, p.kv.k.data, k + d);
       prob[n] *= p.scale;
       max = std::max(max, prob[n]);
     }
@@ -72,23 +72,24 @@ inline Expected attend(const AttendBackwardParams& b, size_t q_size, size_t lse_
     e.lse[at(p.lse_stride, seq, row, g)] = keys.empty() ? -INFINITY : max + std::log(sum);
     for (size_t n = 0; n < keys.size(); ++n) {
       prob[n] /= sum;
-      const int64_t v = kv_at(p, p.v_stride, seq, h, keys[n]);
-      for (int32_t d = 0; d < dim; ++d) e.out[out + d] += prob[n] * read(p.dtype, p.v, v + d);
+      const int64_t v = kv_at(p, p.kv.v.stride, seq, h, keys[n]);
+      for (int32_t d = 0; d < dim; ++d) e.out[out + d] += prob[n] * read(p.dtype, p.kv.v.data, v + d);
     }
-    if (!b.grad_out) return;
-    const int64_t go = at(b.grad_out_stride, seq, row, g), gq = at(b.grad_q_stride, seq, row, g);
+    if (!b.grad_out.data) return;
+    const int64_t go = at(b.grad_out.stride, seq, row, g), gq = at(b.grad_q.stride, seq, row, g);
     double delta = 0;
-    for (int32_t d = 0; d < dim; ++d) delta += read(p.dtype, b.grad_out, go + d) * e.out[out + d];
+    for (int32_t d = 0; d < dim; ++d) delta += read(p.dtype, b.grad_out.data, go + d) * e.out[out + d];
     for (size_t n = 0; n < keys.size(); ++n) {
-      const int64_t k = kv_at(p, p.k_stride, seq, h, keys[n]), v = kv_at(p, p.v_stride, seq, h, keys[n]);
-      const int64_t gk = kv_at(p, b.grad_k_stride, seq, h, keys[n]), gv = kv_at(p, b.grad_v_stride, seq, h, keys[n]);
+      const int64_t k = kv_at(p, p.kv.k.stride, seq, h, keys[n]), v = kv_at(p, p.kv.v.stride, seq, h, keys[n]);
+      const int64_t gk = kv_at(p, b.grad_k.stride, seq, h, keys[n]), gv = kv_at(p, b.grad_v.stride, seq, h, keys[n]);
       double dp = 0;
-      for (int32_t d = 0; d < dim; ++d) dp += read(p.dtype, b.grad_out, go + d) * read(p.dtype, p.v, v + d);
+      for (int32_t d = 0; d < dim; ++d)
+        dp += read(p.dtype, b.grad_out.data, go + d) * read(p.dtype, p.kv.v.data, v + d);
       const double ds = prob[n] * (dp - delta) * p.scale;
       for (int32_t d = 0; d < dim; ++d) {
-        e.grad_q[gq + d] += ds * read(p.dtype, p.k, k + d);
-        e.grad_k[gk + d] += ds * read(p.dtype, p.q, q + d);
-        e.grad_v[gv + d] += prob[n] * read(p.dtype, b.grad_out, go + d);
+        e.grad_q[gq + d] += ds * read(p.dtype, p.kv.k.data, k + d);
+        e.grad_k[gk + d] += ds * read(p.dtype, p.q.data, q + d);
+        e.grad_v[gv + d] += prob[n] * read(p.dtype, b.grad_out.data, go + d);
       }
     }
   });

@@ -34,7 +34,7 @@ void random_plan(Random& random, Planned& s) {
   test::random_problem(random, o, s.problem);
   s.tile = {1 << random.integer(0, 6), 16 << random.integer(0, 2)};
   s.workers = random.integer(1, random.chance(20) ? 200 : 12);
-  s.plan = cpu::plan(s.problem.shape, s.tile, s.workers);
+  s.plan = cpu::plan(s.problem.params, s.tile, s.workers);
 }
 
 // f(worker, tile, its view, the key blocks of it that the worker owns)
@@ -44,7 +44,7 @@ void for_each_piece(const Planned& s, F&& f) {
     const WorkRange& r = s.plan.ranges[w];
     if (empty(r)) continue;
     for (int32_t t = r.tile; t < tiles_end(r); ++t) {
-      const TileView v = view_tile(s.problem.shape, s.tile, s.plan.tiles[t]);
+      const TileView v = view_tile(s.problem.params, s.tile, s.plan.tiles[t]);
       f(w, t, v, tile_span(r, t, v.blocks.size()));
     }
   }
@@ -55,14 +55,14 @@ TEST(Schedule, EveryVisiblePairOnce) {
   for (int i = 0; i < 150; ++i) {
     Planned s;
     random_plan(random, s);
-    const ProblemShape& shape = s.problem.shape;
+    const AttendParams& p = s.problem.params;
     // Times each (sequence, head, query row, key) is computed.
     std::map<std::pair<int32_t, int32_t>, std::vector<int32_t>> seen;
-    for (int32_t b = 0; b < shape.batch; ++b)
-      for (int32_t h = 0; h < shape.num_kv_heads; ++h)
-        seen[{b, h}].assign(size_t(shape.q_rows(b, h).size()) * shape.kv_rows(b, h).size(), 0);
+    for (int32_t b = 0; b < p.batch; ++b)
+      for (int32_t h = 0; h < p.kv.num_heads; ++h)
+        seen[{b, h}].assign(size_t(p.q.rows(b, h).size()) * p.kv.rows(b, h).size(), 0);
     for_each_piece(s, [&](int, int32_t, const TileView& v, const TileSpan& span) {
-      const Span q = shape.q_rows(v.tile.seq, v.tile.kv_head);
+      const Span q = p.q.rows(v.tile.seq, v.tile.kv_head);
       const int32_t kv_len = v.kv_rows.size();
       auto& counts = seen[{v.tile.seq, v.tile.kv_head}];
       for (int32_t n = span.begin; n < span.end; ++n) {
@@ -72,15 +72,15 @@ TEST(Schedule, EveryVisiblePairOnce) {
             if (v.sees(row, k)) ++counts[size_t(v.q_rows.begin - q.begin + row) * kv_len + k];
       }
     });
-    for (int32_t b = 0; b < shape.batch; ++b)
-      for (int32_t h = 0; h < shape.num_kv_heads; ++h) {
-        const int32_t q_len = shape.q_rows(b, h).size(), kv_len = shape.kv_rows(b, h).size();
-        const int32_t mode = shape.route[b * shape.num_kv_heads + h];
+    for (int32_t b = 0; b < p.batch; ++b)
+      for (int32_t h = 0; h < p.kv.num_heads; ++h) {
+        const int32_t q_len = p.q.rows(b, h).size(), kv_len = p.kv.rows(b, h).size();
+        const int32_t mode = p.routing.route[b * p.kv.num_heads + h];
         for (int32_t row = 0; row < q_len; ++row)
           for (int32_t k = 0; k < kv_len; ++k) {
             const int32_t pos = kv_len - q_len + row;
-            const BlockList list = shape.blocks[mode](b, h, shape.num_kv_heads, row);
-            ASSERT_EQ((seen[{b, h}][size_t(row) * kv_len + k]), visible(shape.patterns[mode], pos, k, kv_len, list))
+            const BlockList list = p.routing.blocks[mode](b, h, p.kv.num_heads, row);
+            ASSERT_EQ((seen[{b, h}][size_t(row) * kv_len + k]), visible(p.routing.patterns[mode], pos, k, kv_len, list))
                 << "sequence " << b << " head " << h << " query at " << pos << " key " << k;
           }
       }
@@ -107,7 +107,7 @@ TEST(Schedule, EveryTileIsFinishedOnceAndEmptyOnesToo) {
     for (int w = 0; w < s.workers; ++w)
       if (const int32_t t = leads_tile(s.plan.ranges[w]); t >= 0) ++leaders[t];
     for (size_t t = 0; t < n; ++t) {
-      const TileView v = view_tile(s.problem.shape, s.tile, s.plan.tiles[t]);
+      const TileView v = view_tile(s.problem.params, s.tile, s.plan.tiles[t]);
       ASSERT_EQ(blocks[t], v.blocks.size());
       ASSERT_GE(visits[t], 1);
       ASSERT_EQ(visits[t] > 1, split[t]) << "a whole tile has one visitor, a cut one several";
@@ -177,16 +177,16 @@ TEST(Schedule, NeverMoreTilesThanAnnounced) {
   for (int i = 0; i < 500; ++i) {
     Planned s;
     random_plan(random, s);
-    ASSERT_LE(int64_t(s.plan.tiles.size()), max_tiles(s.problem.shape, s.tile));
+    ASSERT_LE(int64_t(s.plan.tiles.size()), max_tiles(s.problem.params, s.tile));
   }
 }
 
-TEST(Schedule, LongestTilesOfARowComeFirst) {
-  ProblemShape shape;
-  shape.batch = shape.num_q_heads = shape.num_kv_heads = 1;
-  shape.max_q_len = shape.q_rows.capacity = shape.kv_rows.capacity = 1000;
-  shape.total_q_rows = 1000;
-  const cpu::Plan plan = cpu::plan(shape, {64, 64}, 3);
+TEST(Schedule, LongestTilesOfASequenceHeadComeFirst) {
+  AttendParams p;
+  p.batch = p.q.num_heads = p.kv.num_heads = 1;
+  p.q.max_len = p.q.rows.capacity = p.kv.rows.capacity = 1000;
+  p.q.total_rows = 1000;
+  const cpu::Plan plan = cpu::plan(p, {64, 64}, 3);
   ASSERT_EQ(plan.tiles.size(), 16u);
   for (size_t t = 1; t < plan.tiles.size(); ++t) {
     EXPECT_EQ(plan.tiles[t].q_block, plan.tiles[t - 1].q_block - 1);
@@ -196,34 +196,35 @@ TEST(Schedule, LongestTilesOfARowComeFirst) {
   }
 }
 
-// Whatever order the rows are handed out in.
+// Whatever order the sequence heads are handed out in.
 TEST(Schedule, TilesHandedOutWholeEndInTime) {
   Random random(31);
   int whole_plans = 0;
   for (int i = 0; i < 3000; ++i) {
-    const int32_t workers = random.integer(1, 40), num_rows = random.integer(1, 12);
-    std::vector<std::vector<int32_t>> rows(num_rows);
+    const int32_t workers = random.integer(1, 40), num_seq_heads = random.integer(1, 12);
+    std::vector<std::vector<int32_t>> seq_heads(num_seq_heads);  // costs of their tiles
     std::vector<int64_t> cost{0};
     std::vector<Span> spans;
-    for (auto& row : rows) {
+    for (auto& tiles : seq_heads) {
       const auto begin = int32_t(cost.size()) - 1;
       const int32_t longest = random.integer(1, random.chance(20) ? 300 : 20);
-      for (int32_t t = random.integer(0, 30); t > 0; --t) row.push_back(random.integer(1, longest));
-      for (const int32_t c : row) cost.push_back(cost.back() + c);
+      for (int32_t t = random.integer(0, 30); t > 0; --t) tiles.push_back(random.integer(1, longest));
+      for (const int32_t c : tiles) cost.push_back(cost.back() + c);
       spans.push_back({begin, int32_t(cost.size()) - 1});
     }
     const auto num_tiles = int32_t(cost.size()) - 1;
     bool whole = true;
-    for (const Span& row : spans)
-      for (int32_t t = row.begin; t < row.end; ++t)
-        whole &= !ends_late(work_before(cost.data(), num_tiles, t, row), cost[t + 1] - cost[t], cost.back(), workers);
+    for (const Span& siblings : spans)
+      for (int32_t t = siblings.begin; t < siblings.end; ++t)
+        whole &=
+            !ends_late(work_before(cost.data(), num_tiles, t, siblings), cost[t + 1] - cost[t], cost.back(), workers);
     if (!whole) continue;
     ++whole_plans;
     for (int order = 0; order < 3; ++order) {
-      for (int r = num_rows - 1; r > 0; --r) std::swap(rows[r], rows[random.integer(0, r)]);
+      for (int n = num_seq_heads - 1; n > 0; --n) std::swap(seq_heads[n], seq_heads[random.integer(0, n)]);
       std::vector<int64_t> free(workers, 0);  // when each worker is
-      for (const auto& row : rows)
-        for (const int32_t c : row) *std::min_element(free.begin(), free.end()) += c;
+      for (const auto& tiles : seq_heads)
+        for (const int32_t c : tiles) *std::min_element(free.begin(), free.end()) += c;
       const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
       EXPECT_LE(end, std::max(total + total / 8 + int64_t(kSplitBlocks) * workers, total + total / kSmallPart));
     }
@@ -231,27 +232,28 @@ TEST(Schedule, TilesHandedOutWholeEndInTime) {
   EXPECT_GT(whole_plans, 300);
 }
 
-// Rows that take turns, the longest tiles first.
-TEST(Schedule, TilesOfRowsInTurnEndInTime) {
+// Sequence heads that take turns, the longest tiles first.
+TEST(Schedule, TilesOfSequenceHeadsInTurnEndInTime) {
   Random random(32);
   int whole_plans = 0;
   for (int i = 0; i < 3000; ++i) {
-    const int32_t workers = random.integer(1, 40), num_rows = random.integer(2, 12), row_tiles = random.integer(1, 30);
+    const int32_t workers = random.integer(1, 40), num_seq_heads = random.integer(2, 12);
+    const int32_t tiles_each = random.integer(1, 30);
     std::vector<int64_t> cost{0};
-    for (int32_t r = 0; r < num_rows; ++r) {
-      std::vector<int32_t> row(row_tiles);
-      for (int32_t& c : row) c = random.integer(1, 40);
-      std::sort(row.rbegin(), row.rend());
-      for (const int32_t c : row) cost.push_back(cost.back() + c);
+    for (int32_t n = 0; n < num_seq_heads; ++n) {
+      std::vector<int32_t> tiles(tiles_each);
+      for (int32_t& c : tiles) c = random.integer(1, 40);
+      std::sort(tiles.rbegin(), tiles.rend());
+      for (const int32_t c : tiles) cost.push_back(cost.back() + c);
     }
     std::vector<int64_t> free(workers, 0);  // when each worker is
     bool whole = true;
     int64_t before = 0;
-    for (int32_t place = 0; place < row_tiles; ++place) {
-      const Turn turn = turn_of(cost.data(), num_rows, row_tiles, place);
+    for (int32_t place = 0; place < tiles_each; ++place) {
+      const Turn turn = turn_of(cost.data(), num_seq_heads, tiles_each, place);
       whole &= !ends_late(turn.before, turn.largest, cost.back(), workers);
-      for (int32_t r = 0; r < num_rows; ++r) {
-        const int64_t c = cost[r * row_tiles + place + 1] - cost[r * row_tiles + place];
+      for (int32_t n = 0; n < num_seq_heads; ++n) {
+        const int64_t c = cost[n * tiles_each + place + 1] - cost[n * tiles_each + place];
         EXPECT_LE(c, turn.largest);
         *std::min_element(free.begin(), free.end()) += c;
         before += c;
@@ -278,10 +280,10 @@ TEST(Schedule, ALongTileIsNotHandedOutWhole) {
 }
 
 TEST(Schedule, NothingToDo) {
-  ProblemShape shape;
-  shape.batch = 2;
-  shape.num_q_heads = shape.num_kv_heads = 1;
-  const cpu::Plan plan = cpu::plan(shape, {64, 64}, 4);
+  AttendParams p;
+  p.batch = 2;
+  p.q.num_heads = p.kv.num_heads = 1;
+  const cpu::Plan plan = cpu::plan(p, {64, 64}, 4);
   EXPECT_TRUE(plan.tiles.empty());
   for (const WorkRange& r : plan.ranges) EXPECT_TRUE(empty(r));
 }

@@ -375,10 +375,16 @@ def ints(*x: Any) -> Tensor:
 
 # What is broken (a value, or a function of the good one), and what the message must say.
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"k": torch.randn(2, 2, 16)}, r"k must be one token per row \[B, Hkv, 1, D\], got \[2, 2, 16\]"),
-    ({"k": torch.randn(2, 2, 2, 16)}, r"k must be one token per row \[B, Hkv, 1, D\], got \[2, 2, 2, 16\]"),
+    ({"k": torch.randn(2, 2, 16)}, r"k must be one token per sequence and KV head \[B, Hkv, 1, D\], got \[2, 2, 16\]"),
+    (
+        {"k": torch.randn(2, 2, 2, 16)},
+        r"k must be one token per sequence and KV head \[B, Hkv, 1, D\], got \[2, 2, 2, 16\]",
+    ),
     ({"v": torch.randn(2, 2, 1, 8)}, r"v must have the shape of k \(\[2, 2, 1, 16\]\), got \[2, 2, 1, 8\]"),
-    ({x: torch.randn(0, 2, 1, 16) for x in "kv"}, r"k must have at least one row, got \[0, 2, 1, 16\]"),
+    (
+        {x: torch.randn(0, 2, 1, 16) for x in "kv"},
+        r"k must have at least one sequence and one KV head, got \[0, 2, 1, 16\]",
+    ),
     ({x: torch.randn(2, 2, 1, 264) for x in "kv"}, r"head_dim must be from 1 to 256, got 264"),
     ({"k": torch.randn(2, 2, 1, 16).double()}, r"k must be float16, bfloat16 or float32, got float64"),
     ({"v": torch.randn(2, 2, 1, 16).int()}, r"v must be float16, bfloat16 or float32, got int32"),

@@ -11,6 +11,7 @@ import torch
 
 import flux_ext
 import flux_ext._library as library
+from flux_ext import _C
 
 # Every C function of the stable ABI that the libraries of torch 2.10.0 export (nm -D, torch_* and aoti_torch_*).
 STABLE_2_10 = Path(__file__).parent / "stable_abi_2_10.txt"
@@ -29,14 +30,33 @@ def test_needs_only_what_torch_2_10_has(path: Path) -> None:
 
 
 def test_cpu_operators_are_registered() -> None:
-    for op in ("attend", "attend_backward", "route", "append"):
+    for op in ("attend", "explain", "attend_backward", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CPU")
 
 
 @pytest.mark.skipif(not library.has_cuda_library, reason="built without nvcc")
 def test_cuda_operators_are_registered_even_without_a_gpu() -> None:
-    for op in ("attend", "route", "append"):
+    for op in ("attend", "explain", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CUDA")
+
+
+@pytest.mark.parametrize(("q_len", "decode"), [(100, False), (1, True), (0, None)])
+def test_explain_names_the_kernel_of_a_cpu_call(q_len: int, decode: bool | None) -> None:
+    q, kv, full = torch.randn(2, q_len, 6, 72), torch.randn(2, 100, 2, 72), [0, 1 << 30, 0, 1, 0]
+    numbers = torch.ops.flux_ext.explain(q, kv, kv, None, full + full, *[None] * 4, 0.1, *[None] * 5)
+    assert numbers.dtype == torch.int64 and numbers.device.type == "cpu"
+    family, processor, few_rows, tile_rows, q_tokens, kv_block, head_dim, workers, own_plan, memory, copies = (
+        numbers.tolist()
+    )
+    if decode is None:  # no query, nothing to do
+        assert not numbers.any()
+        return
+    assert (family, own_plan, copies) == (0, 0, 0)
+    assert ["portable", "avx2", "avx512", "avx512_bf16"][processor] == _C.isa()
+    assert few_rows == decode
+    assert (tile_rows, q_tokens, kv_block, head_dim) == (96, 32, 64, 96)  # 32 queries of 3 heads; 72 in steps of 32
+    assert workers == torch.get_num_threads()
+    assert memory > workers * tile_rows * head_dim * 4
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,6 @@ enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 // Rows [begin, end) of a tensor that belong to each sequence. Null begin: 0. Null end: `capacity`.
 // cu_seqlens [B + 1] is {cu_seqlens, cu_seqlens + 1}; left padding is {padding, null}; a cache is {null, kv_len}.
 // Bounds are clamped to [0, capacity], so that no value can lead outside the tensor.
-struct Span {
-  int32_t begin, end;
-  FLUX_HD int32_t size() const { return end - begin; }
-};
 struct RowSpans {
   const int32_t* begin = nullptr;  // [B] or [B, Hkv]
   const int32_t* end = nullptr;    // [B] or [B, Hkv]
@@ -51,47 +47,69 @@ struct BlockTable {
   }
 };
 
-// Everything that decides which (query, key) pairs are computed: what the plan needs.
-struct ProblemShape {
-  int32_t batch = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
-  int32_t max_q_len = 0;     // no sequence has more queries than this,
-  int64_t total_q_rows = 0;  // nor all of them together; both known on the host: they bound the tiles
-  RowSpans q_rows, kv_rows;
+// Where a tensor lies. [B, S, H, D], or packed [T, H, D] with stride.b = 0, or pages [num_pages, page_size, H, D]; the
+// last dimension is contiguous.
+struct View {
+  const void* data = nullptr;
+  Strides stride;
+};
+struct MutableView {
+  void* data = nullptr;
+  Strides stride;
+};
+
+struct Queries {
+  const void* data = nullptr;  // [B, S, Hq, D], or packed [T, Hq, D], see View
+  Strides stride;
+  RowSpans rows;  // of each sequence
+  int32_t num_heads = 0;
+  int32_t max_len = 0;     // no sequence has more queries than this,
+  int64_t total_rows = 0;  // nor all of them together; both known on the host: they bound the tiles
+};
+
+// What is attended to: the keys and values of every sequence, in tensors or in pages.
+struct KeyValues {
+  View k, v;      // [B, Skv, Hkv, D]; packed [T, Hkv, D]; paged [num_pages, page_size, Hkv or 1, D]
+  RowSpans rows;  // of each sequence, or of each KV head of each
+  const int32_t* page_table = nullptr;  // [B, max_pages] or [B, Hkv, max_pages]; null: not paged
+  int64_t page_stride_b = 0, page_stride_h = 0;
+  int32_t num_heads = 0;
+  int32_t page_size = 0, num_pages = 0;
+  bool pages_per_head = false;  // the table has a line per head, and the pages hold one head
+};
+
+// How: each sequence, or each KV head of each, by one of two modes. A mode is a pattern and, where it is block-sparse,
+// the lists of blocks.
+struct Routing {
   const int32_t* route = nullptr;  // [B] or [B, Hkv]; 0 full, else sparse; null: all full
-  int32_t route_stride_b = 1, route_stride_h = 0;
+  int32_t stride_b = 1, stride_h = 0;
   Pattern patterns[2];  // full, sparse
   BlockTable blocks[2];
 
-  FLUX_HD int32_t group() const { return num_q_heads / num_kv_heads; }
-  FLUX_HD int32_t mode(int32_t b, int32_t h) const {
-    return route && route[b * route_stride_b + h * route_stride_h] != 0 ? 1 : 0;
-  }
+  FLUX_HD int32_t mode(int32_t b, int32_t h) const { return route && route[b * stride_b + h * stride_h] != 0 ? 1 : 0; }
+  bool has_lists() const { return blocks[0].blocks || blocks[1].blocks; }
 };
 
+// A call of attention: queries, what they attend to and how. The planner reads sizes, bounds and routing alone.
 struct AttendParams {
-  ProblemShape shape;
-  DType dtype = DType::kFloat32;
-  const void* q = nullptr;  // [B, S, Hq, D], or packed [T, Hq, D] with strides.b = 0
-  const void* k = nullptr;  // [B, Skv, Hkv, D]; packed [T, Hkv, D]; paged [num_pages, page_size, Hkv or 1, D]
-  const void* v = nullptr;
-  void* out = nullptr;   // as q
-  float* lse = nullptr;  // [B, Hq, S], or packed [Hq, T]
-  Strides q_stride, k_stride, v_stride, out_stride;
-  Strides lse_stride;
-  const int32_t* page_table = nullptr;  // [B, max_pages] or [B, Hkv, max_pages]; null: not paged
-  int64_t page_stride_b = 0, page_stride_h = 0;
-  bool pages_per_head = false;  // the table has a row per head, and the pages hold one head
-  int32_t page_size = 0, num_pages = 0;
+  int32_t batch = 0, head_dim = 0;
+  DType dtype = DType::kFloat32;  // of q, k, v and out
   float scale = 1.f;
+  Queries q;
+  KeyValues kv;
+  Routing routing;
+  MutableView out;       // as q
+  float* lse = nullptr;  // [B, Hq, S], or packed [Hq, T]
+  Strides lse_stride;
+
+  FLUX_HD int32_t group() const { return q.num_heads / kv.num_heads; }  // query heads that share a KV head
 };
 
 struct AttendBackwardParams {
-  AttendParams forward;            // q, k, v, out, lse as left by the forward pass
-  const void* grad_out = nullptr;  // as q
-  void* grad_q = nullptr;          // as q
-  void* grad_k = nullptr;          // as k (never paged)
-  void* grad_v = nullptr;
-  Strides grad_out_stride, grad_q_stride, grad_k_stride, grad_v_stride;
+  AttendParams forward;        // q, k, v, out, lse as left by the forward pass; never paged
+  View grad_out;               // as q
+  MutableView grad_q;          // as q
+  MutableView grad_k, grad_v;  // as k
 };
 
 // One linear layer of a router, y = weight x + bias.

@@ -1,10 +1,11 @@
 // Which keys a query may see.
 //
-// Four integers describe full, streaming and triangle attention; a list of key blocks describes
-// block-sparse attention. `visible` is the specification. `kv_blocks` (what a tile must visit) and
-// `needs_mask` (whether a visited block must be masked) are derived from it, and cpp_tests/pattern_test.cpp
-// holds them to it. A tile is a range of query positions, in key coordinates: query i of a sequence
-// stands at position kv_len - q_len + i, which is negative where there are more queries than keys.
+// Four integers describe full, streaming and triangle attention; a list of key blocks describes block-sparse attention.
+// `visible` is the specification. All else here is derived from it, in forms that kernels can afford, and
+// cpp_tests/pattern_test.cpp holds it to the specification: what one query sees (`visible_keys`), which key blocks a
+// range of queries must visit (`kv_blocks`), and whether it sees all of a block (`TileMask`) or nothing of it
+// (`sees_none`). Queries are named by their position among the keys: query i of a sequence stands at kv_len - q_len +
+// i, which is negative where there are more queries than keys.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,12 @@ FLUX_HD constexpr int32_t min_of(int32_t a, int32_t b) { return a < b ? a : b; }
 FLUX_HD constexpr int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
 FLUX_HD constexpr int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 FLUX_HD constexpr int64_t ceil_div_64(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What stands at [begin, end): rows of a tensor, tiles of a plan.
+struct Span {
+  int32_t begin, end;
+  FLUX_HD int32_t size() const { return end - begin; }
+};
 
 // The key blocks one query block may see, ascending, `width` keys each. No list: every block.
 struct BlockList {
@@ -48,6 +55,23 @@ FLUX_HD bool visible(const Pattern& p, int32_t q_pos, int32_t kv_pos, int32_t kv
     return false;
   }
   return kv_pos < p.sink || kv_pos >= p.window_begin(q_pos) || q_pos >= kv_len - p.last_q;
+}
+
+// What one query sees without a list, as bounds: keys [begin, last], and of those before `begin` the first `sink`.
+struct VisibleKeys {
+  int32_t begin = 0, last = -1, sink = 0;
+
+  FLUX_HD bool contain(int32_t kv_pos) const { return kv_pos <= last && (kv_pos >= begin || kv_pos < sink); }
+};
+
+// A list does not narrow the bounds: kernels apply it by visiting its blocks alone. A negative position sees nothing.
+FLUX_HD VisibleKeys visible_keys(const Pattern& p, int32_t q_pos, const Span& kv_rows, const BlockList& list) {
+  VisibleKeys keys;
+  keys.last = q_pos;
+  if (list.blocks || q_pos < 0 || q_pos >= kv_rows.size() - p.last_q) return keys;
+  keys.begin = p.window_begin(q_pos);
+  keys.sink = p.sink;
+  return keys;
 }
 
 // The key blocks a tile visits, in ascending order: a run from the start (the sink), then a run up to
@@ -105,13 +129,42 @@ FLUX_HD KvBlocks kv_blocks(const Pattern& p, int32_t q_begin, int32_t q_end, int
   return b;
 }
 
-// False exactly when every query in [q_begin, q_end) sees every key in [kv_begin, kv_end).
-FLUX_HD bool needs_mask(const Pattern& p, int32_t q_begin, int32_t q_end, int32_t kv_begin, int32_t kv_end,
-                        int32_t kv_len, const BlockList& list = {}) {
-  if (kv_end - 1 > q_begin) return true;  // the diagonal, or the end of the keys
-  if (list.blocks || kv_end <= p.sink) return false;
-  const int32_t last = min_of(q_end, kv_len - p.last_q) - 1;  // the window of this query starts last
-  return last >= q_begin && max_of(kv_begin, p.sink) < p.window_begin(last);
+// Queries that follow each other, and the keys of their sequence. (A TileView, schedule.h, is one too.)
+struct QueryRange {
+  Pattern pattern;
+  BlockList list;
+  Span kv_rows;
+  int32_t q_pos, q_end;  // positions
+
+  FLUX_HD int32_t q_pos_end() const { return q_end; }
+};
+
+// Which blocks of keys must be masked for such queries; what does not depend on the block, a division among it, is
+// worked out once. (A template, so that of a TileView in shared memory nothing is read before it is needed.)
+struct TileMask {
+  int32_t first;         // position of the first query
+  int32_t window_begin;  // of the query whose window starts last; low where no window hides anything
+  int32_t sink;
+
+  template <typename Range>
+  FLUX_HD explicit TileMask(const Range& r) : first(r.q_pos), window_begin(-kUnlimited), sink(r.pattern.sink) {
+    const int32_t last = min_of(r.q_pos_end(), r.kv_rows.size() - r.pattern.last_q) - 1;
+    if (!r.list.blocks && last >= r.q_pos) window_begin = r.pattern.window_begin(last);
+  }
+
+  // False exactly when every query sees every key in [kv_begin, kv_end). The first term: at the diagonal, or past the
+  // end of the keys.
+  FLUX_HD bool operator()(int32_t kv_begin, int32_t kv_end) const {
+    return kv_end - 1 > first || (kv_end > sink && max_of(kv_begin, sink) < window_begin);
+  }
+};
+
+// True exactly when none of the queries sees a key in [kv_begin, kv_end), of a block that the list, if there is one,
+// holds.
+FLUX_HD bool sees_none(const QueryRange& r, int32_t kv_begin, int32_t kv_end) {
+  if (kv_begin >= r.q_end) return true;
+  if (r.list.blocks || kv_begin < r.pattern.sink || r.q_end > r.kv_rows.size() - r.pattern.last_q) return false;
+  return kv_end <= r.pattern.window_begin(max_of(r.q_pos, 0));
 }
 
 }  // namespace flux

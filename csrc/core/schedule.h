@@ -1,10 +1,11 @@
 // Who computes what: all visible work is a line of (tile, key block) units, cut into equal pieces.
 //
-// A tile is (sequence, KV head, block of query rows); the query heads of the group are packed into its
-// rows (row = query * group + head of the group), so a decode step is a tile with few rows. Tiles are
-// numbered row by row, where a row is a (sequence, KV head) pair, and within a row from the last query
-// block (the longest under a causal mask) to the first. The planner and the kernels call the same
-// functions, so they cannot disagree.
+// A sequence head is one KV head of one sequence: what has keys of its own, and so what work is counted by. There are
+// batch * num_kv_heads of them; number n is KV head n % num_kv_heads of sequence n / num_kv_heads.
+// A tile is a block of the queries of one sequence head. Its rows are these queries for every query head that shares
+// the KV head (row = query * group + head of the group), so a decode step is a tile with few rows. Tiles are numbered
+// sequence head by sequence head, and within one from the last block of queries, which under a causal mask sees the
+// most keys, to the first. The planner and the kernels call the same functions, so they cannot disagree.
 #pragma once
 
 #include <cstdint>
@@ -32,49 +33,55 @@ struct TileView {
   Tile tile;
   Span q_rows;    // rows of q that belong to the tile
   Span kv_rows;   // rows of k of the whole sequence
-  int32_t q_pos;  // position of the first row, in key coordinates
+  int32_t q_pos;  // position of the first query, see pattern.h
   Pattern pattern;
   BlockList list;
   KvBlocks blocks;
 
   FLUX_HD int32_t q_pos_end() const { return q_pos + q_rows.size(); }
-  FLUX_HD bool masked(int32_t kv_begin, int32_t kv_end) const {
-    return needs_mask(pattern, q_pos, q_pos_end(), kv_begin, kv_end, kv_rows.size(), list);
+  FLUX_HD TileMask mask() const { return TileMask(*this); }
+
+  // Of a query, counted from the first of the tile (`token`). Is the pair visible?
+  FLUX_HD bool sees(int32_t token, int32_t kv_pos) const {
+    return visible(pattern, q_pos + token, kv_pos, kv_rows.size(), list);
   }
-  // Is the pair visible? (`row` counts from the first row of the tile.)
-  FLUX_HD bool sees(int32_t row, int32_t kv_pos) const {
-    return visible(pattern, q_pos + row, kv_pos, kv_rows.size(), list);
+  // The last key it may see; -1 in padding, which sees nothing.
+  FLUX_HD int32_t last_key(int32_t token) const { return token < q_rows.size() ? q_pos + token : -1; }
+  FLUX_HD VisibleKeys visible_keys(int32_t token) const {
+    return flux::visible_keys(pattern, last_key(token), kv_rows, list);
   }
   // Every pattern shows a query its own token; so only queries before the first key, and lists that start later, see
   // none.
-  FLUX_HD bool sees_any(int32_t row) const {
-    return list.blocks ? list.count > 0 && list.blocks[0] * list.width <= q_pos + row : q_pos + row >= 0;
+  FLUX_HD bool sees_any(int32_t token) const {
+    return list.blocks ? list.count > 0 && list.blocks[0] * list.width <= q_pos + token : q_pos + token >= 0;
   }
+  // Do its queries see all keys up to their own in the blocks that the tile visits?
+  FLUX_HD bool hides_only_later_keys() const { return list.blocks || pattern.window >= kUnlimited; }
 };
 
-FLUX_HD int32_t tiles_in_row(const ProblemShape& shape, const TileShape& tile, int32_t seq, int32_t kv_head) {
-  return ceil_div(shape.q_rows(seq, kv_head).size(), tile.q_tokens);
+FLUX_HD int32_t tiles_in_seq_head(const AttendParams& p, const TileShape& tile, int32_t seq, int32_t kv_head) {
+  return ceil_div(p.q.rows(seq, kv_head).size(), tile.q_tokens);
 }
 
 // No launch has more tiles than this, whatever the lengths on the device are (spans that overlap, which no
 // valid input has, are cut off by the planner).
-FLUX_HD int64_t max_tiles(const ProblemShape& shape, const TileShape& tile) {
-  const int64_t padded = int64_t(shape.batch) * ceil_div(shape.max_q_len, tile.q_tokens);
-  const int64_t packed = shape.total_q_rows / tile.q_tokens + shape.batch;
-  return (padded < packed ? padded : packed) * shape.num_kv_heads;
+FLUX_HD int64_t max_tiles(const AttendParams& p, const TileShape& tile) {
+  const int64_t padded = int64_t(p.batch) * ceil_div(p.q.max_len, tile.q_tokens);
+  const int64_t packed = p.q.total_rows / tile.q_tokens + p.batch;
+  return (padded < packed ? padded : packed) * p.kv.num_heads;
 }
 
-FLUX_HD TileView view_tile(const ProblemShape& shape, const TileShape& tile_shape, const Tile& t) {
+FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, const Tile& t) {
   TileView v;
   v.tile = t;
-  const Span q = shape.q_rows(t.seq, t.kv_head);
-  v.kv_rows = shape.kv_rows(t.seq, t.kv_head);
+  const Span q = p.q.rows(t.seq, t.kv_head);
+  v.kv_rows = p.kv.rows(t.seq, t.kv_head);
   const int32_t first = t.q_block * tile_shape.q_tokens;
   v.q_rows = {q.begin + first, min_of(q.begin + first + tile_shape.q_tokens, q.end)};
   v.q_pos = v.kv_rows.size() - q.size() + first;
-  const int32_t mode = shape.mode(t.seq, t.kv_head);
-  v.pattern = shape.patterns[mode];
-  v.list = shape.blocks[mode](t.seq, t.kv_head, shape.num_kv_heads, first);
+  const int32_t mode = p.routing.mode(t.seq, t.kv_head);
+  v.pattern = p.routing.patterns[mode];
+  v.list = p.routing.blocks[mode](t.seq, t.kv_head, p.kv.num_heads, first);
   v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), tile_shape.kv_block, v.list);
   return v;
 }
@@ -157,17 +164,23 @@ struct TilePieces {
 };
 FLUX_HD TilePieces tile_pieces(const int64_t* cost, int32_t num_tiles, int32_t tile, int32_t num_workers) {
   const int64_t total = cost[num_tiles], blocks_begin = cost[tile] + kTileOverhead, end = cost[tile + 1];
-  const bool has_blocks = end > blocks_begin;  // or is rounded up, to one share: a single piece either way
+  // A tile without key blocks has one piece, also where it is rounded up to a whole share.
+  const bool has_blocks = end > blocks_begin;
   TilePieces p{1, worker_of(has_blocks ? blocks_begin : cost[tile], total, num_workers), 0};
   if (has_blocks) p.count = worker_of(end - 1, total, num_workers) - p.leader + 1;
   p.leader_slot = 2 * p.leader + (share_begin(cost, num_tiles, p.leader, num_workers).tile == tile ? 0 : 1);
   return p;
 }
 
-// How work is handed out. Whole tiles from a counter keep neighbours together (they share keys through the cache) and
-// cost no merging, but end raggedly: at worst a tile starts when all workers together are done with what comes before
-// it. Splitting costs every worker some kSplitBlocks and an eighth of the work (docs/kernels.md), so tiles are handed
-// out whole unless one ends later than that and is no small part of a share either.
+// Work can be handed out in two ways:
+// - Whole tiles: a worker that is free takes the next tile from a counter. Nothing is cut, so nothing is merged, and
+//   tiles that run at the same time share keys through the cache. But the end is ragged: workers idle while the last
+//   tiles run.
+// - Even shares (work_range): all workers end together, but tiles are cut, and their pieces stored and merged. That was
+//   measured to cost as much as kSplitBlocks key blocks for every worker and an eighth of the work (docs/kernels.md).
+// So tiles are handed out whole unless one of them might end later than even shares would at that cost. A tile starts
+// when the work before it, spread over all workers, is done, or earlier; `ends_late` bounds its end by that. A tile
+// that is a small part of a worker's share makes no difference worth a cut.
 constexpr int32_t kSplitBlocks = 8;
 constexpr int32_t kSmallPart = 4;
 FLUX_HD bool is_small_part(int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
@@ -178,36 +191,39 @@ FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, in
   return before + tile_cost * num_workers > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
 }
 
-// Whole tiles are handed out row after row; what comes before a tile is then at most all other rows and the tiles
-// before it in its own. `row`: the tiles of this tile's row.
-FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span row) {
-  return cost[num_tiles] - (cost[row.end] - cost[tile]);
+// Whole tiles are handed out one sequence head after the other; what comes before a tile is then at most all other
+// sequence heads and the tiles before it in its own. `siblings`: the tiles of its sequence head.
+FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span siblings) {
+  return cost[num_tiles] - (cost[siblings.end] - cost[tile]);
 }
 
-// Or the rows take turns: the first tile of each, then the second of each. So the longest come first and the shortest
-// last, and the end is even. For rows with equally many tiles, few enough, whose keys the cache holds all at once.
-constexpr int32_t kRowsInTurn = 32;
+// Or the sequence heads take turns: the first tile of each, then the second of each. So the longest come first and the
+// shortest last, and the end is even. For sequence heads with equally many tiles, few enough, whose keys the cache
+// holds all at once.
+constexpr int32_t kSeqHeadsInTurn = 32;
 constexpr int64_t kKeysInTurn = int64_t(32) << 20;  // bytes of keys and values, two for an element
-FLUX_HD bool takes_turns(int32_t num_rows, int64_t longest_kv, int32_t head_dim) {
-  return num_rows > 1 && num_rows <= kRowsInTurn && 4 * longest_kv * head_dim * num_rows <= kKeysInTurn;
+FLUX_HD bool takes_turns(int32_t num_seq_heads, int64_t longest_kv, int32_t head_dim) {
+  return num_seq_heads > 1 && num_seq_heads <= kSeqHeadsInTurn &&
+         4 * longest_kv * head_dim * num_seq_heads <= kKeysInTurn;
 }
-// Of the tiles with this place in their rows: the cost of the largest, and what comes before it at most.
+// Of the tiles with this place in their sequence heads: the cost of the largest, and what comes before it at most.
 struct Turn {
   int64_t before = 0, largest = 0;
 };
-FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_rows, int32_t row_tiles, int32_t place) {
+FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_each, int32_t place) {
   Turn turn;
-  for (int32_t r = 0; r < num_rows; ++r) {
-    const int64_t *row = cost + r * row_tiles, own = row[place + 1] - row[place];
-    turn.before += row[place + 1] - row[0];
+  for (int32_t n = 0; n < num_seq_heads; ++n) {
+    const int64_t *first = cost + n * tiles_each, own = first[place + 1] - first[place];
+    turn.before += first[place + 1] - first[0];
     if (own > turn.largest) turn.largest = own;
   }
   turn.before -= turn.largest;
   return turn;
 }
 
-// If any tile would end late, the line is split evenly. Two units for each worker at least; one where that takes at
-// most half of them, and leaves no more pieces of a tile (on average) than combine merges at once.
+// If any tile would end late, the line is split evenly: over all workers, or, where there is little to do, over so many
+// that each has two units at least. (Or one, where that takes at most half of the workers, and leaves no more pieces of
+// a tile, on average, than combine merges at once.)
 constexpr int32_t kPiecesAtOnce = 24;
 template <typename Int>  // of 32 or 64 bits
 FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_workers) {
@@ -217,10 +233,25 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
   return most < 1 ? 1 : int32_t(most < workers ? most : workers);
 }
 
-// Ascending keys put the costliest (sequence, KV head) row first, equal rows in their order.
-constexpr int kRowBits = 22;
-FLUX_HD int64_t row_key(int64_t cost, int32_t row) { return (((int64_t(1) << 40) - cost) << kRowBits) | row; }
-FLUX_HD int32_t row_of_key(int64_t key) { return int32_t(key & ((1 << kRowBits) - 1)); }
+// A decode step (see plans_inline, cuda/cuda.h) has one tile per sequence head. Where an even share holds the end of
+// one tile and the beginning of another, its worker pays for both in turn. So where tiles differ in cost, each is
+// rounded up to whole shares, if that takes no more workers. (Tiles that are alike mostly fall into whole shares by
+// themselves.) Kernels plan such a step twice over, for a warp and for a block: the decision is here, alike for both.
+template <typename Int>
+FLUX_HD bool tiles_differ(Int largest_cost, Int total_cost, int32_t num_tiles) {
+  return largest_cost * num_tiles != total_cost;
+}
+template <typename Int>
+FLUX_HD Int whole_shares(Int tile_cost, Int share) {
+  return (tile_cost + share - 1) / share;
+}
+
+// Ascending keys put the costliest sequence head first, equal ones in their order.
+constexpr int kSeqHeadBits = 22;
+FLUX_HD int64_t sort_key(int64_t cost, int32_t seq_head) {
+  return (((int64_t(1) << 40) - cost) << kSeqHeadBits) | seq_head;
+}
+FLUX_HD int32_t seq_head_of(int64_t sort_key) { return int32_t(sort_key & ((1 << kSeqHeadBits) - 1)); }
 
 // Does this worker hold the first piece of a cut tile? Then it (or its twin in the combine stage) merges
 // the pieces that the following workers hold. Returns the tile, or -1.

@@ -1,4 +1,4 @@
-// One token more in every row of a cache with fixed addresses.
+// One more token for every sequence head of a cache with fixed addresses.
 #include <cstring>
 #include <type_traits>
 
@@ -39,16 +39,16 @@ void store_token(const AppendParams& p, bool nan, const void* x, DType dtype, in
 }  // namespace
 
 void append(const AppendParams& p, const Executor& executor) {
-  executor.run(p.num_rows(), [&](int64_t row) {
-    const AppendRow r(p, int32_t(row));
-    if (!r.active) return;
-    const int64_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
-    store_token(p, r.nan, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, r.slot());
-    store_token(p, r.nan, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, r.slot());
-    int32_t* table = p.page_table + row * p.max_pages;
-    for (int32_t i = 0; i < r.num_columns(); ++i) table[i] = r.column(i);
-    p.kv_len[row] = r.kv_len();
-    ++p.seen[row];
+  executor.run(p.num_seq_heads(), [&](int64_t seq_head) {
+    const AppendStep step(p, int32_t(seq_head));
+    if (!step.active) return;
+    const int64_t b = seq_head / p.num_kv_heads, h = seq_head % p.num_kv_heads;
+    store_token(p, step.nan, p.k, p.k_dtype, b * p.k_stride.b + h * p.k_stride.h, p.k_pool, step.slot());
+    store_token(p, step.nan, p.v, p.v_dtype, b * p.v_stride.b + h * p.v_stride.h, p.v_pool, step.slot());
+    int32_t* table = p.page_table + seq_head * p.max_pages;
+    for (int32_t i = 0; i < step.num_columns(); ++i) table[i] = step.column(i);
+    p.kv_len[seq_head] = step.kv_len();
+    ++p.seen[seq_head];
   });
   ++*p.slots;
 }

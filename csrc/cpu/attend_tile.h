@@ -6,13 +6,11 @@
 #pragma once
 
 #include "core/softmax_state.h"
+#include "cpu/addresses.h"
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
-#include "cpu/rows.h"
 
 namespace flux::cpu::FLUX_ISA {
-
-constexpr int32_t kFewRows = 8;
 
 // Hands out pieces of a worker's scratch memory.
 struct Scratch {
@@ -43,11 +41,14 @@ struct PanelRows {
   const int32_t* first_key;  // [kPanel] the first key a row sees beyond the sink
 };
 
-FLUX_HD bool sees_nothing(const Pattern& p, const BlockList& list, int32_t kv_len, const PanelRows& rows,
-                          const KeyRange& keys) {
-  if (keys.begin >= rows.q_end) return true;
-  if (list.blocks || keys.begin < p.sink || rows.q_end > kv_len - p.last_q) return false;
-  return keys.begin + keys.size <= p.window_begin(flux::max_of(rows.q_begin, 0));
+FLUX_HD QueryRange range_of(const TileView& v, const PanelRows& rows) {
+  return {v.pattern, v.list, v.kv_rows, rows.q_begin, rows.q_end};
+}
+FLUX_HD bool sees_nothing(const TileView& v, const PanelRows& rows, const KeyRange& keys) {
+  return sees_none(range_of(v, rows), keys.begin, keys.begin + keys.size);
+}
+FLUX_HD bool needs_mask(const TileView& v, const PanelRows& rows, const KeyRange& keys) {
+  return TileMask(range_of(v, rows))(keys.begin, keys.begin + kKvBlock);
 }
 
 // -inf where a row does not see a key. scores: [keys.size rounded up, kPanel]
@@ -65,17 +66,11 @@ FLUX_HD void mask_panel(const Pattern& p, const PanelRows& rows, const KeyRange&
   }
 }
 
-// The first key beyond the sink that a query at `pos` sees.
-FLUX_HD int32_t first_visible(const TileView& v, int32_t pos) {
-  const bool sees_all = v.list.blocks || pos < 0 || pos >= v.kv_rows.size() - v.pattern.last_q;
-  return sees_all ? 0 : v.pattern.window_begin(pos);
-}
-
 FLUX_HD void find_visible(const TileView& v, int32_t group, int32_t rows, int32_t padded_rows, int32_t* pos,
                           int32_t* first_key) {
   for (int32_t r = 0; r < padded_rows; ++r) {
     pos[r] = r < rows ? v.q_pos + r / group : -1;
-    first_key[r] = first_visible(v, pos[r]);
+    first_key[r] = visible_keys(v.pattern, pos[r], v.kv_rows, v.list).begin;
   }
 }
 
@@ -170,9 +165,9 @@ template <typename Op, typename T>
 void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                  const TileState& state) {
   using Unit = typename Op::Unit;
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, dim_units = dim / Op::kPerUnit;
+  const int32_t group = p.group(), dim = p.head_dim, dim_units = dim / Op::kPerUnit;
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
-  const int32_t out_stride = padded_dim(p.shape);
+  const int32_t out_stride = padded_dim(p);
   const int64_t stride = out_stride + kLanes;  // not a power of two: neighbouring rows share no cache set
   Scratch memory{scratch};
   Unit* const q = memory.take<Unit>(int64_t(padded_rows) * dim_units);  // [panels][dim_units][kPanel]
@@ -197,7 +192,6 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
     }
     transpose_panel(staging, stride, dim_units, q + int64_t(panel) * dim_units * kPanel);
   }
-  const int32_t kv_len = v.kv_rows.size();
   find_visible(v, group, rows, padded_rows, pos, first_key);
   for (int32_t r = 0; r < padded_rows; ++r) max[r] = -INFINITY, sum[r] = 0.f;
   std::memset(state.out, 0, size_t(padded_rows) * out_stride * sizeof(float));
@@ -209,14 +203,14 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
     const int32_t padded = round_up(keys.size, kStepRows);
     const int32_t key_units = ceil_div(keys.size, Op::kPerUnit);
     for (int32_t j = 0; j < keys.size; ++j)
-      Op::pack_keys(kv_row<T>(p, p.k, p.k_stride, v, keys.begin + j), dim, k + j * stride);
+      Op::pack_keys(kv_row<T>(p.kv, p.kv.k, v, keys.begin + j), dim, k + j * stride);
     clear_rows(k, stride, dim_units, keys.size, padded);
-    Op::pack_values([&](int32_t j) { return kv_row<T>(p, p.v, p.v_stride, v, keys.begin + j); }, keys.size, dim, stride,
+    Op::pack_values([&](int32_t j) { return kv_row<T>(p.kv, p.kv.v, v, keys.begin + j); }, keys.size, dim, stride,
                     values);
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
-      if (sees_nothing(v.pattern, v.list, kv_len, seen, keys)) continue;
+      if (sees_nothing(v, seen, keys)) continue;
       const Unit* q_panel = q + int64_t(panel) * dim_units * kPanel;
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators s;
@@ -224,8 +218,7 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
         multiply<Op>(k + j * stride, stride, 1, q_panel, kPanel, dim_units, s);
         store_step(s, scale, scores + j * kPanel);
       }
-      if (needs_mask(v.pattern, seen.q_begin, seen.q_end, keys.begin, keys.begin + kKvBlock, kv_len, v.list))
-        mask_panel(v.pattern, seen, keys, padded, scores);
+      if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, scores);
       float rescale[kPanel];
       softmax_panel(padded, scores, max + row, sum + row, rescale);
       const auto* left = Op::pack_probabilities(scores, padded, probabilities);
@@ -320,7 +313,7 @@ FLUX_HD void few_block(const float* q, int64_t stride, int32_t rows, int32_t dim
   for (; r + 2 <= rows; r += 2) few_rows_scores<2>(r, q, stride, k, padded, dim, scale, scores);
   for (; r < rows; ++r) few_rows_scores<1>(r, q, stride, k, padded, dim, scale, scores);
 
-  const bool masked = view.masked(keys.begin, keys.begin + kKvBlock);
+  const bool masked = view.mask()(keys.begin, keys.begin + kKvBlock);
   float rescale[kFewRows];
   for (r = 0; r < rows; ++r) {
     float* s = scores + r * kKvBlock;
@@ -359,8 +352,8 @@ struct BlockRows {
   FLUX_HD void find(const AttendParams& p, const TileView& view, const KeyRange& keys) {
     for (int32_t j = 0; j < kKvBlock; ++j) {
       const int32_t key = keys.begin + flux::min_of(j, keys.size - 1);
-      k[j] = kv_row<T>(p, p.k, p.k_stride, view, key);
-      v[j] = kv_row<T>(p, p.v, p.v_stride, view, key);
+      k[j] = kv_row<T>(p.kv, p.kv.k, view, key);
+      v[j] = kv_row<T>(p.kv, p.kv.v, view, key);
     }
   }
 };
@@ -368,8 +361,8 @@ struct BlockRows {
 template <typename T>
 void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                 const TileState& state) {
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, rows = v.q_rows.size() * group;
-  const int32_t stride = padded_dim(p.shape);
+  const int32_t group = p.group(), dim = p.head_dim, rows = v.q_rows.size() * group;
+  const int32_t stride = padded_dim(p);
   const bool in_place = dim % kLanes == 0;  // else rows are copied, so that no load leaves its row
   Scratch memory{scratch};
   float* const q = memory.take(kFewRows * stride);
@@ -406,7 +399,7 @@ void attend_few(const AttendParams& p, const TileView& v, int32_t begin, int32_t
 template <typename Op, typename T>
 void attend_tile(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                  const TileState& state) {
-  if (v.q_rows.size() * p.shape.group() <= kFewRows)
+  if (v.q_rows.size() * p.group() <= kFewRows)
     attend_few<T>(p, v, begin, end, scratch, state);
   else
     attend_many<Op, T>(p, v, begin, end, scratch, state);

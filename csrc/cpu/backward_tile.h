@@ -12,11 +12,6 @@
 
 namespace flux::cpu::FLUX_ISA {
 
-template <typename T>
-FLUX_HD T* row_of(const void* base, const Strides& s, int32_t seq, int32_t row, int32_t head) {
-  return static_cast<T*>(const_cast<void*>(base)) + seq * s.b + row * s.s + head * s.h;
-}
-
 // c[kStepRows, kPanel] = A B, A row-major. Both come straight from the inputs, so pairs of bf16 lose nothing here; the
 // products with P and dS stay fp32.
 template <typename Op, typename Unit>
@@ -52,10 +47,10 @@ template <typename Op, typename T>
 void queries_backward(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats) {
   using Unit = typename Op::Unit;
   const AttendParams& p = b.forward;
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = v.kv_rows.size();
+  const int32_t group = p.group(), dim = p.head_dim;
   const int32_t dim_units = dim / Op::kPerUnit;
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
-  const int64_t stride = padded_dim(p.shape) + kLanes;
+  const int64_t stride = padded_dim(p) + kLanes;
   Scratch memory{scratch};
   Unit* const q = memory.take<Unit>(int64_t(padded_rows) * dim_units);     // [panels][dim_units][kPanel]
   Unit* const dout = memory.take<Unit>(int64_t(padded_rows) * dim_units);  // the same
@@ -78,7 +73,7 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
       stats.delta[r] = 0.f;
       if (r >= rows) continue;
       const int32_t row = v.q_rows.begin + r / group, head = v.tile.kv_head * group + r % group;
-      const T* grad = row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head);
+      const T* grad = row_of<const T>(b.grad_out, v.tile.seq, row, head);
       const T* out = out_row<const T>(p, v.tile, row, head);
       Op::pack_keys(q_row<T>(p, v.tile, row, head), dim, q_rows + i * stride);
       Op::pack_keys(grad, dim, dout_rows + i * stride);
@@ -98,24 +93,23 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
     const KeyRange keys = keys_of(v, v.blocks[n]);
     const int32_t padded = round_up(keys.size, kStepRows);
     for (int32_t j = 0; j < keys.size; ++j) {
-      const T* key = kv_row<T>(p, p.k, p.k_stride, v, keys.begin + j);
+      const T* key = kv_row<T>(p.kv, p.kv.k, v, keys.begin + j);
       pack_row(key, dim, k + j * stride);
       Op::pack_keys(key, dim, k_units + j * stride);
-      Op::pack_keys(kv_row<T>(p, p.v, p.v_stride, v, keys.begin + j), dim, values + j * stride);
+      Op::pack_keys(kv_row<T>(p.kv, p.kv.v, v, keys.begin + j), dim, values + j * stride);
     }
     clear_rows(k_units, stride, dim_units, keys.size, padded);
     clear_rows(values, stride, dim_units, keys.size, padded);
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
-      if (sees_nothing(v.pattern, v.list, kv_len, seen, keys)) continue;
+      if (sees_nothing(v, seen, keys)) continue;
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators s;
         multiply_rows<Op>(k_units + j * stride, stride, q + int64_t(row) * dim_units, dim_units, s);
         store_step(s, scale2, dscores + j * kPanel);
       }
-      if (needs_mask(v.pattern, seen.q_begin, seen.q_end, keys.begin, keys.begin + kKvBlock, kv_len, v.list))
-        mask_panel(v.pattern, seen, keys, padded, dscores);
+      if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, dscores);
       for (int32_t j = 0; j < padded; j += kStepRows) {
         Accumulators dp;
         multiply_rows<Op>(values + j * stride, stride, dout + int64_t(row) * dim_units, dim_units, dp);
@@ -132,8 +126,7 @@ void queries_backward(const AttendBackwardParams& b, const TileView& v, float* s
   }
   for (int32_t r = 0; r < rows; ++r)
     write_row(dq + r * stride, dim,
-              row_of<T>(b.grad_q, b.grad_q_stride, v.tile.seq, v.q_rows.begin + r / group,
-                        v.tile.kv_head * group + r % group));
+              row_of<T>(b.grad_q, v.tile.seq, v.q_rows.begin + r / group, v.tile.kv_head * group + r % group));
 }
 
 // -inf where a row of a tile does not see a key of a panel. scores: [rows, kPanel]
@@ -142,17 +135,17 @@ FLUX_HD void mask_keys(const TileView& v, int32_t group, int32_t rows, int32_t k
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const Vec hidden = broadcast(-INFINITY);
   for (int32_t r = 0; r < rows; ++r) {
-    const int32_t at = v.q_pos + r / group, first = first_visible(v, at);
+    const VisibleKeys keys = visible_keys(v.pattern, v.q_pos + r / group, v.kv_rows, v.list);
     for (int half = 0; half < kPanel; half += kLanes) {
       const IntVec key = lane + (key_begin + half);
-      const IntVec seen = (key <= at) & ((key < v.pattern.sink) | (key >= first));
+      const IntVec seen = (key <= keys.last) & ((key < keys.sink) | (key >= keys.begin));
       float* s = scores + r * kPanel + half;
       store(s, seen ? load(s) : hidden);
     }
   }
 }
 
-// Second pass. Writes grad_k and grad_v of one key block of a (sequence, KV head), whose tiles are views[num_views].
+// Second pass. Writes grad_k and grad_v of one key block of a sequence head, whose tiles are views[num_views].
 template <typename Op, typename T>
 void keys_backward(const AttendBackwardParams& b, const TileView* views, const RowStats* stats, int32_t num_views,
                    int32_t block, float* scratch) {
@@ -160,10 +153,10 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
   const AttendParams& p = b.forward;
   const TileView& any = views[0];
   const KeyRange keys = keys_of(any, block);
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim, kv_len = any.kv_rows.size();
-  const int64_t stride = padded_dim(p.shape) + kLanes;
+  const int32_t group = p.group(), dim = p.head_dim;
+  const int64_t stride = padded_dim(p) + kLanes;
   const int32_t dim_units = dim / Op::kPerUnit;
-  const int32_t max_rows = tile_rows(p.shape), panels = ceil_div(keys.size, kPanel);
+  const int32_t max_rows = tile_rows(p), panels = ceil_div(keys.size, kPanel);
   Scratch memory{scratch};
   Unit* const k = memory.take<Unit>(kKvBlock * dim_units);       // [panels][dim_units][kPanel]
   Unit* const values = memory.take<Unit>(kKvBlock * dim_units);  // the same
@@ -181,8 +174,8 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
     clear_rows(staging, stride, int32_t(stride), 0, 2 * kPanel);
     for (int32_t i = 0; i < kPanel && panel * kPanel + i < keys.size; ++i) {
       const int32_t key = keys.begin + panel * kPanel + i;
-      Op::pack_keys(kv_row<T>(p, p.k, p.k_stride, any, key), dim, staging + i * stride);
-      Op::pack_keys(kv_row<T>(p, p.v, p.v_stride, any, key), dim, staging + (kPanel + i) * stride);
+      Op::pack_keys(kv_row<T>(p.kv, p.kv.k, any, key), dim, staging + i * stride);
+      Op::pack_keys(kv_row<T>(p.kv, p.kv.v, any, key), dim, staging + (kPanel + i) * stride);
     }
     transpose_panel(staging, stride, dim_units, k + int64_t(panel) * dim_units * kPanel);
     transpose_panel(staging + kPanel * stride, stride, dim_units, values + int64_t(panel) * dim_units * kPanel);
@@ -200,7 +193,7 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
     for (int32_t r = 0; r < rows; ++r) {
       const int32_t row = v.q_rows.begin + r / group, head = v.tile.kv_head * group + r % group;
       const T* query = q_row<T>(p, v.tile, row, head);
-      const T* grad = row_of<const T>(b.grad_out, b.grad_out_stride, v.tile.seq, row, head);
+      const T* grad = row_of<const T>(b.grad_out, v.tile.seq, row, head);
       pack_row(query, dim, q + r * stride);
       pack_row(grad, dim, dout + r * stride);
       Op::pack_keys(query, dim, q_units + r * stride);
@@ -212,13 +205,13 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
       const int32_t column = panel * kPanel;
       const KeyRange seen{keys.begin + column, flux::min_of(kPanel, keys.size - column)};
       const PanelRows all{v.q_pos, v.q_pos_end(), nullptr, nullptr};
-      if (sees_nothing(v.pattern, v.list, kv_len, all, seen)) continue;
+      if (sees_nothing(v, all, seen)) continue;
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators s;
         multiply_rows<Op>(q_units + r * stride, stride, k + int64_t(column) * dim_units, dim_units, s);
         store_step(s, scale2, probs + r * kPanel);
       }
-      if (v.masked(seen.begin, seen.begin + kPanel)) mask_keys(v, group, padded, seen.begin, probs);
+      if (v.mask()(seen.begin, seen.begin + kPanel)) mask_keys(v, group, padded, seen.begin, probs);
       for (int32_t r = 0; r < padded; r += kStepRows) {
         Accumulators dp;
         multiply_rows<Op>(dout_units + r * stride, stride, values + int64_t(column) * dim_units, dim_units, dp);
@@ -236,8 +229,8 @@ void keys_backward(const AttendBackwardParams& b, const TileView* views, const R
   }
   for (int32_t j = 0; j < keys.size; ++j) {
     const int32_t row = any.kv_rows.begin + keys.begin + j;
-    write_row(dk + j * stride, dim, row_of<T>(b.grad_k, b.grad_k_stride, any.tile.seq, row, any.tile.kv_head));
-    write_row(dv + j * stride, dim, row_of<T>(b.grad_v, b.grad_v_stride, any.tile.seq, row, any.tile.kv_head));
+    write_row(dk + j * stride, dim, row_of<T>(b.grad_k, any.tile.seq, row, any.tile.kv_head));
+    write_row(dv + j * stride, dim, row_of<T>(b.grad_v, any.tile.seq, row, any.tile.kv_head));
   }
 }
 

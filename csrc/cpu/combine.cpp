@@ -1,18 +1,18 @@
 #include "cpu/combine.h"
 
+#include "cpu/addresses.h"
 #include "cpu/element.h"
-#include "cpu/rows.h"
 
 namespace flux::cpu {
 namespace {
 
 template <typename T>
 void write_rows(const AttendParams& p, const TileView& v, const TileState& state) {
-  const int32_t group = p.shape.group(), dim = p.shape.head_dim;
+  const int32_t group = p.group(), dim = p.head_dim;
   for (int32_t r = 0; r < v.q_rows.size() * group; ++r) {
     const int32_t row = v.q_rows.begin + r / group, head = v.tile.kv_head * group + r % group;
     T* to = out_row<T>(p, v.tile, row, head);
-    const float* from = state.out + int64_t(r) * padded_dim(p.shape);
+    const float* from = state.out + int64_t(r) * padded_dim(p);
     // Where all scores are -inf the sum is 0 and the result NaN, as softmax has it.
     const bool sees = v.sees_any(r / group);  // else nothing of `from` counts: it may be 0 * NaN
     const float factor = 1.f / state.rows[r].sum;
@@ -29,13 +29,13 @@ void write_tile(const AttendParams& p, const TileView& v, const TileState& state
 
 void combine(const AttendParams& p, const TileShape& shape, const Plan& plan, std::vector<Partial>& partials,
              const Executor& executor) {
-  const int32_t dim = padded_dim(p.shape);
+  const int32_t dim = padded_dim(p);
   executor.run(int64_t(plan.ranges.size()), [&](int64_t w) {
     const int32_t t = leads_tile(plan.ranges[w]);
     if (t < 0) return;
-    const TileView v = view_tile(p.shape, shape, plan.tiles[t]);
+    const TileView v = view_tile(p, shape, plan.tiles[t]);
     Partial& sum = partials[partial_slot(plan.ranges[w], int32_t(w), t)];
-    const int32_t rows = v.q_rows.size() * p.shape.group();
+    const int32_t rows = v.q_rows.size() * p.group();
     for (int32_t x = int32_t(w) + 1, done = plan.ranges[w].end_block; done < v.blocks.size(); ++x) {
       if (empty(plan.ranges[x])) continue;
       const Partial& piece = partials[partial_slot(plan.ranges[x], x, t)];

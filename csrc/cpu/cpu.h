@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/append.h"
+#include "core/explanation.h"
 #include "core/params.h"
 #include "core/schedule.h"
 
@@ -26,14 +27,16 @@ struct Plan {
   std::vector<WorkRange> ranges;  // [num_workers]
 };
 
-Plan plan(const ProblemShape& shape, const TileShape& tile, int num_workers);
+Plan plan(const AttendParams& p, const TileShape& tile, int num_workers);
 
 void route(const RouteParams& p, const Executor& executor);
 void attend(const AttendParams& p, const Executor& executor);
+Explanation explain(const AttendParams& p, const Executor& executor);
 void attend_backward(const AttendBackwardParams& p, const Executor& executor);
 void append(const AppendParams& p, const Executor& executor);
 
-// What the kernels in use were compiled for: "portable", "avx2", "avx512" or "avx512_bf16".
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+// What the kernels in use were compiled for: one of these names.
 // Throws std::invalid_argument, as attend and attend_backward do, where FLUX_EXT_ISA is none of these.
 const char* isa();
 

@@ -11,21 +11,20 @@
 namespace flux::cpu {
 
 constexpr int32_t kKvBlock = 64;
+constexpr int32_t kFewRows = 8;        // a tile of at most so many goes a way of its own, see attend_tile.h
 constexpr int32_t kMaxTileRows = 128;  // more only where one query token has more heads than this
 constexpr int32_t kPad = 32;           // rows and columns are padded to this: the widest panel of any instruction set
 
 constexpr int32_t round_up(int32_t n, int32_t to) { return ceil_div(n, to) * to; }
 
 // Query tokens per tile: a power of two, so that a tile never straddles two query blocks of a block list (128).
-inline TileShape tile_shape(const ProblemShape& shape) {
+inline TileShape tile_shape(const AttendParams& p) {
   int32_t tokens = kMaxTileRows;
-  while (tokens > 1 && tokens * shape.group() > kMaxTileRows) tokens /= 2;
+  while (tokens > 1 && tokens * p.group() > kMaxTileRows) tokens /= 2;
   return {tokens, kKvBlock};
 }
-inline int32_t tile_rows(const ProblemShape& shape) {
-  return round_up(tile_shape(shape).q_tokens * shape.group(), kPad);
-}
-inline int32_t padded_dim(const ProblemShape& shape) { return round_up(shape.head_dim, kPad); }
+inline int32_t tile_rows(const AttendParams& p) { return round_up(tile_shape(p).q_tokens * p.group(), kPad); }
+inline int32_t padded_dim(const AttendParams& p) { return round_up(p.head_dim, kPad); }
 
 // The running result of a tile (row = query * group + head of the group).
 struct TileState {
@@ -34,8 +33,8 @@ struct TileState {
 };
 
 // Scratch memory of one worker, in floats.
-inline size_t attend_scratch(const ProblemShape& s) {
-  const size_t rows = tile_rows(s), dim = padded_dim(s), block = kKvBlock;
+inline size_t attend_scratch(const AttendParams& p) {
+  const size_t rows = tile_rows(p), dim = padded_dim(p), block = kKvBlock;
   return rows * dim                  // q, transposed
          + 2 * block * (dim + kPad)  // k, v
          + kPad * (dim + kPad)       // rows on their way to q
@@ -49,8 +48,8 @@ struct RowStats {
   float* delta;  // [tile_rows] grad_out . out
 };
 
-inline size_t backward_scratch(const ProblemShape& s) {
-  const size_t rows = tile_rows(s), stride = padded_dim(s) + kPad, block = kKvBlock;
+inline size_t backward_scratch(const AttendParams& p) {
+  const size_t rows = tile_rows(p), stride = padded_dim(p) + kPad, block = kKvBlock;
   return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
 }
 

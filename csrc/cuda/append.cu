@@ -1,9 +1,9 @@
-// One token more in every row of a cache with fixed addresses, in one launch.
+// One more token for every sequence head of a cache with fixed addresses, in one launch.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "cuda/cuda.h"
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 
 namespace flux::cuda {
 namespace {
@@ -50,28 +50,28 @@ __device__ void fill_nan(void* to, DType dtype, int32_t dim, int32_t thread) {
   }
 }
 
-// One block per row, and no block reads what another writes: a row has its own count of tokens, its own run of pages
-// and its own line of the table; `slots` is read by the one thread that counts it up. So blocks need no order. Within a
-// block, all threads read `seen` before the barrier and one writes it after.
+// One block per sequence head, and no block reads what another writes: each has its own count of tokens, its own run of
+// pages and its own line of the table; `slots` is read by the one thread that counts it up. So blocks need no order.
+// Within a block, all threads read `seen` before the barrier and one writes it after.
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   let_next_start();  // an attend or plan kernel, which waits for the end of this one before it reads anything
-  const int32_t row = blockIdx.x, thread = threadIdx.x;
-  const AppendRow r(p, row);
-  if (!r.active) {
-    if (row == 0 && thread == 0) ++*p.slots;
+  const int32_t seq_head = blockIdx.x, thread = threadIdx.x;
+  const AppendStep step(p, seq_head);
+  if (!step.active) {
+    if (seq_head == 0 && thread == 0) ++*p.slots;
     return;
   }
 
   // Half the threads store the key, half the value.
   const bool is_k = thread < kHalf;
-  const int32_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
+  const int32_t b = seq_head / p.num_kv_heads, h = seq_head % p.num_kv_heads;
   const int64_t index = is_k ? b * p.k_stride.b + h * p.k_stride.h : b * p.v_stride.b + h * p.v_stride.h;
   const DType dtype = is_k ? p.k_dtype : p.v_dtype;
   const int32_t bytes = p.head_dim * size_of(p.pool_dtype);
   const void* from = static_cast<const char*>(is_k ? p.k : p.v) + index * size_of(dtype);
-  void* to = static_cast<char*>(is_k ? p.k_pool : p.v_pool) + r.slot() * bytes;
+  void* to = static_cast<char*>(is_k ? p.k_pool : p.v_pool) + step.slot() * bytes;
   const uintptr_t both = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
-  if (r.nan)
+  if (step.nan)
     fill_nan(to, p.pool_dtype, p.head_dim, thread % kHalf);
   else if (dtype != p.pool_dtype)
     convert(from, dtype, to, p.pool_dtype, p.head_dim, thread % kHalf);
@@ -80,21 +80,21 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   else
     copy<uint16_t>(from, to, bytes, thread % kHalf);
 
-  int32_t* table = p.page_table + int64_t(row) * p.max_pages;
-  for (int32_t i = thread; i < r.num_columns(); i += kThreads) table[i] = r.column(i);
+  int32_t* table = p.page_table + int64_t(seq_head) * p.max_pages;
+  for (int32_t i = thread; i < step.num_columns(); i += kThreads) table[i] = step.column(i);
 
   __syncthreads();
   if (thread == 0) {
-    p.kv_len[row] = r.kv_len();
-    ++p.seen[row];
-    if (row == 0) ++*p.slots;
+    p.kv_len[seq_head] = step.kv_len();
+    ++p.seen[seq_head];
+    if (seq_head == 0) ++*p.slots;
   }
 }
 
 }  // namespace
 
 cudaError_t append(const AppendParams& p, cudaStream_t stream) {
-  return launch(append_kernel, p.num_rows(), kThreads, 0, stream, false, p);
+  return launch(append_kernel, p.num_seq_heads(), kThreads, 0, stream, false, p);
 }
 
 }  // namespace flux::cuda

@@ -1,9 +1,8 @@
 // Stage 4: the pieces of cut tiles, merged in the order of their workers.
 #include "cuda/cuda.h"
-#include "cuda/element.h"
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
+#include "cuda/epilogue.h"
 #include "cuda/plan.h"
-#include "cuda/rows.h"
 
 namespace flux::cuda {
 namespace {
@@ -24,11 +23,7 @@ __device__ Sum merge_sums(const Sum (&sums)[n]) {
   float factor[n];
   for (int i = 0; i < n; ++i) states[i] = sums[i].state;
   Sum all{merge(states, factor)};
-  for (int i = 0; i < n; ++i) {
-    const float4& x = sums[i].out;
-    all.out = {all.out.x + x.x * factor[i], all.out.y + x.y * factor[i], all.out.z + x.z * factor[i],
-               all.out.w + x.w * factor[i]};
-  }
+  for (int i = 0; i < n; ++i) all.out = add_scaled(all.out, sums[i].out, factor[i]);
   return all;
 }
 
@@ -87,8 +82,7 @@ class RowWriter {
   }
   __device__ void write(int32_t d, const Sum& sum) const {
     const RowNorm norm(view_, at_, sum.state);
-    *reinterpret_cast<uint2*>(out_ + d) = {pack<T>(norm(sum.out.x), norm(sum.out.y)),
-                                           pack<T>(norm(sum.out.z), norm(sum.out.w))};
+    *reinterpret_cast<uint2*>(out_ + d) = pack_four<T>(norm, sum.out);
     if (d == 0) *lse_ = sum.state.lse();
   }
 
@@ -115,7 +109,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
   const int32_t tile = leads_tile(range);
   if (tile < 0) return;
   const int lane = threadIdx.x % 32;
-  const TileView view = view_tile(p.shape, tile_shape, plan.tiles[tile]);
+  const TileView view = view_tile(p, tile_shape, plan.tiles[tile]);
   TilePieces pieces{1, leader, partial_slot(range, leader, tile)};
   for (int32_t w = leader + 1 + lane;; w += 32) {
     const bool joins = w < num_workers && plan.ranges[w].tile == tile && plan.ranges[w].block > 0;
@@ -127,7 +121,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
        row += gridDim.y * kRowWarps) {
     const PieceRow from(partials, pieces, row, 0, 1);
     const RowWriter<T> to(p, view, row);
-    for (int32_t d = 4 * lane; d < p.shape.head_dim; d += 128) to.write(d, from.merge<4>(d));
+    for (int32_t d = 4 * lane; d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
   }
 }
 
@@ -147,10 +141,10 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   const auto keep = [&](int32_t t, const TileView& v) {
     if (t == tile) view = v;
   };
-  const int32_t num_tiles = line_up<32 * kWarps>(p.shape, tile_shape, num_workers, line, keep);
+  const int32_t num_tiles = line_up<32 * kWarps>(p, tile_shape, num_workers, line, keep);
   const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
-    wait_for_previous();  // even so: whatever waits for this kernel counts on the one before it too
+    wait_for_previous();  // even so: the kernel after this one relies on the one before this one having ended
     let_next_start();
     return;
   }
@@ -158,8 +152,8 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   const RowWriter<T> to(p, view, row);
   wait_for_previous();
   let_next_start();
-  for (int32_t first_dim = 0; first_dim < p.shape.head_dim; first_dim += 128) {
-    const int32_t d = min_of(first_dim + 4 * lane, p.shape.head_dim - 4);  // lanes beyond the end repeat the last ones
+  for (int32_t first_dim = 0; first_dim < p.head_dim; first_dim += 128) {
+    const int32_t d = min_of(first_dim + 4 * lane, p.head_dim - 4);  // lanes beyond the end repeat the last ones
     if (first_dim > 0) __syncthreads();
     sums[threadIdx.x] = from.merge<kPiecesAtOnce / kWarps>(d);
     __syncthreads();
@@ -175,11 +169,11 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan) {
-    const dim3 grid(num_rows(p.shape), max_of(int32_t(most_rows(p.shape)), 1));
+    const dim3 grid(num_seq_heads(p), max_of(int32_t(most_rows(p)), 1));
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }
-  const dim3 grid(c.num_workers, min_of(ceil_div(c.tile_rows, kRowWarps), kRowBlocks));
+  const dim3 grid(c.num_workers, min_of(ceil_div(c.instance->tile_rows, kRowWarps), kRowBlocks));
   return cuda::launch(combine_kernel<T>, grid, 32 * kRowWarps, 0, stream, c.overlap, p, c.tile, w.plan, w.partials,
                       c.num_workers);
 }

@@ -1,5 +1,5 @@
-// The four stages on CUDA: plain launchers, the only interface between the torch operators (host compiler) and the
-// kernels (nvcc, no torch headers). Nothing here synchronises with the host: lengths and routes stay on the device.
+// The stages on CUDA: plain launchers, the only interface between the torch operators (host compiler) and the kernels
+// (nvcc, no torch headers). Nothing here synchronises with the host: lengths and routes stay on the device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "core/append.h"
+#include "core/explanation.h"
 #include "core/params.h"
 #include "core/schedule.h"
 #include "core/softmax_state.h"
@@ -17,11 +18,11 @@ namespace flux::cuda {
 
 // What the plan stage leaves in device memory for attend and combine.
 //
-// Work comes as items. Where no tile ends late, an item is one whole tile: rows, i.e. (sequence, KV head) pairs,
-// costliest first, the tiles of a row neighbours and longest first, so that tiles running at the same time read the
-// same keys; or, where rows take turns (`takes_turns`), the longest tile of every row, then the second of every row.
-// Else item i is an even share of all key blocks, ranges[i]. A block of the attend kernel does item blockIdx.x, then
-// what the counter `next_item` gives it.
+// Work comes as items. Where no tile ends late, an item is one whole tile: sequence heads costliest first, the tiles of
+// one beside each other and longest first, so that tiles running at the same time read the same keys; or, where
+// sequence heads take turns (`takes_turns`), the longest tile of each, then the second of each. Else item i is an even
+// share of all key blocks, ranges[i]. A block of the attend kernel does item blockIdx.x, then what the counter
+// `next_item` gives it.
 struct PlanHeader {
   int32_t num_tiles;
   int32_t num_items;    // whole tiles: num_tiles; else at most num_workers
@@ -35,8 +36,8 @@ struct PlanView {
   WorkRange* ranges = nullptr;  // [num_workers], empty where tiles are whole
   // Scratch of the plan stage, where shared memory is too small.
   int64_t* cost = nullptr;        // [max_tiles + 1]
-  int64_t* row_keys = nullptr;    // [rows, up to a power of two]
-  int32_t* tile_begin = nullptr;  // [2, rows + 1]
+  int64_t* sort_keys = nullptr;   // [sequence heads, up to a power of two]
+  int32_t* tile_begin = nullptr;  // [2, sequence heads + 1]
 };
 
 // Partials of cut tiles; for slots see partial_slot (item = worker).
@@ -49,38 +50,48 @@ struct Partials {
   FLUX_HD SoftmaxState& state_of(int32_t slot, int32_t row) const { return state[int64_t(slot) * tile_rows + row]; }
 };
 
-enum class Arch : int32_t { kSm80, kSm90 };  // family of kernels, not of devices
+struct AttendConfig;
+struct Workspace;
 
-// One launch configuration, chosen on the host from shapes alone (never from values on the device).
-struct AttendConfig {
-  Arch arch = Arch::kSm80;
-  TileShape tile;            // q_tokens = tile_rows / group
-  int32_t tile_rows = 0;     // chooses the kernel within its family
-  int32_t num_workers = 0;   // blocks of the attend kernel: all that fit on the device at once
-  bool inline_plan = false;  // the attend kernel plans for itself; see plans_inline
-  bool overlap = false;      // kernels may be launched as launch.h describes
+// One compiled attend kernel. Its family has a table of all it has (sm80/attend.cpp, sm90/sm90.cu).
+struct Instance {
+  int32_t family;    // 80 or 90, after the oldest compute capability it runs on
+  DType dtype;       // of q, k, v and out
+  int32_t head_dim;  // and every smaller one
+  int32_t tile_rows;
+  int32_t kv_block;
+  cudaError_t (*launch)(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
 };
 
-// A row, i.e. (sequence, KV head) pair, has no more tiles than this: the 1024 rows that plan.h adds
-// up at a time then sum to 31 bits.
-constexpr int32_t kMaxRowTiles = 1 << 20;
+// How a call is launched, chosen on the host from sizes, strides and addresses (never from values on the device).
+struct AttendConfig {
+  const Instance* instance = nullptr;
+  TileShape tile;            // q_tokens: as many queries as a tile of the instance holds
+  int32_t num_workers = 0;   // blocks of the attend kernel: all that fit on the device at once
+  bool inline_plan = false;  // the attend kernel plans for itself; see plans_inline
+  bool overlap = false;      // kernels may be launched as dependent_launch.h describes
+};
 
-// A problem so small that every block may plan it for itself: one tile per row. It is always split.
+// A sequence head has no more tiles than this: the 1024 of them that exclusive_sum adds up at a time then sum to 31
+// bits.
+constexpr int32_t kMaxSeqHeadTiles = 1 << 20;
+
+// A problem so small that every block may plan it for itself: one tile per sequence head. It is always split.
 constexpr int32_t kInlineTiles = 256;
-inline bool plans_inline(const ProblemShape& s, const AttendConfig& c) {
-  return s.max_q_len <= c.tile.q_tokens && int64_t(s.batch) * s.num_kv_heads <= kInlineTiles;
+inline bool plans_inline(const AttendParams& p, const AttendConfig& c) {
+  return p.q.max_len <= c.tile.q_tokens && int64_t(p.batch) * p.kv.num_heads <= kInlineTiles;
 }
 
 // A tile of no more rows than this is bound by memory; kernels for it are called decode.
 constexpr int32_t kDecodeRows = 16;
 // Rows of a tile that held all queries of a sequence.
-inline int64_t most_rows(const ProblemShape& s) { return int64_t(s.max_q_len) * s.group(); }
+inline int64_t most_rows(const AttendParams& p) { return int64_t(p.q.max_len) * p.group(); }
 
 struct Device {
   int32_t index;
   int32_t capability;  // 80, 90, ...
   int32_t num_sms;
-  bool overlap;  // the kernels' machine code has what launch.h needs
+  bool overlap;  // the kernels' machine code has what dependent_launch.h needs
 };
 
 struct Workspace {
@@ -91,36 +102,37 @@ struct Workspace {
 
 // Query tokens of a tile of `tile_rows` rows. A block list belongs to 128 query rows, so with lists a tile must not
 // straddle two of them.
-inline int32_t q_tokens_of(const ProblemShape& s, int32_t tile_rows) {
-  const int32_t most = tile_rows / s.group();
-  if (!s.blocks[0].blocks && !s.blocks[1].blocks) return most;
+inline int32_t q_tokens_of(const AttendParams& p, int32_t tile_rows) {
+  const int32_t most = tile_rows / p.group();
+  if (!p.routing.has_lists()) return most;
   int32_t tokens = 1;
   while (2 * tokens <= most) tokens *= 2;
   return tokens;
 }
 
-inline int32_t num_rows(const ProblemShape& s) { return s.batch * s.num_kv_heads; }
+inline int32_t num_seq_heads(const AttendParams& p) { return p.batch * p.kv.num_heads; }
 
 // Lays the workspace out from `base` (null: only its size counts).
-inline Workspace lay_out(const ProblemShape& s, const AttendConfig& c, void* base) {
+inline Workspace lay_out(const AttendParams& p, const AttendConfig& c, void* base) {
   Workspace w;
   const auto take = [&](auto*& pointer, int64_t count) {
     pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + w.bytes);
     w.bytes += (size_t(count) * sizeof(*pointer) + 255) / 256 * 256;
   };
-  const int64_t tiles = max_tiles(s, c.tile), rows = num_rows(s), slots = 2 * int64_t(c.num_workers) * c.tile_rows;
+  const int64_t tiles = max_tiles(p, c.tile), seq_heads = num_seq_heads(p);
+  const int64_t slots = 2 * int64_t(c.num_workers) * c.instance->tile_rows;
   int64_t sorted = 1;
-  while (sorted < rows) sorted *= 2;
+  while (sorted < seq_heads) sorted *= 2;
   take(w.plan.header, 1);
   take(w.plan.tiles, tiles);
   take(w.plan.ranges, c.num_workers);
   take(w.plan.cost, tiles + 1);
-  take(w.plan.row_keys, sorted);
-  take(w.plan.tile_begin, 2 * (rows + 1));
+  take(w.plan.sort_keys, sorted);
+  take(w.plan.tile_begin, 2 * (seq_heads + 1));
   take(w.partials.state, slots);
-  take(w.partials.out, slots * s.head_dim);
-  w.partials.tile_rows = c.tile_rows;
-  w.partials.head_dim = s.head_dim;
+  take(w.partials.out, slots * p.head_dim);
+  w.partials.tile_rows = c.instance->tile_rows;
+  w.partials.head_dim = p.head_dim;
   return w;
 }
 
@@ -131,24 +143,30 @@ struct Status {
   bool ok() const { return what == nullptr; }
 };
 
-// Picks kernels and tile shape for the current device. Fails with a clear message where nothing fits.
-Status attend_config(const AttendParams& p, AttendConfig* c);
-
-// Stage launchers; `workspace` is 256-byte aligned device memory of lay_out(...).bytes.
 cudaError_t route(const RouteParams& p, cudaStream_t stream);
-cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
-cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
 cudaError_t append(const AppendParams& p, cudaStream_t stream);
 
-// The families of attend kernels. `configure` returns false where the family has no kernel for the problem.
+// Picks the attend kernel, tiles and workers for the current device. Fails with a clear message where nothing fits.
+Status configure(const AttendParams& p, AttendConfig* c);
+// The same for people who ask.
+Status explain(const AttendParams& p, Explanation* e);
+// Runs plan, attend and combine; `memory` is 256-byte aligned device memory of lay_out(p, c, nullptr).bytes.
+Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaStream_t stream);
+
+// The stages before and after the attend kernel.
+cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);
+cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+
+// The families of attend kernels. False: the family has none for the problem.
+//
+//           prefill             decode (at most kDecodeRows rows)
+//   sm90    sm90/kernel.h       none: sm80's, whose smaller tiles suit it, runs on Hopper too
+//   sm80    sm80/prefill.h      sm80/decode.h
 namespace sm80 {
 bool configure(const AttendParams& p, const Device& device, AttendConfig* c);
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
-}  // namespace sm80
+}
 namespace sm90 {
 bool configure(const AttendParams& p, const Device& device, AttendConfig* c);
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
-}  // namespace sm90
+}
 
 }  // namespace flux::cuda

@@ -5,8 +5,14 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
+
+#include "core/params.h"
 
 namespace flux::cuda {
+
+template <DType kDType>
+using Element = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
 
 // Two floats, rounded, in one register.
 template <typename T>

@@ -2,22 +2,22 @@
 #include <climits>
 
 #include "cuda/cuda.h"
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
 
 namespace flux::cuda {
 namespace {
 
-constexpr int kSmallRows = 1024, kSmallTiles = 2048;  // up to so many stay in shared memory
+constexpr int kSmallSeqHeads = 1024, kSmallTiles = 2048;  // up to so many stay in shared memory
 constexpr int kFewThreads = 256, kManyThreads = 1024;
 
 struct Shared {
-  int64_t row_keys[kSmallRows];
+  int64_t sort_keys[kSmallSeqHeads];
   int64_t cost[kSmallTiles + 1];
-  int32_t tile_begin[2][kSmallRows + 1];
+  int32_t tile_begin[2][kSmallSeqHeads + 1];
   int32_t warp_sums[32];
   int32_t any_late;
-  int32_t rows_differ;
+  int32_t costs_differ;
   int32_t no_turns, perhaps_late;
 };
 
@@ -38,41 +38,41 @@ __device__ void sort(int64_t* keys, int32_t n) {
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1)
-    plan_kernel(const __grid_constant__ ProblemShape s, const TileShape tile, const int32_t tiles_max,
+    plan_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const int32_t tiles_max,
                 const int32_t num_workers, PlanView plan) {
   __shared__ Shared shared;
   wait_for_previous();
   let_next_start();
-  const int32_t rows = s.batch * s.num_kv_heads, tid = threadIdx.x;
-  const bool small_rows = rows <= kSmallRows;
-  int64_t* row_keys = small_rows ? shared.row_keys : plan.row_keys;
-  int32_t* begin = small_rows ? shared.tile_begin[0] : plan.tile_begin;
-  int32_t* sorted_begin = small_rows ? shared.tile_begin[1] : plan.tile_begin + rows + 1;
+  const int32_t seq_heads = p.batch * p.kv.num_heads, tid = threadIdx.x;
+  const bool small = seq_heads <= kSmallSeqHeads;
+  int64_t* sort_keys = small ? shared.sort_keys : plan.sort_keys;
+  int32_t* begin = small ? shared.tile_begin[0] : plan.tile_begin;
+  int32_t* sorted_begin = small ? shared.tile_begin[1] : plan.tile_begin + seq_heads + 1;
 
-  // Tiles of every row.
-  for (int32_t r = tid; r < rows; r += kThreads)
-    begin[r] = min_of(tiles_in_row(s, tile, r / s.num_kv_heads, r % s.num_kv_heads), kMaxRowTiles);
-  if (tid == 0) shared.any_late = shared.rows_differ = shared.no_turns = shared.perhaps_late = 0;
+  // Tiles of every sequence head.
+  for (int32_t n = tid; n < seq_heads; n += kThreads)
+    begin[n] = min_of(tiles_in_seq_head(p, tile, n / p.kv.num_heads, n % p.kv.num_heads), kMaxSeqHeadTiles);
+  if (tid == 0) shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0;
   __syncthreads();
-  exclusive_sum<kThreads>(begin, rows, shared.warp_sums);
-  if (begin[rows] > tiles_max) {  // only spans that overlap make so many
+  exclusive_sum<kThreads>(begin, seq_heads, shared.warp_sums);
+  if (begin[seq_heads] > tiles_max) {  // only spans that overlap make so many
     __syncthreads();
-    for (int32_t r = tid; r <= rows; r += kThreads) begin[r] = min_of(begin[r], tiles_max);
+    for (int32_t n = tid; n <= seq_heads; n += kThreads) begin[n] = min_of(begin[n], tiles_max);
     __syncthreads();
   }
-  const int32_t num_tiles = begin[rows], row_tiles = begin[1];
-  for (int32_t r = tid; r < rows; r += kThreads) {
-    const int32_t longest_kv = s.kv_rows(r / s.num_kv_heads, r % s.num_kv_heads).size();
-    if (begin[r + 1] - begin[r] != row_tiles || !takes_turns(rows, longest_kv, s.head_dim)) shared.no_turns = 1;
+  const int32_t num_tiles = begin[seq_heads], tiles_each = begin[1];
+  for (int32_t n = tid; n < seq_heads; n += kThreads) {
+    const int32_t longest_kv = p.kv.rows(n / p.kv.num_heads, n % p.kv.num_heads).size();
+    if (begin[n + 1] - begin[n] != tiles_each || !takes_turns(seq_heads, longest_kv, p.head_dim)) shared.no_turns = 1;
   }
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
-    const int32_t row = find_row(begin, rows, t);
-    const Tile own = make_tile(s, row, begin[row + 1] - begin[row], t - begin[row]);
+    const int32_t seq_head = find_seq_head(begin, seq_heads, t);
+    const Tile own = make_tile(p, seq_head, begin[seq_head + 1] - begin[seq_head], t - begin[seq_head]);
     plan.tiles[t] = own;
-    cost[t] = tile_cost(view_tile(s, tile, own));
+    cost[t] = tile_cost(view_tile(p, tile, own));
   }
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
@@ -83,16 +83,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int32_t t = tid; t < num_tiles; t += kThreads)
       if (ends_late(total, cost[t + 1] - cost[t], total, num_workers)) shared.perhaps_late = 1;  // behind all others
     __syncthreads();
-    for (int32_t i = tid; i < row_tiles && shared.perhaps_late; i += kThreads) {
-      const Turn turn = turn_of(cost, rows, row_tiles, i);
+    for (int32_t i = tid; i < tiles_each && shared.perhaps_late; i += kThreads) {
+      const Turn turn = turn_of(cost, seq_heads, tiles_each, i);
       if (ends_late(turn.before, turn.largest, total, num_workers)) shared.any_late = 1;
     }
   } else {
     for (int32_t t = tid; t < num_tiles; t += kThreads) {
       const int64_t own = cost[t + 1] - cost[t];
       if (is_small_part(own, total, num_workers)) continue;  // spares the search
-      const int32_t row = find_row(begin, rows, t);
-      const int64_t before = work_before(cost, num_tiles, t, {begin[row], begin[row + 1]});
+      const int32_t seq_head = find_seq_head(begin, seq_heads, t);
+      const int64_t before = work_before(cost, num_tiles, t, {begin[seq_head], begin[seq_head + 1]});
       if (ends_late(before, own, total, num_workers)) shared.any_late = 1;
     }
   }
@@ -106,42 +106,43 @@ __global__ void __launch_bounds__(kThreads, 1)
         !whole && w < sharing ? work_range(cost, num_tiles, w, sharing) : WorkRange{num_tiles, 0, num_tiles, 0};
   if (!whole) return;
   if (in_turn) {
-    for (int32_t t = tid; t < num_tiles; t += kThreads) plan.tiles[t] = make_tile(s, t % rows, row_tiles, t / rows);
+    for (int32_t t = tid; t < num_tiles; t += kThreads)
+      plan.tiles[t] = make_tile(p, t % seq_heads, tiles_each, t / seq_heads);
     return;
   }
 
-  // Costliest rows first; nothing to do where all cost the same.
+  // Costliest sequence heads first; nothing to do where all cost the same.
   const int64_t first_cost = cost[begin[1]];
   int32_t padded = 1;
-  while (padded < rows) padded *= 2;
-  for (int32_t r = tid; r < padded; r += kThreads) {
-    const int64_t row_cost = r < rows ? cost[begin[r + 1]] - cost[begin[r]] : 0;
-    row_keys[r] = r < rows ? row_key(row_cost, r) : LLONG_MAX;
-    if (r < rows && row_cost != first_cost) shared.rows_differ = 1;
+  while (padded < seq_heads) padded *= 2;
+  for (int32_t n = tid; n < padded; n += kThreads) {
+    const int64_t own_cost = n < seq_heads ? cost[begin[n + 1]] - cost[begin[n]] : 0;
+    sort_keys[n] = n < seq_heads ? sort_key(own_cost, n) : LLONG_MAX;
+    if (n < seq_heads && own_cost != first_cost) shared.costs_differ = 1;
   }
   __syncthreads();
-  if (!shared.rows_differ) return;
-  sort<kThreads>(row_keys, padded);
-  for (int32_t i = tid; i < rows; i += kThreads) {
-    const int32_t row = row_of_key(row_keys[i]);
-    sorted_begin[i] = begin[row + 1] - begin[row];
+  if (!shared.costs_differ) return;
+  sort<kThreads>(sort_keys, padded);
+  for (int32_t i = tid; i < seq_heads; i += kThreads) {
+    const int32_t seq_head = seq_head_of(sort_keys[i]);
+    sorted_begin[i] = begin[seq_head + 1] - begin[seq_head];
   }
   __syncthreads();
-  exclusive_sum<kThreads>(sorted_begin, rows, shared.warp_sums);
+  exclusive_sum<kThreads>(sorted_begin, seq_heads, shared.warp_sums);
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
-    const int32_t i = find_row(sorted_begin, rows, t);
-    plan.tiles[t] = make_tile(s, row_of_key(row_keys[i]), sorted_begin[i + 1] - sorted_begin[i], t - sorted_begin[i]);
+    const int32_t i = find_seq_head(sorted_begin, seq_heads, t);
+    plan.tiles[t] = make_tile(p, seq_head_of(sort_keys[i]), sorted_begin[i + 1] - sorted_begin[i], t - sorted_begin[i]);
   }
 }
 
 }  // namespace
 
-cudaError_t plan(const ProblemShape& s, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
+cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
-  const auto tiles = int32_t(max_tiles(s, c.tile));
-  const bool few = tiles <= kFewThreads && num_rows(s) <= kFewThreads;
+  const auto tiles = int32_t(max_tiles(p, c.tile));
+  const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;
   return launch(few ? plan_kernel<kFewThreads> : plan_kernel<kManyThreads>, 1, few ? kFewThreads : kManyThreads, 0,
-                stream, c.overlap, s, c.tile, tiles, c.num_workers, plan);
+                stream, c.overlap, p, c.tile, tiles, c.num_workers, plan);
 }
 
 }  // namespace flux::cuda

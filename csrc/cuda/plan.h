@@ -17,8 +17,8 @@ __device__ Int sum_up_to_lane(Int x) {
   return x;
 }
 
-// values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads in a row
-// must sum to 31 bits.
+// values[i] becomes the sum of those before it, values[n] the sum of all, or the largest Int; any kThreads values
+// that follow each other must sum to 31 bits.
 template <int kThreads, typename Int>
 __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   constexpr int kWarps = kThreads / 32;
@@ -42,9 +42,9 @@ __device__ void exclusive_sum(Int* values, int32_t n, int32_t* warp_sums) {
   __syncthreads();
 }
 
-// The row that a tile belongs to: the last with begin[row] <= tile that has any.
-__device__ inline int32_t find_row(const int32_t* begin, int32_t rows, int32_t tile) {
-  int32_t lo = 0, hi = rows;
+// The sequence head that a tile belongs to: the last with begin[seq_head] <= tile that has any.
+__device__ inline int32_t find_seq_head(const int32_t* begin, int32_t seq_heads, int32_t tile) {
+  int32_t lo = 0, hi = seq_heads;
   while (hi - lo > 1) {
     const int32_t mid = (lo + hi) / 2;
     (begin[mid] <= tile ? lo : hi) = mid;
@@ -52,26 +52,24 @@ __device__ inline int32_t find_row(const int32_t* begin, int32_t rows, int32_t t
   return lo;
 }
 
-// The tiles of a row stand from its last query block to its first.
-__device__ inline Tile make_tile(const ProblemShape& s, int32_t row, int32_t count, int32_t index) {
-  return {row / s.num_kv_heads, row % s.num_kv_heads, count - 1 - index};
+// The tiles of a sequence head stand from its last query block to its first.
+__device__ inline Tile make_tile(const AttendParams& p, int32_t seq_head, int32_t count, int32_t index) {
+  return {seq_head / p.kv.num_heads, seq_head % p.kv.num_heads, count - 1 - index};
 }
 
-// The line of work of a problem that plans_inline: tile t is row t, which has no other.
+// The line of work of a problem that plans_inline: tile t is that of sequence head t, which has no other.
 struct InlineLine {
   int64_t begin[kInlineTiles + 1];  // cost of the tiles before each, as shared out; of all
   int32_t cost[kInlineTiles];
   int32_t workers;  // that have a share
 };
 
-__device__ inline Tile inline_tile(const ProblemShape& s, int32_t t) {
-  return {t / s.num_kv_heads, t % s.num_kv_heads, 0};
+__device__ inline Tile inline_tile(const AttendParams& p, int32_t t) {
+  return {t / p.kv.num_heads, t % p.kv.num_heads, 0};
 }
 
-// From the costs of the tiles, by one warp: who shares them, and where each begins. Rounding every tile up to whole
-// shares keeps the end of one tile and the beginning of another out of the same share, whose worker would pay for both
-// in turn; it is done where tiles differ and it makes no share larger than the largest and takes no more workers.
-// (Tiles that are alike mostly fall into whole shares by themselves.)
+// From the costs of the tiles, by one warp: who shares them, and where each begins, rounded up to whole shares where
+// `tiles_differ`.
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
@@ -85,11 +83,11 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
   const int64_t end = sum_up_to_lane(own), total = __shfl_sync(~0u, end, 31);
   int32_t workers = sharing_workers(total, num_tiles, num_workers);
   int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
-  if (int64_t(__reduce_max_sync(~0u, longest)) * num_tiles != total) {
+  if (tiles_differ(int64_t(__reduce_max_sync(~0u, longest)), total, num_tiles)) {
     share = ceil_div_64(total, workers);
     int32_t own_shares = 0;
 #pragma unroll 1
-    for (int32_t t = first; t < last; ++t) own_shares += int32_t(ceil_div_64(line.cost[t], share));
+    for (int32_t t = first; t < last; ++t) own_shares += int32_t(whole_shares<int64_t>(line.cost[t], share));
     const int32_t shares_end = sum_up_to_lane(own_shares), shares = __shfl_sync(~0u, shares_end, 31);
     if (shares <= workers) {
       workers = shares;
@@ -101,7 +99,7 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
 #pragma unroll 1
   for (int32_t t = first; t < last; ++t) {
     line.begin[t] = begin;
-    begin += share > 0 ? ceil_div_64(line.cost[t], share) * share : line.cost[t];
+    begin += share > 0 ? whole_shares<int64_t>(line.cost[t], share) * share : line.cost[t];
   }
   if (lane == 31) {
     line.begin[num_tiles] = begin;
@@ -111,11 +109,11 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
 
 // Fills the line, in shared memory, and returns how many tiles it has. Each is shown to keep(t, view) by one thread.
 template <int kThreads, typename Keep>
-__device__ int32_t line_up(const ProblemShape& s, const TileShape& tile, int32_t num_workers, InlineLine& line,
+__device__ int32_t line_up(const AttendParams& p, const TileShape& tile, int32_t num_workers, InlineLine& line,
                            Keep keep) {
-  const int32_t num_tiles = s.batch * s.num_kv_heads;
+  const int32_t num_tiles = p.batch * p.kv.num_heads;
   for (int32_t t = threadIdx.x; t < num_tiles; t += kThreads) {
-    const TileView view = view_tile(s, tile, inline_tile(s, t));
+    const TileView view = view_tile(p, tile, inline_tile(p, t));
     line.cost[t] = tile_cost(view);
     keep(t, view);
   }
@@ -134,7 +132,8 @@ __device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, 
           __shfl_sync(~0u, p.block, 1)};
 }
 
-// The same for a line so short that every warp has it in registers, a tile a lane: no barrier, and no search.
+// share_out and share_of for a line so short that every warp has it in registers, a tile a lane. It stands beside them
+// for speed: no barrier, no search, 32-bit divisions.
 constexpr int32_t kWarpTiles = 32;
 __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32;
@@ -142,8 +141,8 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
   uint32_t workers = sharing_workers(total, num_tiles, num_workers);  // fewer than 2^16
   uint32_t share = total / workers, rest = total % workers;           // rest: units that make some shares larger
-  if (__reduce_max_sync(~0u, own) * num_tiles != total) {
-    const uint32_t largest = share + (rest > 0), own_shares = (own + largest - 1) / largest;
+  if (tiles_differ(__reduce_max_sync(~0u, own), total, num_tiles)) {
+    const uint32_t largest = share + (rest > 0), own_shares = whole_shares(own, largest);
     if (const uint32_t shares = __reduce_add_sync(~0u, own_shares); shares <= workers) {
       own = own_shares * largest;
       workers = shares, share = largest, rest = 0;

@@ -12,7 +12,8 @@ constexpr int kRouteBatch = 8;  // most decisions a cluster takes at a time
 constexpr int kRoutePairs = 2;  // of layers, see route_kernel.h; the last layer stands alone
 static_assert(kRouterLayers == 2 * kRoutePairs + 1);
 
-// All threads of a block over a matrix: a thread has column t % columns of rows t / columns, that + rows, ...
+// How the threads of a block share a matrix: thread t has column t % columns, and of its rows t / columns, then every
+// `rows`-th one.
 struct Spread {
   int32_t columns, rows;
   uint32_t inverse;  // of `columns`, see quotient
@@ -32,13 +33,15 @@ struct LayerLayout {
 struct RouteLayout {
   int32_t log_blocks;  // blocks of a cluster
   int32_t batch;       // decisions of a group, which a cluster takes at a time
-  int32_t slots;       // decisions of a group that one block finishes: decision j is block j % blocks' slot j / blocks
+  // The last layer and the choice are the work of one block for each decision: decision j of a group is finished by
+  // block j % blocks of the cluster, as its number j / blocks. This is the most that one block finishes.
+  int32_t slots;
   int32_t share[kRoutePairs];  // inner width of a pair that one block computes
 
   // Widths rounded up to 8: of what the blocks exchange (pooled states, features, input of the last layer), and of the
   // two buffers below.
   int32_t pooled_pitch, feature_pitch, last_pitch, in_pitch, hidden_pitch;
-  // Bytes from the start of shared memory. Everyone's shares of sums:
+  // Bytes from the start of shared memory. Parts of sums, one from each block of the cluster:
   int32_t pooled;    // float [blocks, batch, pooled_pitch]
   int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
   int32_t last;      // float [blocks, slots, last_pitch]

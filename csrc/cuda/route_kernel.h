@@ -6,19 +6,24 @@
 // 1909.08053, section 3). A cluster takes a group of decisions at a time and keeps its weights for the next group.
 // Every sum has a fixed order.
 //
-// The exchanges of the cluster, per group: pooled shares, feature shares, shares of the last input. Each block counts
-// the bytes that come in, and knows how many will. Shares of the next group overwrite none that are still to be read:
-// whoever sends pooled shares has received all features, whose senders had read the pooled shares before; whoever sends
-// features or last shares has received the pooled shares, or the features, of a block whose threads have all met at a
-// __syncthreads since they read the ones before. Nothing is written to a block that has not started (cluster_wait) or
-// has ended: a block receives all that is sent to it.
+// For each group the blocks of a cluster exchange three times: their shares of the pooled states, of the features (what
+// the first pair of layers gives) and of the last layer's input. A block writes its shares into the shared memory of
+// the others, and waits until as many bytes have come in as it knows will (Inbox, cluster.h). The next group uses the
+// same memory without a further barrier, because no share is overwritten before it was read:
+// - Pooled shares: a block sends the next ones when it has received the features from all blocks, and each had read the
+//   pooled shares before it sent those.
+// - Features and last inputs: a block sends the next ones when it has received the next pooled shares, or the next
+//   features, from the block it sends to. Between reading the old ones and sending these that block has a
+//   __syncthreads.
+// Nothing is written to a block that has not started (cluster_wait), or that has ended: a block ends when it has
+// received all that is sent to it.
 #pragma once
 
 #include <cstring>
 
 #include "cuda/cluster.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/element.h"
-#include "cuda/launch.h"
 #include "cuda/route.h"
 #include "cuda/sm80/ptx.h"
 
@@ -54,7 +59,8 @@ __device__ inline Place place_in(const Spread& s) {
   return {row, int32_t(threadIdx.x) - row * s.columns};
 }
 
-// Activations lie so that neighbouring threads, which read neighbouring eights, read neighbouring fours.
+// Where activation i lies: first come the lower four of every eight, then the upper four. A thread reads eight in two
+// loads of four, so that neighbouring threads, which have neighbouring eights, read neighbouring fours.
 __device__ inline int32_t half_apart(int32_t i, int32_t pitch) {
   return (i & 4 ? pitch >> 1 : 0) + ((i >> 3) << 2 | (i & 3));
 }

@@ -1,4 +1,6 @@
-// Online softmax over tensor-core fragments.
+// Online softmax over tensor-core fragments: the state of a row and its update. The loops over a thread's scores are
+// each family's own (sm80/fragments.h, sm90/thread_rows.h): which maxima and exponentials stand between which products
+// decides how much of them hides behind the tensor cores.
 #pragma once
 
 #include "core/softmax_state.h"

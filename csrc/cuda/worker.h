@@ -3,7 +3,7 @@
 //   for (int32_t item = blockIdx.x; item < plan.header->num_items; item = <take_item by one thread, broadcast>) {
 //     const WorkRange range = item_range(plan, item);
 //     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-//       const Piece piece = piece_of(view_tile(shape, tile, plan.tiles[t]), range, item, t);
+//       const Piece piece = piece_of(view_tile(p, tile, plan.tiles[t]), range, item, t);
 //       ... key blocks piece.view.blocks[i] for i in [piece.span.begin, piece.span.end) ...
 //     }
 //   }
@@ -32,7 +32,7 @@ __device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&pl
 __device__ inline WorkRange item_range(const PlanView& plan, int32_t item) {
   return plan.header->whole_tiles ? WorkRange{item, 0, item + 1, 0} : plan.ranges[item];
 }
-// A block's first item, without waiting for the header before the range is asked for.
+// A block's first item. The range is loaded beside the header that says whether it counts, not after it.
 __device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& header) {
   const WorkRange range = plan.ranges[blockIdx.x];
   return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;
@@ -52,13 +52,13 @@ struct WorkerState {
 // stands in shared memory, where it costs no registers. The body may use all other shared memory: barriers stand
 // between pieces.
 template <typename Body>
-__device__ void for_each_piece(const PlanView& plan, const ProblemShape& shape, const TileShape& tile_shape,
+__device__ void for_each_piece(const PlanView& plan, const AttendParams& p, const TileShape& tile_shape,
                                WorkerState& shared, Body body) {
   const WorkRange& range = shared.plan.range;
   int32_t item = blockIdx.x;
   while (item < shared.plan.header.num_items) {
     for (int32_t t = range.tile, end = tiles_end(range); t < end; ++t) {
-      if (threadIdx.x == 0) shared.piece = piece_of(view_tile(shape, tile_shape, plan.tiles[t]), range, item, t);
+      if (threadIdx.x == 0) shared.piece = piece_of(view_tile(p, tile_shape, plan.tiles[t]), range, item, t);
       __syncthreads();
       body(shared.piece);
       __syncthreads();

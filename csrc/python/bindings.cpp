@@ -44,31 +44,31 @@ py::array_t<int32_t> plan(const IntArray& q_len, const IntArray& kv_len, const I
     throw std::invalid_argument("q_len and kv_len must be [B]");
   if (group < 1 || q_tokens < 1 || kv_block < 1 || num_workers < 1)
     throw std::invalid_argument("group, q_tokens, kv_block and num_workers must be >= 1");
-  flux::ProblemShape s;
-  s.batch = int32_t(route.shape(0));
-  s.num_kv_heads = int32_t(route.shape(1));
-  s.num_q_heads = group * s.num_kv_heads;
-  for (int32_t b = 0; b < s.batch; ++b) {
-    s.max_q_len = flux::max_of(s.max_q_len, q_len.at(b));
-    s.kv_rows.capacity = flux::max_of(s.kv_rows.capacity, kv_len.at(b));
+  flux::AttendParams p;
+  p.batch = int32_t(route.shape(0));
+  p.kv.num_heads = int32_t(route.shape(1));
+  p.q.num_heads = group * p.kv.num_heads;
+  for (int32_t b = 0; b < p.batch; ++b) {
+    p.q.max_len = flux::max_of(p.q.max_len, q_len.at(b));
+    p.kv.rows.capacity = flux::max_of(p.kv.rows.capacity, kv_len.at(b));
   }
-  s.total_q_rows = int64_t(s.batch) * s.max_q_len;
-  s.q_rows.capacity = s.max_q_len;
-  s.q_rows.end = q_len.data();
-  s.kv_rows.end = kv_len.data();
-  s.route = route.data();
-  s.route_stride_b = s.num_kv_heads;
-  s.route_stride_h = 1;
-  s.patterns[0] = to_pattern(full);
-  s.patterns[1] = to_pattern(sparse);
+  p.q.total_rows = int64_t(p.batch) * p.q.max_len;
+  p.q.rows.capacity = p.q.max_len;
+  p.q.rows.end = q_len.data();
+  p.kv.rows.end = kv_len.data();
+  p.routing.route = route.data();
+  p.routing.stride_b = p.kv.num_heads;
+  p.routing.stride_h = 1;
+  p.routing.patterns[0] = to_pattern(full);
+  p.routing.patterns[1] = to_pattern(sparse);
   const flux::TileShape tile{q_tokens, kv_block};
-  const flux::cpu::Plan work = flux::cpu::plan(s, tile, num_workers);
+  const flux::cpu::Plan work = flux::cpu::plan(p, tile, num_workers);
   std::vector<int32_t> rows;
   for (int32_t w = 0; w < num_workers; ++w) {
     const flux::WorkRange& r = work.ranges[w];
     if (flux::empty(r)) continue;
     for (int32_t t = r.tile; t < flux::tiles_end(r); ++t) {
-      const flux::TileView v = flux::view_tile(s, tile, work.tiles[t]);
+      const flux::TileView v = flux::view_tile(p, tile, work.tiles[t]);
       const flux::TileSpan span = flux::tile_span(r, t, v.blocks.size());
       rows.insert(rows.end(), {w, v.tile.seq, v.tile.kv_head, v.q_rows.begin, span.begin, span.end, v.blocks.size()});
     }

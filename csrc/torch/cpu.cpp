@@ -4,8 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "torch/append.h"
-#include "torch/convert.h"
+#include "torch/append_args.h"
+#include "torch/attend_args.h"
+#include "torch/route_args.h"
 #include "torch/values.h"
 
 namespace flux::torch_ops {
@@ -22,44 +23,35 @@ class TorchThreads : public cpu::Executor {
   }
 };
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor route,
-                                  std::vector<int64_t> patterns, OptionalTensor full_blocks, OptionalTensor full_counts,
-                                  OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
-                                  OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
-                                  OptionalTensor kv_end, OptionalTensor page_table) {
-  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
-                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  page_table};
-  AttendParams p = to_attend_params(q, k, v, args);
-  check_values(p, q, k, args);
-  if (q.dim() == 3)
-    check_disjoint(p.shape.q_rows, p.shape.batch, 1, "q_begin and q_end: sequences must not share rows of q");
-  auto [out, lse] = make_outputs(q, q_begin || q_end);
+// Rows of q that two sequences claim would be written by both.
+void check_disjoint_queries(const AttendParams& p, const AttendArgs& a) {
+  if (a.q.dim() == 3) check_disjoint(p.q.rows, p.batch, 1, "q_begin and q_end: sequences must not share rows of q");
+}
+
+std::tuple<Tensor, Tensor> attend(const AttendArgs& a) {
+  AttendParams p = to_attend_params(a);
+  check_values(p, a);
+  check_disjoint_queries(p, a);
+  auto [out, lse] = make_outputs(a.q, a.q_begin || a.q_end);
   set_outputs(p, out, lse);
   cpu::attend(p, TorchThreads());
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                                   const Tensor& v, const Tensor& out, const Tensor& lse,
-                                                   OptionalTensor route, std::vector<int64_t> patterns,
-                                                   OptionalTensor full_blocks, OptionalTensor full_counts,
-                                                   OptionalTensor sparse_blocks, OptionalTensor sparse_counts,
-                                                   double scale, OptionalTensor q_begin, OptionalTensor q_end,
-                                                   OptionalTensor kv_begin, OptionalTensor kv_end) {
-  const OptionalTensor no_pages;
+Tensor explain(const AttendArgs& a) { return to_tensor(cpu::explain(to_attend_params(a), TorchThreads())); }
+
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
+  const AttendArgs& a = b.forward;
   // Rows no tile covers have gradient 0.
-  Tensor grad_q = torch::stable::new_zeros(q, q.sizes());
-  Tensor grad_k = torch::stable::new_zeros(k, k.sizes());
-  Tensor grad_v = torch::stable::new_zeros(v, v.sizes());
-  const Tensor grad = torch::stable::contiguous(grad_out);  // autograd may hand over an expanded one
-  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
-                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  no_pages};
-  const AttendBackwardParams p = to_backward_params(grad, q, k, v, out, lse, args, grad_q, grad_k, grad_v);
-  const ProblemShape& s = p.forward.shape;
-  check_values(p.forward, q, k, args);
-  if (q.dim() == 3) check_disjoint(s.q_rows, s.batch, 1, "q_begin and q_end: sequences must not share rows of q");
-  if (k.dim() == 3)
-    check_disjoint(s.kv_rows, s.batch, s.num_kv_heads,
+  Tensor grad_q = torch::stable::new_zeros(a.q, a.q.sizes());
+  Tensor grad_k = torch::stable::new_zeros(a.k, a.k.sizes());
+  Tensor grad_v = torch::stable::new_zeros(a.v, a.v.sizes());
+  const Tensor grad_out = torch::stable::contiguous(b.grad_out);  // autograd may hand over an expanded one
+  const AttendBackwardParams p = to_backward_params(b, grad_out, grad_q, grad_k, grad_v);
+  check_values(p.forward, a);
+  check_disjoint_queries(p.forward, a);
+  if (a.k.dim() == 3)
+    check_disjoint(p.forward.kv.rows, p.forward.batch, p.forward.kv.num_heads,
                    "kv_begin and kv_end: there is no gradient where sequences share rows of k and v");
   cpu::attend_backward(p, TorchThreads());
   return {grad_q, grad_k, grad_v};
@@ -88,8 +80,9 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor
 }  // namespace flux::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(flux_ext, CPU, m) {
-  m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
-  m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::attend_backward));
+  m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
+  m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
+  m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::with_backward_args<flux::torch_ops::attend_backward>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
   m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

@@ -12,8 +12,9 @@
 
 #include <atomic>
 
-#include "torch/append.h"
-#include "torch/convert.h"
+#include "torch/append_args.h"
+#include "torch/attend_args.h"
+#include "torch/route_args.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
@@ -46,19 +47,24 @@ void check_cuda(cudaError_t error, const char* stage) {
   throw std::runtime_error(std::string("flux_ext: ") + stage + ": " + cudaGetErrorString(error));
 }
 
-// Kernels read 16 bytes at a time: a tensor whose rows do not start at multiples of that is copied first, which of a
-// cache costs more than the attention to it. Said once for each argument.
-Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
+// Kernels read 16 bytes at a time.
+bool is_aligned(const Tensor& t) {
   const int64_t vector = 16 / int64_t(t.element_size());
   bool ok = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int64_t d = 0; d + 1 < t.dim(); ++d) ok &= t.size(d) <= 1 || t.stride(d) % vector == 0;
-  if (ok) return t;
+  return ok;
+}
+
+// A tensor that is not aligned is copied first, which of a cache costs more than the attention to it. Said once for
+// each argument.
+Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
+  if (is_aligned(t)) return t;
   if (!said.test_and_set()) {
     std::ostringstream s;
     s << "flux_ext::attend copies " << name << " at every call, as its rows do not start at multiples of 16 bytes: "
       << "storage offset " << t.storage_offset() << ", strides [";
     for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.stride(d);
-    s << "]. Make the storage offset and all strides but the last multiples of " << vector
+    s << "]. Make the storage offset and all strides but the last multiples of " << 16 / int64_t(t.element_size())
       << " elements to avoid this.";
     aoti_torch_warn(__func__, __FILE__, __LINE__, s.str().c_str());
   }
@@ -66,37 +72,59 @@ Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
   return torch::stable::copy_(copy, t);
 }
 
-std::tuple<Tensor, Tensor> attend(const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, OptionalTensor route,
-                                  std::vector<int64_t> patterns, OptionalTensor full_blocks, OptionalTensor full_counts,
-                                  OptionalTensor sparse_blocks, OptionalTensor sparse_counts, double scale,
-                                  OptionalTensor q_begin, OptionalTensor q_end, OptionalTensor kv_begin,
-                                  OptionalTensor kv_end, OptionalTensor page_table) {
-  check_on_cuda(q_any, "q");
-  const DeviceGuard guard(q_any.get_device_index());
-  const AttendArgs args{near(route), patterns,      full_blocks, full_counts,    sparse_blocks, sparse_counts,
-                        scale,       near(q_begin), near(q_end), near(kv_begin), near(kv_end),  page_table};
-  to_attend_params(q_any, k_any, v_any, args);  // the checks come before any copy
-  FLUX_CHECK(q_any.scalar_type() != ScalarType::Float, "q must be float16 or bfloat16 on CUDA, got float32");
-  static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
-  const Tensor q = aligned(q_any, "q", said_q), k = aligned(k_any, "k", said_k), v = aligned(v_any, "v", said_v);
-  AttendParams p = to_attend_params(q, k, v, args);
-  if (p.page_table && p.num_pages == 0) p.shape.kv_rows.capacity = 0;
-  auto [out, lse] = make_outputs(q, q_begin || q_end);
-  set_outputs(p, out, lse);
-  if (out.numel() == 0 || p.shape.batch == 0) return {out, lse};
+AttendParams to_cuda_params(const AttendArgs& a) {
+  AttendParams p = to_attend_params(a);
+  FLUX_CHECK(p.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
+  if (p.kv.page_table && p.kv.num_pages == 0) p.kv.rows.capacity = 0;
+  return p;
+}
 
-  cuda::AttendConfig config;
-  const cuda::Status status = cuda::attend_config(p, &config);
+void check_status(const cuda::Status& status) {
   if (status.error != cudaSuccess) check_cuda(status.error, status.what);
   FLUX_CHECK(status.ok(), status.what);
-  const auto bytes = int64_t(cuda::lay_out(p.shape, config, nullptr).bytes);
+}
+
+std::tuple<Tensor, Tensor> attend(const AttendArgs& a) {
+  check_on_cuda(a.q, "q");
+  const DeviceGuard guard(a.q.get_device_index());
+  AttendParams p = to_cuda_params(a);
+  static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
+  const Tensor q = aligned(a.q, "q", said_q), k = aligned(a.k, "k", said_k), v = aligned(a.v, "v", said_v);
+  p.q.data = q.const_data_ptr(), p.q.stride = strides_of(q);
+  p.kv.k = view_of(k), p.kv.v = view_of(v);
+  auto [out, lse] = make_outputs(q, a.q_begin || a.q_end);
+  set_outputs(p, out, lse);
+  if (out.numel() == 0 || p.batch == 0) return {out, lse};
+
+  cuda::AttendConfig config;
+  check_status(cuda::configure(p, &config));
+  const auto bytes = int64_t(cuda::lay_out(p, config, nullptr).bytes);
   const Tensor memory = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-  const cuda::Workspace workspace = cuda::lay_out(p.shape, config, memory.mutable_data_ptr());
-  cudaStream_t stream = current_stream(q);
-  check_cuda(cuda::plan(p.shape, config, workspace.plan, stream), "plan");
-  check_cuda(cuda::attend(p, config, workspace, stream), "attend");
-  check_cuda(cuda::combine(p, config, workspace, stream), "combine");
+  check_status(cuda::attend(p, config, memory.mutable_data_ptr(), current_stream(q)));
   return {out, lse};
+}
+
+// The strides of a new tensor like `t`.
+Strides new_strides(const Tensor& t) {
+  const int64_t n = t.dim(), row = t.size(n - 1) * t.size(n - 2);
+  return {n == 4 ? row * t.size(1) : 0, row, t.size(n - 1)};
+}
+
+// As `attend` chooses, but without copies and outputs: what would be allocated is described by a null address, which is
+// as aligned as that of new memory.
+Tensor explain(const AttendArgs& a) {
+  check_on_cuda(a.q, "q");
+  const DeviceGuard guard(a.q.get_device_index());
+  AttendParams p = to_cuda_params(a);
+  const bool copies_q = !is_aligned(a.q), copies_k = !is_aligned(a.k), copies_v = !is_aligned(a.v);
+  if (copies_q) p.q.data = nullptr, p.q.stride = new_strides(a.q);
+  if (copies_k) p.kv.k = {nullptr, new_strides(a.k)};
+  if (copies_v) p.kv.v = {nullptr, new_strides(a.v)};
+  p.out = {nullptr, new_strides(a.q)};
+  Explanation e;
+  check_status(cuda::explain(p, &e));
+  e.copies = copies_q + 2 * copies_k + 4 * copies_v;
+  return to_tensor(e);
 }
 
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
@@ -132,7 +160,8 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor
 }  // namespace flux::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
-  m.impl("attend", TORCH_BOX(&flux::torch_ops::attend));
+  m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
+  m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
   m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

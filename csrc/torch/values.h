@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/params.h"
-#include "torch/convert.h"
+#include "torch/attend_args.h"
 
 namespace flux::torch_ops {
 
@@ -35,39 +35,38 @@ inline void check_cu_seqlens(const RowSpans& s, int32_t batch) {
   }
 }
 
-inline void check_values(const AttendParams& p, const Tensor& q, const Tensor& k, const AttendArgs& a) {
-  const ProblemShape& s = p.shape;
-  if (q.dim() == 3 && !a.q_end)
-    check_cu_seqlens(s.q_rows, s.batch);
+inline void check_values(const AttendParams& p, const AttendArgs& a) {
+  if (a.q.dim() == 3 && !a.q_end)
+    check_cu_seqlens(p.q.rows, p.batch);
   else
-    check_spans(s.q_rows, s.batch, 1, "q_begin", "q_end");
-  if (k.dim() == 3 && !a.kv_end)
-    check_cu_seqlens(s.kv_rows, s.batch);
+    check_spans(p.q.rows, p.batch, 1, "q_begin", "q_end");
+  if (a.k.dim() == 3 && !a.kv_end)
+    check_cu_seqlens(p.kv.rows, p.batch);
   else
-    check_spans(s.kv_rows, s.batch, s.num_kv_heads, "kv_begin", "kv_len");
-  for (int32_t b = 0; b < s.batch; ++b)
-    for (int32_t h = 0; h < s.num_kv_heads; ++h) {
-      if (s.route) {
-        const int32_t r = s.route[b * s.route_stride_b + h * s.route_stride_h];
+    check_spans(p.kv.rows, p.batch, p.kv.num_heads, "kv_begin", "kv_len");
+  for (int32_t b = 0; b < p.batch; ++b)
+    for (int32_t h = 0; h < p.kv.num_heads; ++h) {
+      if (p.routing.route) {
+        const int32_t r = p.routing.route[b * p.routing.stride_b + h * p.routing.stride_h];
         FLUX_CHECK(r == 0 || r == 1, "route must be 0 (full) or 1 (sparse), got ", r, " for sequence ", b);
       }
-      if (p.page_table) {
-        const Span rows = s.kv_rows(b, h);
-        for (int32_t i = rows.begin / p.page_size; i < ceil_div(rows.end, p.page_size); ++i) {
-          const int32_t page = p.page_table[b * p.page_stride_b + h * p.page_stride_h + i];
-          FLUX_CHECK(page >= 0 && page < p.num_pages, "page_table must index the ", p.num_pages, " pages, got ", page,
-                     " at page ", i, " of sequence ", b);
+      if (p.kv.page_table) {
+        const Span rows = p.kv.rows(b, h);
+        for (int32_t i = rows.begin / p.kv.page_size; i < ceil_div(rows.end, p.kv.page_size); ++i) {
+          const int32_t page = p.kv.page_table[b * p.kv.page_stride_b + h * p.kv.page_stride_h + i];
+          FLUX_CHECK(page >= 0 && page < p.kv.num_pages, "page_table must index the ", p.kv.num_pages, " pages, got ",
+                     page, " at page ", i, " of sequence ", b);
         }
       }
-      for (const BlockTable& t : s.blocks) {
+      for (const BlockTable& t : p.routing.blocks) {
         if (!t.blocks) continue;
-        const int32_t offset = s.kv_rows(b, h).size() - s.q_rows(b, h).size();
-        const int32_t rows = s.q_rows(b, h).size();
+        const int32_t offset = p.kv.rows(b, h).size() - p.q.rows(b, h).size();
+        const int32_t rows = p.q.rows(b, h).size();
         for (int32_t i = 0; i < ceil_div(rows, t.q_width); ++i) {
-          const int32_t count = t.counts[(int64_t(b) * s.num_kv_heads + h) * t.q_blocks + i];
+          const int32_t count = t.counts[(int64_t(b) * p.kv.num_heads + h) * t.q_blocks + i];
           FLUX_CHECK(count >= 0 && count <= t.max_count, "counts must be from 0 to the ", t.max_count,
                      " entries of a block list, got ", count, " for query block ", i, " of sequence ", b, ", head ", h);
-          const BlockList list = t(b, h, s.num_kv_heads, i * t.q_width);
+          const BlockList list = t(b, h, p.kv.num_heads, i * t.q_width);
           const int32_t last = offset + min_of((i + 1) * t.q_width, rows) - 1;
           for (int32_t n = 0; n < list.count; ++n)
             FLUX_CHECK(list.blocks[n] >= 0 && (n == 0 || list.blocks[n] > list.blocks[n - 1]) && last >= 0 &&

@@ -1,3 +1,12 @@
-#include "cuda/sm80/launch.h"
+#include "cuda/sm80/kernel.h"
 
-template struct flux::cuda::sm80::Kernels<128>;
+namespace flux::cuda::sm80 {
+
+template struct Kernel<DType::kFloat16, 128, kDecodeRows>;
+template struct Kernel<DType::kFloat16, 128, kSmallRows>;
+template struct Kernel<DType::kFloat16, 128, most_tile_rows(128)>;
+template struct Kernel<DType::kBFloat16, 128, kDecodeRows>;
+template struct Kernel<DType::kBFloat16, 128, kSmallRows>;
+template struct Kernel<DType::kBFloat16, 128, most_tile_rows(128)>;
+
+}  // namespace flux::cuda::sm80

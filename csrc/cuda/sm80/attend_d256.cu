@@ -1,3 +1,10 @@
-#include "cuda/sm80/launch.h"
+#include "cuda/sm80/kernel.h"
 
-template struct flux::cuda::sm80::Kernels<256>;
+namespace flux::cuda::sm80 {
+
+template struct Kernel<DType::kFloat16, 256, kDecodeRows>;
+template struct Kernel<DType::kFloat16, 256, kSmallRows>;
+template struct Kernel<DType::kBFloat16, 256, kDecodeRows>;
+template struct Kernel<DType::kBFloat16, 256, kSmallRows>;
+
+}  // namespace flux::cuda::sm80

@@ -2,6 +2,7 @@
 // of stages and no barrier among warps until the tile's end, where their results are merged.
 #pragma once
 
+#include "cuda/epilogue.h"
 #include "cuda/sm80/fragments.h"
 #include "cuda/worker.h"
 
@@ -35,7 +36,7 @@ struct Decode {
       const T* source = q_row<T>(p, v, tile_row(p, v, row)) + lane % 4 * 2;
 #pragma unroll
       for (int k = 0; k < kDim / 8; ++k)
-        if (k * 8 < p.shape.head_dim) q[k / 2][k % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(source + k * 8);
+        if (k * 8 < p.head_dim) q[k / 2][k % 2 * 2 + half] = *reinterpret_cast<const uint32_t*>(source + k * 8);
     }
   }
 
@@ -52,7 +53,7 @@ struct Decode {
     const auto values_of = [&](int stage) { return Tile{ring + stage * kStageBytes + kStageBytes / 2}; };
     const auto kv_begin_of = [&](int32_t b) { return v.blocks[piece.span.begin + b] * kKeys + warp * kWarpKeys; };
     using Loader = RowLoader<T, kDim, kWarpKeys, 32>;
-    const Loader load_keys(p, p.k, p.k_stride, v, lane), load_values(p, p.v, p.v_stride, v, lane);
+    const Loader load_keys(p, p.kv.k, v, lane), load_values(p, p.kv.v, v, lane);
     const auto load = [&](int32_t b, int stage) {
       if (b < num_blocks) {
         const int32_t kv_begin = kv_begin_of(b);
@@ -66,7 +67,7 @@ struct Decode {
 
     uint32_t q[kDim / 16][4];
     load_queries(p, v, q);
-    const TileMask masked(v);
+    const TileMask masked = v.mask();
     const SoftmaxScale scale(p.scale);
     OnlineSoftmax<2> softmax;
     Out out = {};
@@ -84,7 +85,7 @@ struct Decode {
       const int32_t kv_begin = kv_begin_of(b);
       if (masked(kv_begin, kv_begin + kWarpKeys))
         apply_mask<1, kWarpKeys>(scores, kv_begin,
-                                 [&](int r) { return row_mask(v, (lane / 4 + 8 * r) / p.shape.group()); });
+                                 [&](int r) { return v.visible_keys((lane / 4 + 8 * r) / p.group()); });
       update_softmax<1, kWarpKeys, kDim>(softmax, scores, out, scale);
       multiply_pv<T, 1, kWarpKeys>(out, scores, values_of(stage));
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -110,7 +111,7 @@ struct Decode {
     for (int index = threadIdx.x; index < kRows * kDim / 4; index += kThreads) {
       const int row = index / (kDim / 4), d = index % (kDim / 4) * 4;
       if (row >= valid) break;  // rows ascend
-      if (d >= p.shape.head_dim) continue;
+      if (d >= p.head_dim) continue;
       SoftmaxState states[kWarps];
       float factor[kWarps];
 #pragma unroll
@@ -120,13 +121,12 @@ struct Decode {
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         const float4 x = *reinterpret_cast<const float4*>(out_of(w) + row * kDim + d);
-        sum = {sum.x + x.x * factor[w], sum.y + x.y * factor[w], sum.z + x.z * factor[w], sum.w + x.w * factor[w]};
+        sum = add_scaled(sum, x, factor[w]);
       }
       if (piece.final()) {
         const TileRow at = tile_row(p, v, row);
         const RowNorm norm(v, at, state);
-        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = {pack<T>(norm(sum.x), norm(sum.y)),
-                                                               pack<T>(norm(sum.z), norm(sum.w))};
+        *reinterpret_cast<uint2*>(out_row<T>(p, v, at) + d) = pack_four<T>(norm, sum);
         if (d == 0) lse_at(p, v, at) = state.lse();
       } else {
         *reinterpret_cast<float4*>(partials.out_row(piece.slot, row) + d) = sum;

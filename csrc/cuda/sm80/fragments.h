@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/element.h"
-#include "cuda/mask.h"
 #include "cuda/sm80/tile.h"
 #include "cuda/softmax.h"
 
@@ -47,18 +46,18 @@ __device__ void apply_sign(float (&scores)[kRowTiles][kKeys / 8][4], const Softm
       for (int i = 0; i < 4; ++i) scores[m][n][i] *= scale.sign;
 }
 
-// Scores of invisible pairs become -inf. mask_of(r) is the mask of row l / 4 + 8 * (r % 2) of row tile r / 2.
-template <int kRowTiles, int kKeys, typename MaskOf>
-__device__ void apply_mask(float (&scores)[kRowTiles][kKeys / 8][4], int32_t kv_begin, MaskOf mask_of) {
+// Scores of invisible pairs become -inf. keys_of(r): what row l / 4 + 8 * (r % 2) of row tile r / 2 sees, l the lane.
+template <int kRowTiles, int kKeys, typename KeysOf>
+__device__ void apply_mask(float (&scores)[kRowTiles][kKeys / 8][4], int32_t kv_begin, KeysOf keys_of) {
   const int32_t column = kv_begin + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int r = 0; r < 2 * kRowTiles; ++r) {
-    const RowMask mask = mask_of(r);
+    const VisibleKeys keys = keys_of(r);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        if (!mask.sees(column + 8 * n + i)) scores[r / 2][n][r % 2 * 2 + i] = -INFINITY;
+        if (!keys.contain(column + 8 * n + i)) scores[r / 2][n][r % 2 * 2 + i] = -INFINITY;
   }
 }
 

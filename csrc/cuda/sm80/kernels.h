@@ -1,18 +1,21 @@
-// The kernels of one head dimension; instantiated in attend_d*.cu, one file per dimension so that they compile apart.
+// The attend kernels of this family, as the host names them; defined in kernel.h, instantiated in attend_d*.cu, one
+// file per head dimension so that they compile apart.
 #pragma once
 
 #include "cuda/cuda.h"
 
 namespace flux::cuda::sm80 {
 
+// Rows of a tile: kDecodeRows, kSmallRows, and the most that registers and shared memory hold.
 constexpr int kSmallRows = 64;
-constexpr int prefill_rows(int dim) { return dim > 128 ? 64 : 128; }
+constexpr int most_tile_rows(int dim) { return dim > 128 ? 64 : 128; }
 
 // For head dimensions up to kDim, by zero fill.
-template <int kDim>
-struct Kernels {
-  static bool configure(const AttendParams& p, const Device& device, AttendConfig* c);
-  static cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+template <DType kDType, int kDim, int kRows>
+struct Kernel {
+  static const Instance instance;
+  // How many blocks a multiprocessor of this device, the current one, holds at once; 0: an error.
+  static int blocks_per_multiprocessor(int device);
 };
 
 }  // namespace flux::cuda::sm80

@@ -4,6 +4,7 @@
 // enough and the next tiles load while this one is multiplied (FlashAttention-2, arXiv 2307.08691).
 #pragma once
 
+#include "cuda/epilogue.h"
 #include "cuda/sm80/fragments.h"
 #include "cuda/worker.h"
 
@@ -26,8 +27,8 @@ struct Prefill {
     const int32_t valid = valid_rows(p, v);
     for (int index = threadIdx.x; index < kRows * Tile::kChunks; index += kThreads) {
       const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-      const bool inside = row < valid && chunk * 8 < p.shape.head_dim;
-      const T* source = inside ? q_row<T>(p, v, tile_row(p, v, row)) + chunk * 8 : static_cast<const T*>(p.q);
+      const bool inside = row < valid && chunk * 8 < p.head_dim;
+      const T* source = inside ? q_row<T>(p, v, tile_row(p, v, row)) + chunk * 8 : static_cast<const T*>(p.q.data);
       cp_async16(q.at(row, chunk), source, inside ? 16 : 0);
     }
   }
@@ -52,7 +53,7 @@ struct Prefill {
     __syncwarp();
     for (int index = lane; index < 16 * kRowTiles * Tile::kChunks; index += 32) {
       const int row = first + index / Tile::kChunks, chunk = index % Tile::kChunks;
-      if (row >= valid || chunk * 8 >= p.shape.head_dim) continue;
+      if (row >= valid || chunk * 8 >= p.head_dim) continue;
       *reinterpret_cast<uint4*>(out_row<T>(p, v, tile_row(p, v, row)) + chunk * 8) = load_shared(q.at(row, chunk));
     }
   }
@@ -80,8 +81,8 @@ struct Prefill {
     const auto slot_tile = [&](int i) { return Tile{smem + 2 * kDim * (kRows + i % kSlots * kKeys)}; };
     const int32_t num_blocks = piece.span.end - piece.span.begin;
     using Loader = RowLoader<T, kDim, kKeys, kThreads>;
-    const Loader load_keys(p, p.k, p.k_stride, v, threadIdx.x), load_values(p, p.v, p.v_stride, v, threadIdx.x);
-    const TileMask masked(v);
+    const Loader load_keys(p, p.kv.k, v, threadIdx.x), load_values(p, p.kv.v, v, threadIdx.x);
+    const TileMask masked = v.mask();
     const auto load = [&](int i) {  // tile i of the ring's sequence; always one group
       if (i < 2 * num_blocks) {
         const int32_t kv_begin = v.blocks[piece.span.begin + i / 2] * kKeys;
@@ -111,7 +112,7 @@ struct Prefill {
       const int32_t kv_begin = v.blocks[piece.span.begin + b] * kKeys;
       if (masked(kv_begin, kv_begin + kKeys))
         apply_mask<kRowTiles, kKeys>(scores, kv_begin, [&](int r) {
-          return row_mask(v, (first_row + r / 2 * 16 + r % 2 * 8 + lane / 4) / p.shape.group());
+          return v.visible_keys((first_row + r / 2 * 16 + r % 2 * 8 + lane / 4) / p.group());
         });
       update_softmax<kRowTiles, kKeys, kDim>(softmax, scores, out, scale);
 

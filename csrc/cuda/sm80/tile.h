@@ -1,7 +1,7 @@
 // Rows of kDim elements in shared memory: swizzled, filled by cp.async, read as tensor-core fragments.
 #pragma once
 
-#include "cuda/rows.h"
+#include "cuda/addresses.h"
 #include "cuda/sm80/ptx.h"
 
 namespace flux::cuda::sm80 {
@@ -59,13 +59,13 @@ struct RowLoader {
   int32_t row, valid;  // its first row; rows of the sequence (0: an idle column)
   bool in_one_piece;   // kRows rows always stand beside each other
 
-  __device__ RowLoader(const AttendParams& p, const void* global, const Strides& s, const TileView& v, int thread)
-      : rows(kv_rows(p, s, v)) {
+  __device__ RowLoader(const AttendParams& p, const View& global, const TileView& v, int thread)
+      : rows(kv_rows(p.kv, global, v)) {
     const int chunk = thread % kColumns;
     row = thread / kColumns;
-    valid = chunk * 8 < p.shape.head_dim ? rows.count : 0;
+    valid = chunk * 8 < p.head_dim ? rows.count : 0;
     shared = Tile::offset(row, chunk);
-    column = static_cast<const T*>(global) + rows.base + chunk * 8;
+    column = static_cast<const T*>(global.data) + rows.base + chunk * 8;
     in_one_piece = !rows.pages || (rows.first % kRows == 0 && rows.page_size % kRows == 0);
   }
 

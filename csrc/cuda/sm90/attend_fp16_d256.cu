@@ -1,5 +1,5 @@
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // products that are 80 keys wide
-#include "cuda/sm90/launch.h"
+#include "cuda/sm90/launch_instance.h"
 
 namespace flux::cuda::sm90 {
 

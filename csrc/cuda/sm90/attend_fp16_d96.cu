@@ -1,4 +1,4 @@
-#include "cuda/sm90/launch.h"
+#include "cuda/sm90/launch_instance.h"
 
 namespace flux::cuda::sm90 {
 

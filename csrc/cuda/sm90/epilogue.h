@@ -1,10 +1,9 @@
 // Writes the rows of a finished tile: normalised output and log-sum-exp, or a partial of a cut tile.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-
+#include "cuda/epilogue.h"
 #include "cuda/sm90/params.h"
-#include "cuda/sm90/rows.h"
+#include "cuda/sm90/thread_rows.h"
 #include "cuda/sm90/traits.h"
 
 namespace flux::cuda::sm90 {
@@ -24,19 +23,12 @@ CUTLASS_DEVICE uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint3
   return {w0, w1, w2, w3};
 }
 
-template <class Element>
-CUTLASS_DEVICE uint32_t pack(float a, float b) {
-  using Convert = cutlass::NumericArrayConverter<Element, float, 2>;
-  const auto pair = Convert{}({a, b});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
 template <class T, class Output>
 CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int warpgroup, const ThreadSoftmax& softmax,
                                float scale_log2, const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
-  const int32_t dim = a.shape.head_dim, lane = int32_t(threadIdx.x % 4);
+  const int32_t dim = a.head_dim, lane = int32_t(threadIdx.x % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
     const SoftmaxState state = softmax.state(r, scale_log2);
@@ -60,7 +52,7 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
       CUTE_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int at = 4 * (j + i) + 2 * r;
-        word[i] = pack<Element>(norm(o(at)), norm(o(at + 1)));
+        word[i] = pack<typename T::PackedElement>(norm(o(at)), norm(o(at + 1)));
       }
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       if (valid && 8 * (j + lane) < dim) *reinterpret_cast<uint4*>(out + 8 * j) = chunk;
@@ -74,7 +66,7 @@ CUTLASS_DEVICE void store_empty(const AttendParams& a, const TileView& view) {
   const int32_t lane = int32_t(threadIdx.x % 32);
   for (int32_t r = 0; r < valid_rows(a, view); ++r) {
     const TileRow where = tile_row(a, view, r);
-    if (8 * lane < a.shape.head_dim)
+    if (8 * lane < a.head_dim)
       *reinterpret_cast<uint4*>(out_row<typename T::Element>(a, view, where) + 8 * lane) = uint4{0, 0, 0, 0};
     if (lane == 0) lse_at(a, view, where) = -INFINITY;
   }

@@ -1,4 +1,5 @@
-// The persistent kernel: a producer warpgroup (scheduler warp, TMA warp) and the consumer warpgroups.
+// The persistent kernel of prefill (decode is sm80/decode.h on Hopper too): a producer warpgroup (scheduler warp, TMA
+// warp) and the consumer warpgroups.
 #pragma once
 
 #include <cutlass/arch/barrier.h>

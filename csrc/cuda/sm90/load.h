@@ -3,8 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "cuda/launch.h"
-#include "cuda/mask.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/traits.h"
@@ -35,7 +34,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   WorkRange range = first_range(p.plan, header);
   for (int32_t item = blockIdx.x; item < header.num_items; range = item_range(p.plan, item)) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      const Piece piece = piece_of(view_tile(p.attend.shape, p.tile, p.plan.tiles[t]), range, item, t);
+      const Piece piece = piece_of(view_tile(p.attend, p.tile, p.plan.tiles[t]), range, item, t);
       if (piece.span.begin < piece.span.end) {
         publish(piece);
         if (!header.whole_tiles) continue;
@@ -76,7 +75,7 @@ class Loader {
       const Piece& piece = shared_.work[ring.index];
       if (piece.view.tile.seq < 0) break;
       const Keys keys(p_.attend, piece.view);
-      const TileMask mask(piece.view);
+      const TileMask mask = piece.view.mask();
       const int32_t asks_at = min_of(piece.span.begin + T::kBlocksAhead, piece.span.end) - 1;
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
         if (i == asks_at) shared_.work_wanted.arrive();
@@ -84,7 +83,7 @@ class Loader {
         if (i == piece.span.end - 1) shared_.past[ring.index] = begin + T::kKvBlock - keys.count;
         shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
         shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock)};
-        load_block(p_.k_map, p_.attend.k_stride, keys, next);
+        load_block(p_.k_map, p_.attend.kv.k.stride, keys, next);
         if (block >= 0) load_v(last, block);
         // Behind V: the consumers wait for V before they are done with the Q whose place this one may take.
         if (i == piece.span.end - 1) load_q(piece.view);
@@ -106,9 +105,9 @@ class Loader {
     Keys() = default;
     CUTLASS_DEVICE Keys(const AttendParams& a, const TileView& v)
         : seq(v.tile.seq), head(v.tile.kv_head), first_row(v.kv_rows.begin), count(v.kv_rows.size()) {
-      if (a.page_table) {
-        pages = a.page_table + seq * a.page_stride_b + head * a.page_stride_h;
-        if (a.pages_per_head) head = 0;
+      if (a.kv.page_table) {
+        pages = a.kv.page_table + seq * a.kv.page_stride_b + head * a.kv.page_stride_h;
+        if (a.kv.pages_per_head) head = 0;
       }
     }
   };
@@ -120,10 +119,10 @@ class Loader {
   CUTLASS_DEVICE void load_q(const TileView& view) {
     const int i = q_ring_.index;
     shared_.q_empty[i].wait(q_ring_.phase ^ 1);
-    const int32_t group = p_.attend.shape.group();
+    const int32_t group = p_.attend.group();
     Barrier& full = shared_.q_full[i];
     full.arrive_and_expect(uint32_t(p_.tile.q_tokens * group * T::kHeadDim * sizeof(typename T::Element)));
-    const int32_t seq = p_.attend.q_stride.b == 0 ? 0 : view.tile.seq;
+    const int32_t seq = p_.attend.q.stride.b == 0 ? 0 : view.tile.seq;
     CUTE_UNROLL
     for (int32_t s = 0; s < T::kSlabs; ++s)
       cute::SM90_TMA_LOAD_4D::copy(&p_.q_map, full.pointer(), kStreamHint,
@@ -134,7 +133,7 @@ class Loader {
 
   CUTLASS_DEVICE void load_v(const Keys& keys, int32_t block) {
     shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
-    load_block(p_.v_map, p_.attend.v_stride, keys, block);
+    load_block(p_.v_map, p_.attend.kv.v.stride, keys, block);
   }
 
   CUTLASS_DEVICE void skip_block() {
@@ -154,7 +153,7 @@ class Loader {
       load_rows(map, full, buffer, keys.first_row + begin, keys.head, stride.b == 0 ? 0 : keys.seq);
       return;
     }
-    const int32_t page_size = p_.attend.page_size;
+    const int32_t page_size = p_.attend.kv.page_size;
     for (int32_t r = 0; r < T::kKvBlock; r += p_.kv_box_rows) {
       const int32_t pos = begin + r, page = pos / page_size;
       // Beyond the sequence the table holds anything: page -1 lies outside the tensor, which TMA fills with zeros.

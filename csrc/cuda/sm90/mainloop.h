@@ -6,7 +6,7 @@
 
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"
-#include "cuda/sm90/rows.h"
+#include "cuda/sm90/thread_rows.h"
 #include "cuda/sm90/traits.h"
 
 namespace flux::cuda::sm90 {
@@ -33,8 +33,8 @@ CUTLASS_DEVICE void finish(C& acc) {
   cute::warpgroup_fence_operand(acc);
 }
 
-// What the compiler knows about x, it works out again where it needs it, rather than to keep it in registers: with
-// three warpgroups there are none to spare.
+// Hides from the compiler that x is what it was, so that it computes anew what depends on x, where it would have kept
+// that in registers all through the main loop: with three warpgroups there are none to spare.
 template <class Int>
 CUTLASS_DEVICE void forget(Int& x) {
   asm volatile("" : "+r"(x));
@@ -61,8 +61,9 @@ class Consumer {
   CUTLASS_DEVICE Consumer(const KernelParams& p, typename T::Shared& shared, int warpgroup)
       : p_(p), shared_(shared), warpgroup_(warpgroup), turns_{warpgroup}, scale_log2_(p.attend.scale * kLog2e) {}
 
-  // The first product of a block, S = Q K^T, is started before the second of the block before it, O += P V, and the
-  // softmax of the one runs beside the other. So it goes on from tile to tile: a tile begins while the last one ends.
+  // The first product of a key block, S = Q K^T, is started before the second one of the block before it, O += P V; the
+  // softmax of the block then runs beside that second product. The same from tile to tile: the first block of a tile
+  // follows the last one of the tile before it.
   CUTLASS_DEVICE void run() {
     using namespace cute;
     using Element = typename T::Element;
@@ -97,9 +98,9 @@ class Consumer {
       start_output(v_buffer);
       turns_.end();
     };
-    // Scores to probabilities, relative to the running maximum. The waits for the next buffers are branches, across
-    // which the compiler moves nothing. They stand where they keep the exponentials of the first row beside the maximum
-    // of the second, and the wait for the second product out of the first half of the softmax.
+    // Scores to probabilities, relative to the running maximum. A wait for a buffer is a branch, across which the
+    // compiler moves nothing; the two waits stand where that keeps a good order: the exponentials of row 0 beside the
+    // maximum of row 1, and the wait for the second product behind the first half of the softmax.
     const auto absorb_scores = [&](ThreadSoftmax& into) {
       const typename T::BlockInfo info = shared_.info[k_buffer];
       shared_.kv_empty[k_buffer].arrive();

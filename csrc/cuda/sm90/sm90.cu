@@ -6,9 +6,19 @@
 namespace flux::cuda::sm90 {
 namespace {
 
+cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const Workspace& w, KernelParams* k);
+
+template <DType kDType, int kHeadDim, int kKvBlock, int kWarpgroups>
+cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+  KernelParams k;
+  const cudaError_t e = to_kernel_params(p, c, w, &k);
+  return e == cudaSuccess ? launch_instance<kDType, kHeadDim, kKvBlock, kWarpgroups>(k, c, stream) : e;
+}
+
+// A consumer warpgroup has 64 rows.
 template <DType kDType, int kHeadDim, int kKvBlock, int kWarpgroups = 2>
 constexpr Instance instance() {
-  return {kDType, kHeadDim, kKvBlock, 64 * kWarpgroups, launch_instance<kDType, kHeadDim, kKvBlock, kWarpgroups>};
+  return {90, kDType, kHeadDim, 64 * kWarpgroups, kKvBlock, launch<kDType, kHeadDim, kKvBlock, kWarpgroups>};
 }
 
 // By type and head dimension. 64 keys at a time: for block lists as narrow, and where 80, which registers and shared
@@ -28,36 +38,29 @@ constexpr int32_t kRows = 128, kWideRows = 192;
 
 int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
 
-// The smallest head dimension that holds the problem's, of those with this key block and so many rows.
-const Instance* find_instance(const AttendParams& p, int32_t kv_block, int32_t tile_rows = kRows) {
-  for (const Instance& i : kInstances)
-    if (i.dtype == p.dtype && i.head_dim >= p.shape.head_dim && i.kv_block == kv_block && i.tile_rows == tile_rows)
-      return &i;
-  return nullptr;
-}
-
 // Three warpgroups hide more of each other's latencies than two (head dimension 64: 8 % faster at 16K, 12 % at 128K),
 // but larger tiles end more raggedly, and hold more padding where sequences are short, groups large, or tiles end with
 // the blocks of a list.
 constexpr int32_t kWideTilesPerSm = 4, kWideTilesPerHead = 4;
 const Instance* find_wide(const AttendParams& p, int32_t num_sms) {
-  const ProblemShape& s = p.shape;
-  if (s.blocks[0].blocks || s.blocks[1].blocks || s.group() > kRows) return nullptr;
-  const int32_t tokens = q_tokens_of(s, kWideRows);
-  if (2 * tokens < 3 * q_tokens_of(s, kRows) || s.max_q_len < kWideTilesPerHead * tokens) return nullptr;
-  const Instance* i = find_instance(p, 128, kWideRows);
-  return i && max_tiles(s, {tokens, 128}) >= int64_t(kWideTilesPerSm) * num_sms ? i : nullptr;
+  if (p.routing.has_lists() || p.group() > kRows) return nullptr;
+  const int32_t tokens = q_tokens_of(p, kWideRows);
+  if (2 * tokens < 3 * q_tokens_of(p, kRows) || p.q.max_len < kWideTilesPerHead * tokens) return nullptr;
+  for (const Instance& i : kInstances)
+    if (i.dtype == p.dtype && i.head_dim >= p.head_dim && i.tile_rows == kWideRows)
+      return max_tiles(p, {tokens, i.kv_block}) >= int64_t(kWideTilesPerSm) * num_sms ? &i : nullptr;
+  return nullptr;
 }
 
 // A page is one box, or holds whole key blocks. (Swizzled rows repeat every 8.)
 bool pages_fit(const AttendParams& p, int32_t kv_block) {
-  if (!p.page_table) return true;
-  const int32_t size = p.page_size;
-  return !p.shape.kv_rows.begin && size % 8 == 0 && (size % kv_block == 0 || kv_block % size == 0);
+  if (!p.kv.page_table) return true;
+  const int32_t size = p.kv.page_size;
+  return !p.kv.rows.begin && size % 8 == 0 && (size % kv_block == 0 || kv_block % size == 0);
 }
 
-bool lists_fit(const ProblemShape& s, int32_t kv_block) {
-  for (const BlockTable& t : s.blocks)
+bool lists_fit(const AttendParams& p, int32_t kv_block) {
+  for (const BlockTable& t : p.routing.blocks)
     if (t.blocks && t.kv_width % kv_block != 0) return false;
   return true;
 }
@@ -67,8 +70,8 @@ const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
   if (const Instance* wide = find_wide(p, num_sms); wide && pages_fit(p, wide->kv_block)) return wide;
   const Instance* best = nullptr;
   for (const Instance& i : kInstances) {
-    if (i.dtype != p.dtype || i.head_dim < p.shape.head_dim || i.tile_rows != kRows) continue;
-    if (!lists_fit(p.shape, i.kv_block) || !pages_fit(p, i.kv_block)) continue;
+    if (i.dtype != p.dtype || i.head_dim < p.head_dim || i.tile_rows != kRows) continue;
+    if (!lists_fit(p, i.kv_block) || !pages_fit(p, i.kv_block)) continue;
     const bool same_dim = best && i.head_dim == best->head_dim;
     if (!best || i.head_dim < best->head_dim || (same_dim && i.kv_block > best->kv_block)) best = &i;
   }
@@ -100,16 +103,17 @@ struct TensorShape {
 
 // A batch stride of 0 is a packed tensor, or one sequence shared by all: one entry.
 TensorShape q_shape(const AttendParams& p) {
-  const ProblemShape& s = p.shape;
-  const Strides& t = p.q_stride;
-  return {p.q, {s.head_dim, s.num_q_heads, s.q_rows.capacity, t.b == 0 ? 1 : s.batch}, {1, t.h, t.s, t.b}};
+  const Strides& t = p.q.stride;
+  return {p.q.data, {p.head_dim, p.q.num_heads, p.q.rows.capacity, t.b == 0 ? 1 : p.batch}, {1, t.h, t.s, t.b}};
 }
 
-TensorShape kv_shape(const AttendParams& p, const void* data, const Strides& t) {
-  const ProblemShape& s = p.shape;
-  if (p.page_table)
-    return {data, {s.head_dim, p.page_size, p.pages_per_head ? 1 : s.num_kv_heads, p.num_pages}, {1, t.s, t.h, t.b}};
-  return {data, {s.head_dim, s.kv_rows.capacity, s.num_kv_heads, t.b == 0 ? 1 : s.batch}, {1, t.s, t.h, t.b}};
+TensorShape kv_shape(const AttendParams& p, const View& x) {
+  const Strides& t = x.stride;
+  if (p.kv.page_table)
+    return {x.data,
+            {p.head_dim, p.kv.page_size, p.kv.pages_per_head ? 1 : p.kv.num_heads, p.kv.num_pages},
+            {1, t.s, t.h, t.b}};
+  return {x.data, {p.head_dim, p.kv.rows.capacity, p.kv.num_heads, t.b == 0 ? 1 : p.batch}, {1, t.s, t.h, t.b}};
 }
 
 cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int32_t> box, CUtensorMap* map) {
@@ -140,44 +144,40 @@ cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int3
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-bool writable(const void* out, const Strides& s) {
-  return reinterpret_cast<uintptr_t>(out) % 16 == 0 && s.b % 8 == 0 && s.s % 8 == 0 && s.h % 8 == 0;
+bool writable(const MutableView& out) {
+  const Strides& s = out.stride;
+  return reinterpret_cast<uintptr_t>(out.data) % 16 == 0 && s.b % 8 == 0 && s.s % 8 == 0 && s.h % 8 == 0;
+}
+
+cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const Workspace& w, KernelParams* k) {
+  const Instance& i = *c.instance;
+  k->attend = p;
+  k->tile = c.tile;
+  k->plan = w.plan;
+  k->partials = w.partials;
+  k->group_inverse = inverse_of_group(p.group());
+  k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
+  const int32_t slab = slab_columns(i);
+  if (cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.group(), c.tile.q_tokens}, &k->q_map)) return e;
+  if (cudaError_t e = encode(kv_shape(p, p.kv.k), p.dtype, {slab, k->kv_box_rows}, &k->k_map)) return e;
+  return encode(kv_shape(p, p.kv.v), p.dtype, {slab, k->kv_box_rows}, &k->v_map);
 }
 
 }  // namespace
 
 bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
-  const ProblemShape& s = p.shape;
   const Instance* i = choose_instance(p, device.num_sms);
   // Decode is left to the sm80 kernels, which take smaller tiles.
-  if (!i || s.group() > i->tile_rows || most_rows(s) <= kDecodeRows) return false;
+  if (!i || p.group() > i->tile_rows || most_rows(p) <= kDecodeRows) return false;
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
-  if (!q_shape(p).describable() || !kv_shape(p, p.k, p.k_stride).describable() ||
-      !kv_shape(p, p.v, p.v_stride).describable() || !writable(p.out, p.out_stride))
+  if (!q_shape(p).describable() || !kv_shape(p, p.kv.k).describable() || !kv_shape(p, p.kv.v).describable() ||
+      !writable(p.out))
     return false;
-  c->arch = Arch::kSm90;
-  c->tile_rows = i->tile_rows;
-  c->tile = {q_tokens_of(s, c->tile_rows), i->kv_block};
+  c->instance = i;
+  c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
   return true;
-}
-
-cudaError_t attend(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
-  const Instance* i = find_instance(p, c.tile.kv_block, c.tile_rows);
-  if (!i) return cudaErrorInvalidConfiguration;
-  KernelParams k;
-  k.attend = p;
-  k.tile = c.tile;
-  k.plan = w.plan;
-  k.partials = w.partials;
-  k.group_inverse = inverse_of_group(p.shape.group());
-  k.kv_box_rows = p.page_table ? min_of(p.page_size, i->kv_block) : i->kv_block;
-  const int32_t slab = slab_columns(*i);
-  cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.shape.group(), c.tile.q_tokens}, &k.q_map);
-  if (e == cudaSuccess) e = encode(kv_shape(p, p.k, p.k_stride), p.dtype, {slab, k.kv_box_rows}, &k.k_map);
-  if (e == cudaSuccess) e = encode(kv_shape(p, p.v, p.v_stride), p.dtype, {slab, k.kv_box_rows}, &k.v_map);
-  return e == cudaSuccess ? i->launch(k, c, stream) : e;
 }
 
 }  // namespace flux::cuda::sm90

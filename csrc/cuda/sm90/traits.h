@@ -1,6 +1,8 @@
 // Compile-time description of one instance: types, layouts in shared memory, matrix instructions, thread roles.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cutlass/numeric_types.h>
 
 #include <cute/tensor.hpp>
@@ -27,6 +29,8 @@ constexpr int kMaxBuffers = 12;
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_>
 struct Traits {
   using Element = Element_;
+  // The same bits, as cuda/element.h takes them.
+  using PackedElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
 
@@ -85,8 +89,8 @@ struct Traits {
     bool masked;
   };
 
-  // The tile whose output is to be stored, the one that ends, the one whose first K the consumers wait for; a power of
-  // two.
+  // Pieces that shared memory describes at a time. Three are in use: one whose output is being stored, one whose last
+  // products run, one whose first keys are waited for. Rounded up to a power of two, for the sake of `% kWorkSlots`.
   static constexpr int kWorkSlots = 4;
   // A thread block takes its next tile when so many key blocks of the one at hand are still to be loaded: enough to
   // find the tile meanwhile. Taking it any earlier would leave other thread blocks idle at the end.

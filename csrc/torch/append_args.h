@@ -33,12 +33,13 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
                                      const std::vector<int64_t>& pattern, int64_t max_cache_len,
                                      const OptionalTensor& active) {
   AppendParams p;
-  FLUX_CHECK(k.dim() == 4 && k.size(2) == 1, "k must be one token per row [B, Hkv, 1, D], got ", shape_of(k));
+  FLUX_CHECK(k.dim() == 4 && k.size(2) == 1, "k must be one token per sequence and KV head [B, Hkv, 1, D], got ",
+             shape_of(k));
   bool same = v.dim() == 4;
   for (int64_t i = 0; same && i < 4; ++i) same = v.size(i) == k.size(i);
   FLUX_CHECK(same, "v must have the shape of k (", shape_of(k), "), got ", shape_of(v));
   const int64_t batch = k.size(0), heads = k.size(1), dim = k.size(3);
-  FLUX_CHECK(batch >= 1 && heads >= 1, "k must have at least one row, got ", shape_of(k));
+  FLUX_CHECK(batch >= 1 && heads >= 1, "k must have at least one sequence and one KV head, got ", shape_of(k));
   FLUX_CHECK(dim >= 1 && dim <= kMaxHeadDim, "head_dim must be from 1 to ", kMaxHeadDim, ", got ", dim);
   p.k_dtype = to_dtype(k, "k");
   p.v_dtype = to_dtype(v, "v");
@@ -70,7 +71,7 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
              p.pattern.last_q);
   p.batch = to_int32(batch, "batch");
   p.num_kv_heads = to_int32(heads, "the number of heads");
-  to_int32(batch * heads, "the number of rows");
+  to_int32(batch * heads, "batch times heads");
   p.head_dim = int32_t(dim);
   p.num_pages = to_int32(pages, "num_pages");
   p.page_size = to_int32(page_size, "page_size");
@@ -102,24 +103,24 @@ inline AppendParams to_append_params(const Tensor& k, const Tensor& v, const Ten
 
 // On the CPU, also what stands inside the tensors.
 inline void check_values(const AppendParams& p) {
-  for (int32_t row = 0; row < p.num_rows(); ++row) {
-    const int32_t b = row / p.num_kv_heads, h = row % p.num_kv_heads;
+  for (int32_t seq_head = 0; seq_head < p.num_seq_heads(); ++seq_head) {
+    const int32_t b = seq_head / p.num_kv_heads, h = seq_head % p.num_kv_heads;
     const auto check = [&](bool ok, const char* rule, int64_t bound, int32_t value) {
       FLUX_CHECK(ok, rule, bound, ", got ", value, " for sequence ", b, ", head ", h);
     };
     if (p.active && h == 0)
       FLUX_CHECK(p.active[b] >= -1 && p.active[b] <= 1, "active must be 1, 0 or -1, got ", p.active[b],
                  " for sequence ", b);
-    check(p.seen[row] >= 0, "seen must be at least ", 0, p.seen[row]);
-    check(p.ring[row] >= 1, "ring must be at least ", 1, p.ring[row]);
-    check(p.base[row] >= 0, "base must be at least ", 0, p.base[row]);
-    const AppendRow r(p, row);
+    check(p.seen[seq_head] >= 0, "seen must be at least ", 0, p.seen[seq_head]);
+    check(p.ring[seq_head] >= 1, "ring must be at least ", 1, p.ring[seq_head]);
+    check(p.base[seq_head] >= 0, "base must be at least ", 0, p.base[seq_head]);
+    const AppendStep step(p, seq_head);
     const int64_t most = int64_t(p.pattern.window) + p.unit - 1;  // tokens between the gap and the end
     const int64_t needed = (most + p.page_size - 1) / p.page_size;
-    check(!r.drops || r.ring >= needed, "ring must hold the pages of the window, at least ", needed, r.ring);
-    const int64_t run = min_of(p.max_pages, r.drops ? r.sink_pages + r.ring : p.max_pages);
-    check(p.base[row] + run <= p.num_pages, "base must leave room for the pages of the row, at most ",
-          p.num_pages - run, p.base[row]);
+    check(!step.drops || step.ring >= needed, "ring must hold the pages of the window, at least ", needed, step.ring);
+    const int64_t run = min_of(p.max_pages, step.drops ? step.sink_pages + step.ring : p.max_pages);
+    check(p.base[seq_head] + run <= p.num_pages, "base must leave room for the pages of the run, at most ",
+          p.num_pages - run, p.base[seq_head]);
   }
 }
 

@@ -1,11 +1,10 @@
-// Where the rows of a tile live in memory.
+// Where the rows of a tile, and the keys it sees, live in memory.
 //
 // Row r of a tile is query token r / group and head r % group of its KV head's group.
 #pragma once
 
 #include "core/params.h"
 #include "core/schedule.h"
-#include "core/softmax_state.h"
 
 namespace flux::cuda {
 
@@ -15,13 +14,13 @@ struct TileRow {
 };
 
 FLUX_HD TileRow tile_row(const AttendParams& p, const TileView& v, int32_t row) {
-  const int32_t group = p.shape.group();
+  const int32_t group = p.group();
   const int32_t token = row / group;
   return {token, v.tile.kv_head * group + (row - token * group)};
 }
 
 // Rows of the tile that hold a query; the others are padding.
-FLUX_HD int32_t valid_rows(const AttendParams& p, const TileView& v) { return v.q_rows.size() * p.shape.group(); }
+FLUX_HD int32_t valid_rows(const AttendParams& p, const TileView& v) { return v.q_rows.size() * p.group(); }
 
 // Offsets in elements.
 FLUX_HD int64_t row_offset(const Strides& s, const TileView& v, const TileRow& r) {
@@ -30,28 +29,17 @@ FLUX_HD int64_t row_offset(const Strides& s, const TileView& v, const TileRow& r
 
 template <typename T>
 FLUX_HD const T* q_row(const AttendParams& p, const TileView& v, const TileRow& r) {
-  return static_cast<const T*>(p.q) + row_offset(p.q_stride, v, r);
+  return static_cast<const T*>(p.q.data) + row_offset(p.q.stride, v, r);
 }
 template <typename T>
 FLUX_HD T* out_row(const AttendParams& p, const TileView& v, const TileRow& r) {
-  return static_cast<T*>(p.out) + row_offset(p.out_stride, v, r);
+  return static_cast<T*>(p.out.data) + row_offset(p.out.stride, v, r);
 }
 FLUX_HD float& lse_at(const AttendParams& p, const TileView& v, const TileRow& r) {
   return p.lse[row_offset(p.lse_stride, v, r)];
 }
 
-// Normalises the outputs of a row. A row that sees no key is zero whatever was summed up, which may be 0 * NaN; where
-// all visible scores are -inf the sum is 0 and the result NaN, as softmax has it.
-struct RowNorm {
-  bool sees_any;
-  float factor;
-
-  FLUX_HD RowNorm(const TileView& v, const TileRow& r, const SoftmaxState& state)
-      : sees_any(v.sees_any(r.token)), factor(1.f / state.sum) {}
-  FLUX_HD float operator()(float x) const { return sees_any ? x * factor : 0.f; }
-};
-
-// Rows of k or v of one (sequence, KV head), by key position; paged or not.
+// Rows of k or v of one sequence head, by key position; paged or not.
 struct KvRows {
   const int32_t* pages = nullptr;  // null: not paged
   int64_t base = 0, row_stride = 0, page_stride = 0;
@@ -72,17 +60,18 @@ struct KvRows {
   FLUX_HD int64_t operator()(int32_t kv_pos) const { return base + offset(kv_pos); }
 };
 
-FLUX_HD KvRows kv_rows(const AttendParams& p, const Strides& s, const TileView& v) {
+FLUX_HD KvRows kv_rows(const KeyValues& kv, const View& x, const TileView& v) {
+  const Strides& s = x.stride;
   KvRows r;
   r.first = v.kv_rows.begin;
   r.count = v.kv_rows.size();
   r.row_stride = s.s;
-  if (p.page_table) {
-    r.pages = p.page_table + v.tile.seq * p.page_stride_b + v.tile.kv_head * p.page_stride_h;
-    r.base = p.pages_per_head ? 0 : v.tile.kv_head * s.h;
+  if (kv.page_table) {
+    r.pages = kv.page_table + v.tile.seq * kv.page_stride_b + v.tile.kv_head * kv.page_stride_h;
+    r.base = kv.pages_per_head ? 0 : v.tile.kv_head * s.h;
     r.page_stride = s.b;
-    r.page_size = p.page_size;
-    r.last_page = p.num_pages - 1;
+    r.page_size = kv.page_size;
+    r.last_page = kv.num_pages - 1;
   } else {
     r.base = v.tile.seq * s.b + v.tile.kv_head * s.h;
   }

@@ -7,8 +7,7 @@
 
 #include <cute/tensor.hpp>
 
-#include "cuda/mask.h"
-#include "cuda/rows.h"
+#include "cuda/addresses.h"
 #include "cuda/softmax.h"
 
 namespace flux::cuda::sm90 {
@@ -26,10 +25,10 @@ CUTLASS_DEVICE int32_t thread_row(int warpgroup, int r) {
 template <class Scores>
 CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
   const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
-  if (sees_all_before(v)) {
+  if (v.hides_only_later_keys()) {
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
-      const int32_t last = last_seen(v, token_of_row(thread_row(warpgroup, r), group_inverse)) - base;
+      const int32_t last = v.last_key(token_of_row(thread_row(warpgroup, r), group_inverse)) - base;
       CUTE_UNROLL
       for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
       for (int c = 0; c < 2; ++c)
@@ -39,13 +38,13 @@ CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inve
   }
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    const RowMask row = row_mask(v, token_of_row(thread_row(warpgroup, r), group_inverse));
-    const int32_t begin = row.begin - base, last = row.last - base, sink = row.sink - base;
+    const VisibleKeys keys = v.visible_keys(token_of_row(thread_row(warpgroup, r), group_inverse));
+    const int32_t begin = keys.begin - base, last = keys.last - base, sink = keys.sink - base;
     CUTE_UNROLL
     for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
     for (int c = 0; c < 2; ++c) {
       const int32_t col = 8 * j + c;
-      const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // as RowMask::sees, without branches
+      const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // VisibleKeys::contain, without branches
       s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : -INFINITY;
     }
   }

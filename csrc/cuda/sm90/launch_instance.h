@@ -1,7 +1,7 @@
 // Host side of one instance.
 #pragma once
 
-#include "cuda/launch.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/sm90/instances.h"
 #include "cuda/sm90/kernel.h"
 

@@ -1,7 +1,10 @@
-// Kernels of one stream that overlap: the next may start, and set itself up, before the one before it has ended
-// (programmatic dependent launch, compute capability 9.0 and newer). Every kernel launched so calls wait_for_previous,
-// in every block, before it touches what the kernel before it wrote or still reads. What older kernels wrote may be
-// read at once if the kernel before let the next one start only after its own wait.
+// Kernels that start before the previous kernel of their stream has ended, so that their start hides behind its end
+// (programmatic dependent launch, compute capability 9.0 and newer). What that asks of them:
+// - Every block calls wait_for_previous, which returns when the previous kernel has ended, before it reads what that
+//   kernel wrote or writes what that kernel reads.
+// - A block calls let_next_start when the next kernel may start. All kernels launched in this way call it after their
+//   own wait. So while the next one runs, all kernels before the previous one have ended: what those wrote it may read
+//   at once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +25,8 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Makes the compiler work a pointer or index out here, not after a wait that comes: only a branch keeps it from that.
+// Makes the compiler compute a pointer or index here, before a wait that follows; it would move that to the first use,
+// behind the wait. What it does not move is a branch: this one, on the value, is never taken.
 __device__ inline void work_out([[maybe_unused]] const void* pointer) {
 #ifdef __CUDA_ARCH__
   if (pointer == nullptr) __trap();
@@ -34,8 +38,9 @@ __device__ inline void work_out([[maybe_unused]] int32_t index) {
 #endif
 }
 
-// Brings parameters of a kernel into the constant cache, where every launch misses; best before a wait. Not all may be
-// 0: only a branch keeps the compiler from reading them later.
+// Reads one word of every 64 bytes of a kernel's parameters. No launch finds its parameters in the constant cache; read
+// before a wait, they are there after it. The branch, never taken as parameters are not all 0, keeps the compiler from
+// leaving the reads out.
 template <typename... Params>
 __device__ void touch([[maybe_unused]] const Params&... params) {
 #ifdef __CUDA_ARCH__
