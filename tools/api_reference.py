@@ -14,12 +14,13 @@ import pdoc
 MODULES = [
     "flux_ext",
     "flux_ext.training",
-    "flux_ext.evaluation.runner",
+    "flux_ext.evaluation",
     "flux_ext.examples",
+    "flux_ext.models",
+    "flux_ext.routers",
     "flux_ext.operators",
     "flux_ext.operators.patterns",
     "flux_ext.operators.reference",
-    "flux_ext.routers.modules",
 ]
 
 

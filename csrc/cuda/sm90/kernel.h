@@ -11,7 +11,7 @@
 namespace flux::cuda::sm90 {
 
 // Every consumer thread says for itself that it is done with a buffer: an `if` for one lane of a warp is a branch in
-// the main loop, which costs 2 to 9 % (docs/kernels.md, v8), and racecheck does not follow that lane.
+// the main loop, which costs 2 to 9 % (docs/kernels_diary.md, v8), and racecheck does not follow that lane.
 template <class T>
 CUTLASS_DEVICE void init_barriers(typename T::Shared& shared) {
   const auto init = [](auto& full, auto& empty, int n, int consumers) {

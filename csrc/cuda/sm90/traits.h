@@ -51,8 +51,8 @@ struct Traits {
   static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : kHeadDim > 128 ? 240 : 224;
   static_assert(kProducerRegs + kWarpgroups * kMathRegs <= (1 + kWarpgroups) * kLaunchRegs);
 
-  // How the products of a block are started (docs/kernels.md, v11): whether the warpgroups take turns, and whether the
-  // output is rescaled while the first product runs or, where that is short, beside the exponentials.
+  // How the products of a block are started (docs/kernels_diary.md, v11): whether the warpgroups take turns, and
+  // whether the output is rescaled while the first product runs or, where that is short, beside the exponentials.
   static constexpr bool kTakesTurns = kWarpgroups > 1 && kKvBlock != 80;
   static constexpr bool kRescalesBetween = kHeadDim > 64;
 
