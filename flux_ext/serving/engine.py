@@ -1,0 +1,103 @@
+"""What is changed in vLLM so that it serves with routers, and what it may not be asked for then."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..routers.collection import FluxRouters
+from .backend import RoutedBackend, install
+from .page_manager import register_pages
+from .vllm_seam import (
+    AttentionBackendEnum,
+    BaseModelLoader,
+    EngineArgs,
+    KVTransferConfig,
+    check_installed,
+    current_platform,
+    init_logger,
+    register_backend,
+    replace_method,
+)
+
+ROUTERS = "flux_ext_routers"
+"""Entry of the connector's configuration with the routers' folder or repository: so every process knows it."""
+SETTINGS = {
+    "enable_prefix_caching": (False, "a prompt's pages are given back in the middle and its routes are its own"),
+    "enforce_eager": (True, "routes are decided between a layer's operators, which compiled graphs cannot do yet"),
+    "disable_hybrid_kv_cache_manager": (False, "layers need page tables of their own"),
+}
+"""Arguments of the engine that are set, and why they may not be the other way."""
+
+
+def activate(routers: str) -> None:
+    """Makes engines of this process serve with these routers; without effect the second time.
+
+    Raises:
+        ImportError: see :func:`flux_ext.serving.vllm_seam.check_installed`.
+    """
+    check_installed()
+    register_pages()
+    register_backend(AttentionBackendEnum.CPU_ATTN, f"{RoutedBackend.__module__}.{RoutedBackend.__qualname__}")
+    replace_method(EngineArgs, "create_engine_config", functools.partial(_with_settings, routers))
+    replace_method(BaseModelLoader, "load_model", _with_routers)
+
+
+def _with_settings(routers: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare(self, routers)
+        config = original(self, *args, **kwargs)
+        refuse_unsupported(config)
+        init_logger("vllm.flux_ext").info("Serving with the routers in %s.", routers)
+        return config
+
+    return create_engine_config
+
+
+def prepare(arguments: Any, routers: str) -> None:
+    """Sets what routing needs in the arguments of an engine.
+
+    Raises:
+        ValueError: they ask for something that excludes it, or there are no routers of this name.
+    """
+    for name, (value, why) in SETTINGS.items():
+        given = getattr(arguments, name)
+        asked = given is not None and given != EngineArgs.__dataclass_fields__[name].default
+        if asked and given != value:
+            raise ValueError(f"with routers {name} must be {value}, got {given}: {why}")
+        setattr(arguments, name, value)
+    if arguments.kv_transfer_config is not None:
+        raise ValueError("with routers there is no other KV connector: kv_transfer_config must not be given")
+    if arguments.speculative_config is not None:
+        raise ValueError("speculative decoding is not supported with routers: speculative_config must not be given")
+    FluxRouters.from_pretrained(routers)  # here, where the error is seen
+    arguments.kv_transfer_config = KVTransferConfig(
+        kv_connector="FluxRoutes",
+        kv_connector_module_path="flux_ext.serving.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={ROUTERS: routers},
+    )
+
+
+def refuse_unsupported(config: Any) -> None:
+    """ValueError where a finished configuration is one that routers were not made for."""
+    if not current_platform.is_cpu():
+        raise ValueError(f"routers are served on CPUs only, this vLLM runs on {current_platform.device_type}")
+    parallel = config.parallel_config
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+        if (size := getattr(parallel, name)) != 1:
+            raise ValueError(f"with routers {name} must be 1, got {size}: a router needs all heads of all layers")
+    if (runner := config.model_config.runner_type) != "generate":
+        raise ValueError(f"with routers the model must generate, got runner_type {runner!r}")
+
+
+def _with_routers(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, vllm_config, *args, **kwargs)
+        install(model, FluxRouters.from_pretrained(vllm_config.kv_transfer_config.kv_connector_extra_config[ROUTERS]))
+        return model
+
+    return load_model

@@ -1,0 +1,42 @@
+"""Which tokens and pages of a request a sparse layer sees: arithmetic that scheduler and worker share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..operators.patterns import Streaming
+
+
+class Span(NamedTuple):
+    """Tokens ``[begin, end)`` of a request, computed in one step and all attending in one way."""
+
+    begin: int
+    end: int
+    sparse: bool
+
+
+def split(begin: int, end: int, dense_until: int, prompt_len: int, last_q: int) -> list[Span]:
+    """How tokens ``[begin, end)`` of a request with a sparse route attend, as few spans as possible.
+
+    Tokens before ``dense_until`` (chunks of the prompt that came before the route was known) and the last ``last_q``
+    ones of the prompt (:class:`flux_ext.Triangle`) see everything, all others sink and window. It depends on nothing
+    but positions: a request that is computed anew, in whatever chunks, attends as it did at first.
+    """
+    edges = sorted({begin, end} | {x for x in (dense_until, prompt_len - last_q, prompt_len) if begin < x < end})
+    spans: list[Span] = []
+    for low, high in zip(edges, edges[1:], strict=False):
+        sparse = low >= dense_until and not prompt_len - last_q <= low < prompt_len
+        if spans and spans[-1].sparse == sparse:
+            low = spans.pop().begin
+        spans.append(Span(low, high, sparse))
+    return spans
+
+
+def hidden(pattern: Streaming, position: int, page_size: int) -> tuple[int, int]:
+    """Pages ``[first, last)`` of which a sparse query at ``position`` sees no key, nor does any later one.
+
+    The first page of a request never is among them: it says whose request it is.
+    """
+    window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
+    first = max(1, -(-pattern.sink // page_size))
+    return first, max(first, window_begin // page_size)
