@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 from ..routers.collection import FluxRouters
 from .backend import RoutedBackend, install
 from .page_manager import register_pages
+from .plugin import ROUTERS_VARIABLE
 from .vllm_seam import (
     AttentionBackendEnum,
     BaseModelLoader,
@@ -31,8 +33,9 @@ SETTINGS = {
 """Arguments of the engine that are set, and why they may not be the other way."""
 
 
-def activate(routers: str) -> None:
-    """Makes engines of this process serve with these routers; without effect the second time.
+def activate() -> None:
+    """Makes the engines of this process serve with the routers that :data:`ROUTERS_VARIABLE` names when they are made;
+    without effect the second time.
 
     Raises:
         ImportError: see :func:`flux_ext.serving.vllm_seam.check_installed`.
@@ -40,13 +43,16 @@ def activate(routers: str) -> None:
     check_installed()
     register_pages()
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{RoutedBackend.__module__}.{RoutedBackend.__qualname__}")
-    replace_method(EngineArgs, "create_engine_config", functools.partial(_with_settings, routers))
+    replace_method(EngineArgs, "create_engine_config", _with_settings)
     replace_method(BaseModelLoader, "load_model", _with_routers)
 
 
-def _with_settings(routers: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        routers = os.environ.get(ROUTERS_VARIABLE, "")
+        if not routers:
+            return original(self, *args, **kwargs)
         prepare(self, routers)
         config = original(self, *args, **kwargs)
         refuse_unsupported(config)
@@ -97,7 +103,9 @@ def _with_routers(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = original(self, vllm_config, *args, **kwargs)
-        install(model, FluxRouters.from_pretrained(vllm_config.kv_transfer_config.kv_connector_extra_config[ROUTERS]))
+        channel = vllm_config.kv_transfer_config
+        if channel is not None and ROUTERS in channel.kv_connector_extra_config:
+            install(model, FluxRouters.from_pretrained(channel.kv_connector_extra_config[ROUTERS]))
         return model
 
     return load_model

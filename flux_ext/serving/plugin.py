@@ -16,8 +16,7 @@ def register() -> None:
     Raises:
         ImportError: the installed vLLM is not one that was tried, or lacks a name that is needed.
     """
-    routers = os.environ.get(ROUTERS_VARIABLE, "")
-    if routers:
+    if os.environ.get(ROUTERS_VARIABLE):
         from .engine import activate
 
-        activate(routers)
+        activate()

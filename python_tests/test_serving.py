@@ -1,0 +1,330 @@
+"""Serving without vLLM: what a step does with requests, routes and pages, against dense masks.
+
+A pager that stands for vLLM's hands out pages, takes back those that are out of sight and spoils what it took. What
+vLLM itself does is in test_serving_vllm.py.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flux_ext import FluxConfig, FluxRouters, Streaming, Triangle
+from flux_ext.operators.patterns import dense_mask
+from flux_ext.serving import plugin
+from flux_ext.serving.layers import RoutedLayer, Row, Step
+from flux_ext.serving.requests import NULL_PAGE, Requests
+from flux_ext.serving.visible_pages import Span, hidden, split
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+def test_unset_nothing_is_imported(monkeypatch):
+    monkeypatch.setattr("builtins.__import__", None)
+    monkeypatch.delenv(plugin.ROUTERS_VARIABLE, raising=False)
+    plugin.register()
+    monkeypatch.setenv(plugin.ROUTERS_VARIABLE, "")
+    plugin.register()
+
+
+# --- Which tokens and pages are seen.
+
+
+def test_a_prompt_in_one_chunk_is_sparse_from_its_first_token():
+    assert split(0, 300, 0, 300, 0) == [Span(0, 300, True)]
+    assert split(300, 301, 0, 300, 0) == [Span(300, 301, True)]
+
+
+def test_chunks_before_the_decision_and_the_last_rows_are_dense():
+    assert split(0, 512, 512, 700, 100) == [Span(0, 512, False)]
+    assert split(512, 700, 512, 700, 100) == [Span(512, 600, True), Span(600, 700, False)]
+    assert split(0, 720, 512, 700, 100) == [Span(0, 512, False), Span(512, 600, True), Span(600, 700, False), Span(700, 720, True)]
+    assert split(512, 700, 512, 700, 400) == [Span(512, 700, False)]
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 20), st.data())
+def test_spans_are_the_rows_of_the_dense_mask(prompt_len, dense_until, last_q, data):
+    """However a request is cut into steps, each token attends in one way."""
+    dense_until = min(dense_until, prompt_len)
+    total = prompt_len + data.draw(st.integers(0, 20))
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=6))})
+    sparse: list[bool] = []
+    for begin, end in zip(cuts, cuts[1:], strict=False):
+        spans = split(begin, end, dense_until, prompt_len, last_q)
+        assert spans[0].begin == begin and spans[-1].end == end
+        assert all(a.end == b.begin and a.sparse != b.sparse for a, b in zip(spans, spans[1:], strict=False))
+        sparse += [s.sparse for s in spans for _ in range(s.begin, s.end)]
+    expected = [p >= dense_until and (p >= prompt_len or p < prompt_len - last_q) for p in range(total)]
+    assert sparse == expected
+
+
+@given(st.integers(0, 50), st.integers(1, 40), st.sampled_from([1, 4, 16]), st.integers(1, 40), st.integers(0, 400))
+def test_hidden_pages_are_those_that_no_later_query_sees(sink, blocks, align, page_size, position):
+    pattern = Streaming(sink, blocks * align, align)
+    first, last = hidden(pattern, position, page_size)
+    later = dense_mask(pattern, 120, position + 120).any(0)  # of the queries from position on
+    seen = [bool(later[j : j + page_size].any()) for j in range(0, position, page_size)]
+    for page, visible in enumerate(seen):
+        whole = (page + 1) * page_size <= position
+        assert (first <= page < last) == (not visible and whole and page > 0), page
+
+
+# --- Requests.
+
+
+def test_a_request_is_found_by_its_first_page_until_it_ends():
+    requests = Requests()
+    requests.begin("a", 10, (3, 4))
+    requests.begin("b", 20, (4, 3))
+    assert requests.at(0, 3).name == "a" and requests.at(1, 3).name == "b" and requests.at(0, NULL_PAGE) is None
+    requests.end("a")
+    requests.end("never seen")
+    assert len(requests) == 1
+    with pytest.raises(RuntimeError, match="page 3 of group 0 is the first of no request"):
+        requests.at(0, 3)
+
+
+def test_a_preempted_request_keeps_its_routes_and_not_its_pages():
+    requests = Requests()
+    requests.begin("a", 10, (3,))
+    requests.decide(requests.at(0, 3), 0, (1,), 0)
+    assert [r.name for r in requests.take_decided()] == ["a"] and requests.take_decided() == []
+    requests.begin("b", 20, (3,))  # has the page of a, which was preempted
+    requests.begin("a", 10, (5,))
+    assert requests.at(0, 3).name == "b"
+    assert requests.at(0, 5).routes == {0: (1,)} and requests.take_decided() == []
+    with pytest.raises(RuntimeError, match="layer 0 of request a has a route"):
+        requests.decide(requests.at(0, 5), 0, (0,), 0)
+    requests.end("b")
+    requests.end("a")
+    assert len(requests) == 0
+
+
+# --- A layer over pages.
+
+
+class Pager:
+    """Pages of one layer for several requests, as a scheduler and its workers have them."""
+
+    def __init__(self, page_size: int, pages: int, dtype: torch.dtype) -> None:
+        shape = (pages, KV_HEADS, 2, page_size, DIM)  # as vLLM's CPU build lays them out
+        self.memory = torch.full(shape, math.nan, dtype=dtype)
+        self.k, self.v = (self.memory[:, :, i].transpose(1, 2) for i in (0, 1))
+        self.free = list(range(1, pages))
+        self.tables: dict[str, list[int]] = {}  # the worker's: it is not told of pages that were taken
+        self.owned: dict[str, dict[int, int]] = {}  # what the scheduler knows: by position, a page may come back
+
+    def grow(self, name: str, tokens: int) -> None:
+        table = self.tables.setdefault(name, [])
+        while len(table) * self.k.shape[1] < tokens:
+            table.append(self.free.pop(0))
+            self.owned.setdefault(name, {})[len(table) - 1] = table[-1]
+
+    def store(self, name: str, begin: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        for i in range(len(k)):
+            page, slot = divmod(begin + i, self.k.shape[1])
+            self.k[self.tables[name][page], slot], self.v[self.tables[name][page], slot] = k[i], v[i]
+
+    def take(self, name: str, pages: range) -> None:
+        """Takes pages back and spoils them."""
+        for page in [self.owned[name].pop(i) for i in pages if i in self.owned[name]]:
+            self.memory[page] = math.nan
+            self.free.append(page)
+
+    def drop(self, name: str) -> None:
+        self.take(name, range(len(self.tables[name])))
+        del self.tables[name]
+
+
+def spread_router(per_head: bool, pool_size: int, pattern: str = "streaming", **fields) -> tuple[FluxConfig, torch.nn.Module]:
+    """A router whose decisions differ among prompts."""
+    granularity = "head" if per_head else "layer"
+    config = FluxConfig(
+        pattern=pattern, granularity=granularity, num_layers=1, head_dim=DIM, pool_size=pool_size, **fields
+    )
+    router = FluxRouters(config).layers[0]
+    with torch.no_grad():
+        router.encoder[0].weight.mul_(40)
+        router.classifier[4].weight.mul_(40)
+        router.classifier[4].bias.zero_()
+    return config, router
+
+
+def twin(q, k, v, pattern, sparse, dense_until, prompt_len, last_q):
+    """Attention of all tokens of one request at once, ``sparse`` one bool per KV head, by dense masks in fp64."""
+    n = len(q)
+    streaming = dense_mask(pattern, n, n)
+    p = torch.arange(n)[:, None]
+    everything = torch.ones(n, n, dtype=torch.bool).tril()
+    dense_rows = (p < dense_until) | ((p >= prompt_len - last_q) & (p < prompt_len))
+    out = torch.empty_like(q, dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):
+        visible = torch.where(dense_rows, everything, streaming) if sparse[h // group] else everything
+        scores = q[:, h].double() @ k[:, h // group].double().T * DIM**-0.5
+        out[:, h] = scores.masked_fill(~visible, -math.inf).softmax(-1) @ v[:, h // group].double()
+    return out
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["layer", "head"])
+@pytest.mark.parametrize("pattern", ["streaming", "triangle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype):
+    """Many requests of different lengths in random steps: chunks, single tokens, preemption and computation anew,
+    pages taken back and given to others, spoilt in between."""
+    choose = random.Random(per_head * 2 + (pattern == "triangle"))
+    config, router = spread_router(per_head, 8, pattern, sink=5, window=24, align=8, last_q=20)
+    last_q = config.last_q if pattern == "triangle" else 0
+    requests = Requests()
+    layer = RoutedLayer(0, router, config, requests)
+    layer.group = 0
+    pager = Pager(page_size=8, pages=200, dtype=dtype)
+    whole: dict[str, dict] = {}
+    for i in range(12):
+        prompt_len, total = (n := choose.randint(1, 150)), n + choose.randint(1, 60)
+        x = {name: torch.randn(total, h, DIM).to(dtype) for name, h in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS))}
+        x["k"] += torch.randn(KV_HEADS, DIM).to(dtype)  # so that prompts differ in what a router sees
+        x["q"] += torch.randn(HEADS, DIM).to(dtype)
+        whole[f"r{i}"] = x | {"prompt_len": prompt_len, "total": total, "done": 0, "out": torch.zeros_like(x["q"])}
+    chunked = sparse_seen = freed = 0
+    routes: dict[str, tuple] = {}
+    while unfinished := [name for name, x in whole.items() if x["done"] < x["total"]]:
+        rows, packed, tables = [], {"q": [], "k": []}, []
+        for name in choose.sample(unfinished, min(4, len(unfinished))):
+            x = whole[name]
+            if name in pager.tables and choose.random() < 0.05:  # preempted
+                pager.drop(name)
+                x["done"] = 0
+                continue
+            if x["done"] < x["prompt_len"]:
+                count = choose.choice([x["prompt_len"] - x["done"], choose.randint(1, x["prompt_len"] - x["done"])])
+            elif name not in pager.tables:
+                count = x["total"]
+            else:
+                count = 1
+            if x["done"] == 0 and name in routes:  # computed anew, beyond the prompt in one step
+                count = choose.randint(1, x["total"])
+            begin, end = x["done"], min(x["done"] + count, x["total"])
+            new = name not in pager.tables
+            pager.grow(name, end)
+            if new:
+                requests.begin(name, x["prompt_len"], (pager.tables[name][0],))
+            pager.store(name, begin, x["k"][begin:end], x["v"][begin:end])
+            for part in packed:
+                packed[part].append(x[part][begin:end])
+            rows.append((name, begin, end))
+            x["done"] = end
+        if not rows:
+            continue
+        width = max(len(pager.tables[name]) for name, *_ in rows)
+        tables = [pager.tables[name] + [NULL_PAGE] * (width - len(pager.tables[name])) for name, *_ in rows]
+        lengths = torch.tensor([0, *(end - begin for _, begin, end in rows)]).cumsum(0).int()
+        kv_len = torch.tensor([end for *_, end in rows]).int()
+        step = Step.of(requests, 0, lengths, kv_len, torch.tensor(tables).int())
+        q, k = torch.cat(packed["q"]), torch.cat(packed["k"])
+        layer.see(k if per_head else q, step)
+        out = layer.attend(q, pager.k, pager.v, step, DIM**-0.5)
+        for name, begin, end in rows:
+            x = whole[name]
+            x["out"][begin:end] = out[: end - begin]
+            out = out[end - begin :]
+            request = requests.at(0, pager.tables[name][0])
+            if end >= x["prompt_len"]:
+                route = routes.setdefault(name, (request.routes[0], request.dense_until))
+                assert route == (request.routes[0], request.dense_until)  # for ever
+                chunked += request.dense_until > 0
+                if request.is_sparse(0):
+                    first, last = hidden(layer.pattern, end, 8)
+                    pager.take(name, range(first, min(last, len(pager.tables[name]))))
+                    freed += max(last - first, 0)
+        for name in [name for name in pager.tables if whole[name]["done"] == whole[name]["total"]]:
+            pager.drop(name)
+            requests.end(name)
+    assert len(requests) == 0 and sorted(pager.free) == list(range(1, 200))
+    for name, x in whole.items():
+        route, dense_until = routes[name]
+        states = (x["k"] if per_head else x["q"])[: x["prompt_len"]]
+        expected_route = router.decide(states[None])[1][0].tolist()
+        assert list(route) == (expected_route if per_head else [expected_route]), name
+        sparse = [bool(r) for r in (route if per_head else route * KV_HEADS)]
+        sparse_seen += any(sparse)
+        expected = twin(x["q"], x["k"], x["v"], layer.pattern, sparse, dense_until, x["prompt_len"], last_q)
+        bound = 2e-6 if dtype == torch.float32 else 3e-2
+        assert (x["out"].double() - expected).abs().max() < bound, (name, route, dense_until)
+    assert chunked and freed and 0 < sparse_seen < 12  # the cases meant were there
+
+
+def test_pages_that_were_given_back_are_never_loaded():
+    """A kernel loads whole blocks of keys; what lies beside the visible ones may be another request's or not a number."""
+    config, router = spread_router(False, 4, sink=8, window=16)
+    requests = Requests()
+    layer = RoutedLayer(0, router, config, requests)
+    layer.group = 0
+    pager = Pager(page_size=8, pages=20, dtype=torch.float32)
+    pager.grow("a", 100)
+    requests.begin("a", 99, (pager.tables["a"][0],))
+    requests.decide(requests.at(0, pager.tables["a"][0]), 0, (1,), 0)
+    k, v, q = torch.randn(100, KV_HEADS, DIM), torch.randn(100, KV_HEADS, DIM), torch.randn(1, HEADS, DIM)
+    pager.store("a", 0, k, v)
+    step = Step.of(
+        requests, 0, torch.tensor([0, 1]).int(), torch.tensor([100]).int(), torch.tensor([pager.tables["a"]]).int()
+    )
+    before = layer.attend(q, pager.k, pager.v, step, 0.25)
+    first, last = hidden(layer.pattern, 99, 8)
+    assert (first, last) == (1, 10)
+    pager.take("a", range(first, last))
+    assert torch.equal(layer.attend(q, pager.k, pager.v, step, 0.25), before)
+    assert before.isfinite().all()
+
+
+def test_a_short_prompt_in_chunks_is_pooled_as_a_whole():
+    """Below twice the pool size both ends overlap, and count twice where they do."""
+    config, router = spread_router(False, 8, sink=4, window=16)
+    for length in (1, 7, 8, 9, 15, 16, 17, 40):
+        states = torch.randn(length, HEADS, DIM)
+        whole = router.decide(states[None])[0]
+        requests = Requests()
+        layer = RoutedLayer(0, router, config, requests)
+        seen = []
+        layer.router = lambda: None
+        layer.router.pool_size = 8
+        layer.router.decide = lambda rows, *spans: (seen.append(router.decide(rows, *spans)[0]), torch.tensor([1]))
+        requests.begin("a", length, (1,))
+        done = 0
+        for size in (5, 3, 6, 1, 30):
+            end = min(done + size, length)
+            step = Step([Row(requests.at(0, 1), 0, end - done, done, end)], torch.tensor([[1]]))
+            layer.see(states[done:end], step)
+            done = end
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_rehearsals_without_requests_attend_fully():
+    config, router = spread_router(False, 8, sink=4, window=16)
+    layer = RoutedLayer(0, router, config, Requests())
+    layer.group = 0
+    tensors = torch.tensor([0, 2, 2]).int(), torch.tensor([2, 0]).int(), torch.zeros(2, 4).int()
+    step = Step.of(layer.requests, 0, *tensors)
+    q, pages = torch.randn(2, HEADS, DIM), torch.zeros(3, 8, KV_HEADS, DIM)
+    layer.see(q, step)
+    assert torch.equal(layer.attend(q, pages, pages, step, 0.25), torch.zeros_like(q))
+    empty = Step([], torch.zeros(0, 4).int())
+    assert torch.equal(layer.attend(q, pages, pages, empty, 0.25), torch.zeros_like(q))
+
+
+def test_triangle_is_streaming_with_dense_last_rows():
+    """The pattern that the operators have for whole prompts says the same as spans."""
+    pattern = Triangle(sink=4, window=16, last_q=10, align=8)
+    mask = dense_mask(pattern, 60, 60)
+    streaming = dense_mask(pattern.decode(), 60, 60)
+    for begin, end, sparse in split(0, 60, 0, 60, 10):
+        expected = streaming if sparse else torch.ones(60, 60, dtype=torch.bool).tril()
+        assert torch.equal(mask[begin:end], expected[begin:end])
+
+
+settings.register_profile("serving", deadline=None)
+settings.load_profile("serving")
