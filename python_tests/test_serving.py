@@ -41,7 +41,12 @@ def test_a_prompt_in_one_chunk_is_sparse_from_its_first_token():
 def test_chunks_before_the_decision_and_the_last_rows_are_dense():
     assert split(0, 512, 512, 700, 100) == [Span(0, 512, False)]
     assert split(512, 700, 512, 700, 100) == [Span(512, 600, True), Span(600, 700, False)]
-    assert split(0, 720, 512, 700, 100) == [Span(0, 512, False), Span(512, 600, True), Span(600, 700, False), Span(700, 720, True)]
+    assert split(0, 720, 512, 700, 100) == [
+        Span(0, 512, False),
+        Span(512, 600, True),
+        Span(600, 700, False),
+        Span(700, 720, True),
+    ]
     assert split(512, 700, 512, 700, 400) == [Span(512, 700, False)]
 
 
@@ -139,7 +144,9 @@ class Pager:
         del self.tables[name]
 
 
-def spread_router(per_head: bool, pool_size: int, pattern: str = "streaming", **fields) -> tuple[FluxConfig, torch.nn.Module]:
+def spread_router(
+    per_head: bool, pool_size: int, pattern: str = "streaming", **fields
+) -> tuple[FluxConfig, torch.nn.Module]:
     """A router whose decisions differ among prompts."""
     granularity = "head" if per_head else "layer"
     config = FluxConfig(

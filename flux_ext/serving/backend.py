@@ -168,7 +168,9 @@ def attention_parents(model: nn.Module) -> dict[int, Any]:
             del layers[attention.layer_name]
     if layers or not parents:
         names = ", ".join(sorted(layers)[:2]) or "no layer"
-        raise ValueError(f"{type(model).__name__} cannot be routed: attn and rotary_emb side by side expected ({names})")
+        raise ValueError(
+            f"{type(model).__name__} cannot be routed: attn and rotary_emb side by side expected ({names})"
+        )
     return parents
 
 

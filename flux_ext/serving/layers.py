@@ -42,9 +42,7 @@ class Step:
     page_table: Tensor
 
     @classmethod
-    def of(
-        cls, requests: Requests, group: int, cu_seqlens: Tensor, kv_len: Tensor, page_table: Tensor
-    ) -> Step:
+    def of(cls, requests: Requests, group: int, cu_seqlens: Tensor, kv_len: Tensor, page_table: Tensor) -> Step:
         """From what vLLM's runner hands to attention, int32 ``[B + 1]``, ``[B]`` and ``[B, max_pages]``: waits for
         the device."""
         bounds, lengths = cu_seqlens.tolist(), kv_len.tolist()

@@ -1,0 +1,199 @@
+"""Routed models in a real vLLM: its scheduler, runner and page pool, in this process, on its build for CPUs.
+
+Freed pages are overwritten with NaN all along. What must come out is said by dense masks in transformers, and by this
+package's own patched model. Runs where vLLM is installed: ``.ci/run`` has an environment for it.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed: .ci/run tests serving in an environment of its own")
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["FLUX_EXT_ROUTERS"] = "named by each engine below"  # so that vLLM's loading of plugins activates ours
+
+from transformers import AutoModelForCausalLM
+
+import flux_ext
+from serving_engine import LAYERS, PAGE, Oracle, engine, make_model, make_routers, prompt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+def routers(tmp_path_factory, name, routes=None, **fields):
+    return make_routers(tmp_path_factory.mktemp(name), routes, **fields)
+
+
+def run(running, prompts, tokens):
+    """Outputs and decisions, in the prompts' order; prompts have different lengths."""
+    running.decisions.clear()
+    outputs = running.generate(prompts, tokens)
+    by_length = {d.prompt_len: d for d in running.decisions.values()}
+    assert len(by_length) == len(prompts)
+    return outputs, [by_length[len(p)] for p in prompts]
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    return routers(tmp_path_factory, "spread")
+
+
+def set_routes(running, routes):
+    """The same routes for every prompt from now on, "0" or "1" per layer, in the engine's own routers."""
+    for layer in running.layers.values():
+        routed = layer.flux_ext_layer.routed
+        with torch.no_grad():
+            last = routed.router.classifier[4]
+            last.weight.zero_()
+            last.bias.copy_(torch.tensor([0.0, 1.0 if routes[routed.index] == "0" else -1.0]))
+
+
+PROMPTS = [prompt(10 + i, n) for i, n in enumerate((300, 500, 170))]
+"""For what is compared with vLLM without routers."""
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    """What vLLM makes of :data:`PROMPTS` without routers, and the pages in use at each step."""
+    with engine(model, None, poison=False, max_model_len=1024, max_num_batched_tokens=1024) as running:
+        assert len(running.groups) == 1 and running.llm.llm_engine.vllm_config.kv_transfer_config is None
+        assert not any(hasattr(layer, "flux_ext_layer") for layer in running.layers.values())
+        outputs = running.generate(PROMPTS, 40)
+        return outputs, list(running.used)
+
+
+@pytest.fixture(scope="class")
+def routed(model, spread, stock):  # after the stock engine is gone: a process has one at a time
+    """Steps of up to 1024 tokens, a pool that holds all that the tests ask for."""
+    with engine(model, spread, max_model_len=1024, max_num_batched_tokens=1024, num_gpu_blocks_override=400) as running:
+        yield running
+
+
+@pytest.fixture(scope="class")
+def small(model, spread):
+    """Steps of few tokens, so that prompts come in chunks, and a pool that two long requests do not fit into."""
+    with engine(model, spread, max_model_len=768, max_num_batched_tokens=128, num_gpu_blocks_override=100) as running:
+        yield running
+
+
+class TestPromptsInOneStep:
+    def test_every_layer_has_pages_of_its_own(self, routed):
+        assert [len(group.layer_names) for group in routed.groups] == [1] * LAYERS
+
+    def test_tokens_are_those_of_the_patched_model(self, routed, model, spread):
+        """Alone and together, prompts of different lengths and routes."""
+        prompts = [prompt(i, n) for i, n in enumerate((300, 401, 170, 33, 97))]
+        together, decisions = run(routed, prompts, 20)
+        routes = {tuple(sorted(d.routes.items())) for d in decisions}
+        assert len(routes) > 1 and any(r != (0,) for d in decisions for r in d.routes.values())  # else it says little
+        patched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        flux_ext.patch(patched, routers=str(spread))
+        for x, output, decision in zip(prompts, together, decisions, strict=True):
+            if decision.dense_until == 0:
+                tokens = patched.generate(
+                    torch.tensor([x]), max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None
+                )
+                assert tokens[0, len(x) :].tolist() == list(output.token_ids)
+        assert sum(d.dense_until == 0 for d in decisions) >= 3
+        oracle = Oracle(model, spread)
+        for x, output, decision in zip(prompts, together, decisions, strict=True):
+            oracle.check(x, output, decision)
+            (alone,), (again,) = run(routed, [x], 20)
+            assert list(alone.token_ids) == list(output.token_ids) and again.routes == decision.routes
+
+    def test_all_full_is_what_vllm_does_without_routers(self, routed, stock):
+        set_routes(routed, "0000")
+        outputs = routed.generate(PROMPTS, 40)
+        for ours, theirs in zip(outputs, stock[0], strict=True):
+            assert list(ours.token_ids) == list(theirs.token_ids)
+            for a, b, token in zip(ours.logprobs, theirs.logprobs, ours.token_ids, strict=True):
+                assert abs(a[token].logprob - b[token].logprob) < 2e-3
+        assert routed.used == stock[1]
+
+    @pytest.mark.parametrize("routes", ["0100", "0101", "1111"])
+    def test_pages_out_of_sight_go_back_to_the_pool(self, routed, stock, routes):
+        """To the page: after the prompt, a sparse layer keeps the pages of sink and window, a full one all."""
+        set_routes(routed, routes)
+        routed.generate(PROMPTS, 40)
+        assert routed.used[:2] == stock[1][:2]  # the prompts are computed in two steps, and everything is kept
+        sparse = routes.count("1")
+
+        def kept(tokens):  # sink of 32: one page; window of 64 before the token that comes next
+            pages = -(-(tokens + 1) // PAGE)
+            return (LAYERS - sparse) * pages + sparse * (1 + pages - max(1, (tokens + 1 - 64) // PAGE))
+
+        full = [step for step, tokens in enumerate(routed.steps) if len(tokens) == 3 and min(tokens) > 170]
+        assert len(full) > 30
+        for step in full:  # all prompts are done
+            assert routed.used[step] == sum(map(kept, routed.steps[step])), step
+            assert routed.used[step] < stock[1][step]
+
+    def test_an_aborted_request_leaves_nothing(self, routed):
+        from vllm import SamplingParams
+
+        set_routes(routed, "0101")
+        requests = next(iter(routed.layers.values())).flux_ext_layer.routed.requests
+        llm = routed.llm.llm_engine
+        sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True, detokenize=False)
+        names = [f"abort-{i}" for i in range(3)]
+        for name, length in zip(names, (120, 260, 900), strict=True):
+            llm.add_request(name, {"prompt_token_ids": prompt(length, length)}, sampling)
+        llm.step()  # the third is in the middle of its prompt
+        for _ in range(3):
+            llm.step()
+        llm.abort_request([names[0]])
+        llm.step()
+        llm.abort_request(names[1:])
+        while llm.has_unfinished_requests():
+            llm.step()
+        assert routed.pages_in_use() == 0
+        (output,) = routed.generate([prompt(1, 50)], 3)
+        assert len(output.token_ids) == 3 and len(requests) <= 1  # the last one ends with the next step
+
+
+class TestPromptsInChunks:
+    def test_prompts_in_chunks(self, small, model, spread):
+        """Dense until the chunk that completes the prompt; then the router has seen both ends, and pages go back."""
+        oracle = Oracle(model, spread)
+        sparse = 0
+        for seed, length in enumerate(
+            (600, 129, 257, 145, 384, 700)
+        ):  # the end within a chunk, across two, a single token
+            x = prompt(20 + seed, length)
+            (output,), (decision,) = run(small, [x], 8)
+            assert decision.dense_until == (length - 1) // 128 * 128
+            oracle.check(x, output, decision)
+            sparse += sum(r for (r,) in decision.routes.values())
+        assert sparse > 2
+
+    def test_requests_side_by_side_in_chunks(self, small, model, spread):
+        oracle = Oracle(model, spread)
+        prompts = [prompt(40 + i, n) for i, n in enumerate((200, 150, 90, 61, 30))]
+        outputs, decisions = run(small, prompts, 12)
+        assert any(d.dense_until for d in decisions) and any(not d.dense_until for d in decisions)
+        for x, output, decision in zip(prompts, outputs, decisions, strict=True):
+            oracle.check(x, output, decision)
+
+    def test_a_preempted_request_is_computed_anew_with_its_route(self, small, model, spread):
+        oracle = Oracle(model, spread)
+        before = small.preempted
+        prompts = [prompt(60 + i, n) for i, n in enumerate((130, 150, 170, 190))]
+        outputs, decisions = run(small, prompts, 200)
+        assert small.preempted > before
+        for x, output, decision in zip(prompts, outputs, decisions, strict=True):
+            oracle.check(x, output, decision)
+
+    def test_a_prompt_longer_than_the_model_takes_is_refused(self, small):
+        with pytest.raises(ValueError, match="768"):
+            small.generate([prompt(0, 800)], 1)
+        small.core.scheduler  # noqa: B018  (and the engine goes on)
+        assert len(small.generate([prompt(0, 40)], 2)[0].token_ids) == 2
