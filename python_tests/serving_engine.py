@@ -134,13 +134,24 @@ class Engine:
         return [output.outputs[0] for output in outputs]
 
 
+def load_plugins() -> None:
+    """Lets vLLM load its plugins, once in a process, and ours change it: engines without routers have that too."""
+    from vllm.plugins import load_general_plugins
+
+    os.environ[ROUTERS_VARIABLE] = "each engine has its own"
+    load_general_plugins()
+    os.environ[ROUTERS_VARIABLE] = ""
+
+
 @contextlib.contextmanager
 def engine(model: Path, routers: Path | None, poison: bool = True, **arguments: Any) -> Iterator[Engine]:
     """An engine in this process, with routers or as vLLM is without them; its freed pages are spoilt."""
-    os.environ[ROUTERS_VARIABLE] = str(routers or "")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
+    load_plugins()
+    os.environ[ROUTERS_VARIABLE] = str(routers or "")
 
     settings = {"dtype": "float32", "max_num_seqs": 8, "block_size": PAGE, "seed": 0, "enforce_eager": True}
     llm = LLM(str(model), **{**settings, "enable_prefix_caching": False, **arguments})

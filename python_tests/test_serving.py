@@ -6,6 +6,7 @@ vLLM itself does is in test_serving_vllm.py.
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,10 +58,10 @@ def test_spans_are_the_rows_of_the_dense_mask(prompt_len, dense_until, last_q, d
     total = prompt_len + data.draw(st.integers(0, 20))
     cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=6))})
     sparse: list[bool] = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         spans = split(begin, end, dense_until, prompt_len, last_q)
         assert spans[0].begin == begin and spans[-1].end == end
-        assert all(a.end == b.begin and a.sparse != b.sparse for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a.end == b.begin and a.sparse != b.sparse for a, b in pairwise(spans))
         sparse += [s.sparse for s in spans for _ in range(s.begin, s.end)]
     expected = [p >= dense_until and (p >= prompt_len or p < prompt_len - last_q) for p in range(total)]
     assert sparse == expected
@@ -265,7 +266,7 @@ def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype
 
 
 def test_pages_that_were_given_back_are_never_loaded():
-    """A kernel loads whole blocks of keys; what lies beside the visible ones may be another request's or not a number."""
+    """A kernel loads whole blocks of keys; beside the visible ones may lie another request's, or NaN."""
     config, router = spread_router(False, 4, sink=8, window=16)
     requests = Requests()
     layer = RoutedLayer(0, router, config, requests)
@@ -287,6 +288,17 @@ def test_pages_that_were_given_back_are_never_loaded():
     assert before.isfinite().all()
 
 
+class RecordingRouter:
+    """A router that routes everything sparse, and its logits."""
+
+    def __init__(self, router, seen):
+        self.router, self.seen, self.pool_size = router, seen, router.pool_size
+
+    def decide(self, *args):
+        self.seen.append(self.router.decide(*args)[0])
+        return self.seen[-1], torch.tensor([1])
+
+
 def test_a_short_prompt_in_chunks_is_pooled_as_a_whole():
     """Below twice the pool size both ends overlap, and count twice where they do."""
     config, router = spread_router(False, 8, sink=4, window=16)
@@ -296,9 +308,7 @@ def test_a_short_prompt_in_chunks_is_pooled_as_a_whole():
         requests = Requests()
         layer = RoutedLayer(0, router, config, requests)
         seen = []
-        layer.router = lambda: None
-        layer.router.pool_size = 8
-        layer.router.decide = lambda rows, *spans: (seen.append(router.decide(rows, *spans)[0]), torch.tensor([1]))
+        layer.router = RecordingRouter(router, seen)
         requests.begin("a", length, (1,))
         done = 0
         for size in (5, 3, 6, 1, 30):

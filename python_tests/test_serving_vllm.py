@@ -5,6 +5,9 @@ package's own patched model. Runs where vLLM is installed: ``.ci/run`` has an en
 """
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,13 +18,12 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ["FLUX_EXT_ROUTERS"] = "named by each engine below"  # so that vLLM's loading of plugins activates ours
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+from serving_engine import LAYERS, PAGE, Oracle, engine, load_plugins, make_model, make_routers, prompt
 from transformers import AutoModelForCausalLM
 
 import flux_ext
-from serving_engine import LAYERS, PAGE, Oracle, engine, make_model, make_routers, prompt
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ class TestPromptsInOneStep:
         """To the page: after the prompt, a sparse layer keeps the pages of sink and window, a full one all."""
         set_routes(routed, routes)
         routed.generate(PROMPTS, 40)
-        assert routed.used[:2] == stock[1][:2]  # the prompts are computed in two steps, and everything is kept
+        assert routed.used[0] == stock[1][0]  # for the prompts themselves, in one step, there is a page for everything
         sparse = routes.count("1")
 
         def kept(tokens):  # sink of 32: one page; window of 64 before the token that comes next
@@ -193,7 +195,98 @@ class TestPromptsInChunks:
             oracle.check(x, output, decision)
 
     def test_a_prompt_longer_than_the_model_takes_is_refused(self, small):
-        with pytest.raises(ValueError, match="768"):
+        with pytest.raises(Exception, match="maximum context length is 768 tokens"):
             small.generate([prompt(0, 800)], 1)
-        small.core.scheduler  # noqa: B018  (and the engine goes on)
         assert len(small.generate([prompt(0, 40)], 2)[0].token_ids) == 2
+
+
+# --- What is refused. None of it starts an engine.
+
+
+def configured(model, routers, monkeypatch, **arguments):
+    """The configuration of an engine with routers."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    load_plugins()
+    monkeypatch.setenv("FLUX_EXT_ROUTERS", str(routers))
+    return EngineArgs(model=str(model), dtype="float32", max_model_len=512, **arguments).create_engine_config()
+
+
+def test_what_routing_needs_is_set(model, spread, monkeypatch):
+    config = configured(model, spread, monkeypatch)
+    assert not config.cache_config.enable_prefix_caching and config.model_config.enforce_eager
+    assert config.kv_transfer_config.kv_connector == "FluxRoutes"
+    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"enable_prefix_caching": True}, "enable_prefix_caching must be False, got True"),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager must be False, got True"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1, got 2"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative_config must not be given",
+        ),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config must not be given",
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_what_excludes_routing_is_refused(model, spread, monkeypatch, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        configured(model, spread, monkeypatch, **arguments)
+
+
+def test_a_folder_without_routers_is_refused(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no routers are there"):
+        configured(model, model, monkeypatch)
+    with pytest.raises(ValueError, match="is not a folder of saved routers"):
+        configured(model, tmp_path / "none", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_layers": 3}, "the routers are of a model with 3 layers, this one has 4"),
+        ({"head_dim": 64}, "the routers are of a model with head_dim 64, this one has 32"),
+        ({"num_kv_heads": 4}, "the routers are of a model with num_kv_heads 4, this one has 2"),
+    ],
+    ids=["num_layers", "head_dim", "num_kv_heads"],
+)
+def test_routers_of_another_model_are_refused(model, tmp_path, monkeypatch, fields, message):
+    with pytest.raises(ValueError, match=message):
+        configured(model, make_routers(tmp_path, **fields), monkeypatch)
+
+
+def test_another_vllm_is_refused_by_name(monkeypatch):
+    from flux_ext.serving import vllm_seam
+
+    vllm_seam.check_version()
+    for version in ("0.33.0", "0.31.2+cu129", "1.0.0rc1", "dev"):
+        with pytest.raises(ImportError, match=f"serves with vLLM 0.32, installed is {re.escape(version)}"):
+            vllm_seam.check_version(version)
+    monkeypatch.setattr(vllm_seam, "CALLED", [(vllm_seam.Attention, "get_kv_cache_spec", ("vllm_config", "page"))])
+    with pytest.raises(ImportError, match="lacks what flux_ext needs, argument page of Attention.get_kv_cache_spec"):
+        vllm_seam.check_installed()
+    monkeypatch.setattr(vllm_seam, "CALLED", [(vllm_seam.Attention, "route", ())])
+    with pytest.raises(ImportError, match="Attention.route: install one that was tried, 0.32"):
+        vllm_seam.check_installed()
+
+
+def test_unset_vllm_is_left_as_it_is():
+    """In a process of its own: vLLM loads its plugins, ours among them, and nothing of vLLM or of ours is there."""
+    code = (
+        "import importlib.metadata, sys, vllm.plugins\n"
+        "names = {p.name for p in importlib.metadata.entry_points(group='vllm.general_plugins')}\n"
+        "vllm.plugins.load_general_plugins()\n"
+        "assert 'flux_ext' in names and 'flux_ext.serving.plugin' in sys.modules\n"
+        "assert not {'flux_ext.serving.engine', 'flux_ext.serving.vllm_seam'} & set(sys.modules)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "FLUX_EXT_ROUTERS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

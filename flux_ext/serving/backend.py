@@ -133,15 +133,13 @@ def install(model: nn.Module, routers: FluxRouters) -> None:
     """
     config, requests = routers.config, Requests()
     parents = attention_parents(model)
-    if config.num_layers not in (None, len(parents)):
-        raise ValueError(f"the routers are of a model with {config.num_layers} layers, this one has {len(parents)}")
     device = next(model.parameters()).device
     for index, router in zip(config.routed_layers(), routers.to(device).layers, strict=True):
         if index not in parents:
             raise ValueError(f"the routers have layer {index}, the model {len(parents)} layers with attention")
         parent = parents[index]
         attention = parent.attn
-        refuse_layer(attention, index, config)
+        refuse_layer(attention, index)
         tap = Tap(parent.rotary_emb, RoutedLayer(index, router, config, requests), attention)  # type: ignore[arg-type]
         parent.rotary_emb = tap
         attention.__dict__[_ROUTED] = tap  # not as a submodule: it is one of its parent's
@@ -174,7 +172,7 @@ def attention_parents(model: nn.Module) -> dict[int, Any]:
     return parents
 
 
-def refuse_layer(attention: Any, index: int, config: Any) -> None:
+def refuse_layer(attention: Any, index: int) -> None:
     """ValueError where a layer's attention is more than scaled, causal and over all earlier keys."""
     implementation = attention.impl
     if not isinstance(implementation, RoutedImplementation):
@@ -192,9 +190,6 @@ def refuse_layer(attention: Any, index: int, config: Any) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"layer {index} {reason}: it cannot be routed")
-    for name, have in (("head_dim", attention.head_size), ("num_kv_heads", attention.num_kv_heads)):
-        if getattr(config, name) not in (None, have):
-            raise ValueError(f"the routers are of a model with {name} {getattr(config, name)}, this one has {have}")
 
 
 def _own_pages(attention: Any, index: int, pattern: Streaming) -> None:

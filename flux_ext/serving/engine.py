@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ..config import FluxConfig
 from ..routers.collection import FluxRouters
 from .backend import RoutedBackend, install
 from .page_manager import register_pages
@@ -53,17 +54,17 @@ def _with_settings(original: Callable[..., Any]) -> Callable[..., Any]:
         routers = os.environ.get(ROUTERS_VARIABLE, "")
         if not routers:
             return original(self, *args, **kwargs)
-        prepare(self, routers)
+        settings = prepare(self, routers)
         config = original(self, *args, **kwargs)
-        refuse_unsupported(config)
+        refuse_unsupported(config, settings)
         init_logger("vllm.flux_ext").info("Serving with the routers in %s.", routers)
         return config
 
     return create_engine_config
 
 
-def prepare(arguments: Any, routers: str) -> None:
-    """Sets what routing needs in the arguments of an engine.
+def prepare(arguments: Any, routers: str) -> FluxConfig:
+    """Sets what routing needs in the arguments of an engine, and returns the routers' settings.
 
     Raises:
         ValueError: they ask for something that excludes it, or there are no routers of this name.
@@ -78,17 +79,18 @@ def prepare(arguments: Any, routers: str) -> None:
         raise ValueError("with routers there is no other KV connector: kv_transfer_config must not be given")
     if arguments.speculative_config is not None:
         raise ValueError("speculative decoding is not supported with routers: speculative_config must not be given")
-    FluxRouters.from_pretrained(routers)  # here, where the error is seen
+    settings = FluxRouters.from_pretrained(routers).config  # here too, where an error is seen best
     arguments.kv_transfer_config = KVTransferConfig(
         kv_connector="FluxRoutes",
         kv_connector_module_path="flux_ext.serving.connector",
         kv_role="kv_both",
         kv_connector_extra_config={ROUTERS: routers},
     )
+    return settings
 
 
-def refuse_unsupported(config: Any) -> None:
-    """ValueError where a finished configuration is one that routers were not made for."""
+def refuse_unsupported(config: Any, settings: FluxConfig) -> None:
+    """ValueError where a finished configuration is one that routers, or these ones, were not made for."""
     if not current_platform.is_cpu():
         raise ValueError(f"routers are served on CPUs only, this vLLM runs on {current_platform.device_type}")
     parallel = config.parallel_config
@@ -97,6 +99,16 @@ def refuse_unsupported(config: Any) -> None:
             raise ValueError(f"with routers {name} must be 1, got {size}: a router needs all heads of all layers")
     if (runner := config.model_config.runner_type) != "generate":
         raise ValueError(f"with routers the model must generate, got runner_type {runner!r}")
+    model = config.model_config
+    have = {
+        "layers": (settings.num_layers, model.get_total_num_hidden_layers()),
+        "head_dim": (settings.head_dim, model.get_head_size()),
+        "num_kv_heads": (settings.num_kv_heads, model.get_total_num_kv_heads()),
+    }
+    for name, (theirs, ours) in have.items():
+        if theirs not in (None, ours):
+            counted = f"{theirs} layers" if name == "layers" else f"{name} {theirs}"
+            raise ValueError(f"the routers are of a model with {counted}, this one has {ours}")
 
 
 def _with_routers(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..operators.patterns import Streaming
@@ -24,7 +25,7 @@ def split(begin: int, end: int, dense_until: int, prompt_len: int, last_q: int) 
     """
     edges = sorted({begin, end} | {x for x in (dense_until, prompt_len - last_q, prompt_len) if begin < x < end})
     spans: list[Span] = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         sparse = low >= dense_until and not prompt_len - last_q <= low < prompt_len
         if spans and spans[-1].sparse == sparse:
             low = spans.pop().begin
