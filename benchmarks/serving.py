@@ -13,11 +13,19 @@ import gc
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-HEADER = ("variant", "sparse layers", "pages, one request", "at once", "first token (s)", "decode, 4 at once (tokens/s)")
+HEADER = (
+    "variant",
+    "sparse layers",
+    "pages, one request",
+    "at once",
+    "first token (s)",
+    "decode, 4 at once (tokens/s)",
+)
 
 
 def pages(llm: Any) -> int:
@@ -38,12 +46,11 @@ def force(llm: Any, sparse: int) -> None:
             last.bias.copy_(torch.tensor([0.0, -1.0 if layer.index >= len(routed) - sparse else 1.0]))
 
 
-def measure(llm: Any, name: str, sparse: int | str, tokens: int) -> None:
+def measure(llm: Any, name: str, sparse: int | str, tokens: int, side_by_side: bool) -> None:
     """One row."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     made = 0
 
@@ -54,19 +61,27 @@ def measure(llm: Any, name: str, sparse: int | str, tokens: int) -> None:
         sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
         engine.add_request(f"{name}-{sparse}-{made}", {"prompt_token_ids": ids}, sampling)
 
-    def finish() -> None:
-        while engine.has_unfinished_requests():
-            engine.step()
-
     begin = time.perf_counter()
     add(1)
-    finish()
+    while engine.has_unfinished_requests():
+        engine.step()
     first = time.perf_counter() - begin
     add(4)
     held = 0
     while engine.has_unfinished_requests():
         held = pages(llm) or held
         engine.step()
+    most, rate = 0, 0.0
+    if side_by_side:
+        rate, most = decode(llm, add), fit(llm, add)
+    row = (name, sparse, held, most or "", f"{first:.2f}", f"{rate:.1f}" if rate else "")
+    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def decode(llm: Any, add: Callable[[int], None]) -> float:
+    """Tokens per second of four requests whose prompts are done."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
     for _ in range(4):
         add(17)
     while sum(r.num_output_tokens > 0 for r in scheduler.running) < 4:
@@ -76,7 +91,15 @@ def measure(llm: Any, name: str, sparse: int | str, tokens: int) -> None:
         engine.step()
         steps += 1
     rate = 4 * steps / (time.perf_counter() - begin)
-    finish()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return rate
+
+
+def fit(llm: Any, add: Callable[[int], None]) -> int:
+    """How many of 24 requests run at once, until one has to wait."""
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
     for _ in range(24):
         add(64)
     most = 0
@@ -87,14 +110,14 @@ def measure(llm: Any, name: str, sparse: int | str, tokens: int) -> None:
     for request in [*scheduler.running, *scheduler.waiting]:
         engine.abort_request([request.request_id], internal=True)
     engine.step()
-    row = (name, sparse, held, most, f"{first:.2f}", f"{rate:.1f}")
-    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    return most
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=4096, help="of every prompt")
+    parser.add_argument("--alone", action="store_true", help="one request at a time only")
     parser.add_argument("--fit", type=int, default=4, help="requests that the pool holds, everything full")
     parser.add_argument("--sink", type=int, default=128)
     parser.add_argument("--window", type=int, default=1024)
@@ -137,9 +160,9 @@ def main() -> None:
         if routed:
             for sparse in (0, count // 3, 2 * count // 3, count):
                 force(llm, sparse)
-                measure(llm, "routed", sparse, given.tokens)
+                measure(llm, "routed", sparse, given.tokens, not given.alone)
         else:
-            measure(llm, "vLLM", "-", given.tokens)
+            measure(llm, "vLLM", "-", given.tokens, not given.alone)
         llm.llm_engine.engine_core.shutdown()
         ensure_kv_transfer_shutdown()
         del llm

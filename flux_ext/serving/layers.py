@@ -135,17 +135,10 @@ class RoutedLayer:
             return torch.zeros_like(q)
         heads = max(map(len, routes))
         route = torch.tensor([r * (heads // len(r)) for r in routes], dtype=torch.int32, device=q.device)
-        return operators.attention(  # type: ignore[no-any-return]
-            q,
-            k_pages,
-            v_pages,
-            route[:, 0] if heads == 1 else route,
-            sparse=self.pattern,
-            scale=scale,
-            cu_seqlens=torch.tensor(lengths, dtype=torch.int32, device=q.device).cumsum(0, dtype=torch.int32),
-            kv_len=torch.tensor(ends, dtype=torch.int32, device=q.device),
-            page_table=torch.stack(tables),
-        )
+        cu_seqlens, kv_len = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in (lengths, ends))
+        kv = operators.KeyValues(k_pages, v_pages, end=kv_len, page_table=torch.stack(tables))
+        routing = operators.Routing(route[:, 0] if heads == 1 else route, sparse=self.pattern)
+        return operators.attend(q, kv, routing, scale, cu_seqlens.cumsum(0, dtype=torch.int32))[0]
 
     def _spans(self, row: Row) -> list[Span]:
         if row.q_begin == row.q_end:

@@ -38,6 +38,5 @@ def hidden(pattern: Streaming, position: int, page_size: int) -> tuple[int, int]
 
     The first page of a request never is among them: it says whose request it is.
     """
-    window_begin = pattern.align * (position // pattern.align + 1) - pattern.window
     first = max(1, -(-pattern.sink // page_size))
-    return first, max(first, window_begin // page_size)
+    return first, max(first, pattern.window_begin(position) // page_size)
