@@ -51,6 +51,7 @@ def test_chunks_before_the_decision_and_the_last_rows_are_dense():
     assert split(512, 700, 512, 700, 400) == [Span(512, 700, False)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 20), st.data())
 def test_spans_are_the_rows_of_the_dense_mask(prompt_len, dense_until, last_q, data):
     """However a request is cut into steps, each token attends in one way."""
@@ -67,6 +68,7 @@ def test_spans_are_the_rows_of_the_dense_mask(prompt_len, dense_until, last_q, d
     assert sparse == expected
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 40), st.sampled_from([1, 4, 16]), st.integers(1, 40), st.integers(0, 400))
 def test_hidden_pages_are_those_that_no_later_query_sees(sink, blocks, align, page_size, position):
     pattern = Streaming(sink, blocks * align, align)
@@ -341,7 +343,3 @@ def test_triangle_is_streaming_with_dense_last_rows():
     for begin, end, sparse in split(0, 60, 0, 60, 10):
         expected = streaming if sparse else torch.ones(60, 60, dtype=torch.bool).tril()
         assert torch.equal(mask[begin:end], expected[begin:end])
-
-
-settings.register_profile("serving", deadline=None)
-settings.load_profile("serving")

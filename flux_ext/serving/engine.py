@@ -34,6 +34,15 @@ SETTINGS = {
 """Arguments of the engine that are set, and why they may not be the other way."""
 
 
+PARALLEL = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+CONNECTOR = "FluxRoutes"
+
+
 def activate() -> None:
     """Makes the engines of this process serve with the routers that :data:`ROUTERS_VARIABLE` names when they are made;
     without effect the second time.
@@ -81,7 +90,7 @@ def prepare(arguments: Any, routers: str) -> FluxConfig:
         raise ValueError("speculative decoding is not supported with routers: speculative_config must not be given")
     settings = FluxRouters.from_pretrained(routers).config  # here too, where an error is seen best
     arguments.kv_transfer_config = KVTransferConfig(
-        kv_connector="FluxRoutes",
+        kv_connector=CONNECTOR,
         kv_connector_module_path="flux_ext.serving.connector",
         kv_role="kv_both",
         kv_connector_extra_config={ROUTERS: routers},
@@ -94,9 +103,11 @@ def refuse_unsupported(config: Any, settings: FluxConfig) -> None:
     if not current_platform.is_cpu():
         raise ValueError(f"routers are served on CPUs only, this vLLM runs on {current_platform.device_type}")
     parallel = config.parallel_config
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+    for name in PARALLEL:
         if (size := getattr(parallel, name)) != 1:
             raise ValueError(f"with routers {name} must be 1, got {size}: a router needs all heads of all layers")
+    if (connector := config.kv_transfer_config.kv_connector) != CONNECTOR:
+        raise ValueError(f"with routers there is no other KV connector: an argument of the engine asks for {connector}")
     if (runner := config.model_config.runner_type) != "generate":
         raise ValueError(f"with routers the model must generate, got runner_type {runner!r}")
     model = config.model_config
