@@ -306,6 +306,10 @@ def test_another_vllm_is_refused_by_name(monkeypatch):
     for version in ("0.33.0", "0.31.2+cu129", "1.0.0rc1", "dev"):
         with pytest.raises(ImportError, match=f"serves with vLLM 0.32, installed is {re.escape(version)}"):
             vllm_seam.check_version(version)
+    vllm_seam.check_installed()
+    monkeypatch.setattr(vllm_seam, "FIELDS", [(vllm_seam.EngineArgs, ("routers",))])
+    with pytest.raises(ImportError, match="lacks what flux_ext needs, field routers of EngineArgs: install one"):
+        vllm_seam.check_installed()
     monkeypatch.setattr(vllm_seam, "CALLED", [(vllm_seam.Attention, "get_kv_cache_spec", ("vllm_config", "page"))])
     with pytest.raises(ImportError, match="lacks what flux_ext needs, argument page of Attention.get_kv_cache_spec"):
         vllm_seam.check_installed()

@@ -47,7 +47,7 @@ def check_version(version: str = INSTALLED) -> None:
 check_version()
 
 try:
-    from vllm.config import KVTransferConfig
+    from vllm.config import CompilationConfig, KVTransferConfig, ParallelConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -62,11 +62,17 @@ try:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionType
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.cpu_attn import (
+        CPUAttentionBackend,
+        CPUAttentionBackendImpl,
+        CPUAttentionMetadata,
+    )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+    from vllm.v1.outputs import KVConnectorOutput
 except ImportError as error:
     raise missing(str(error)) from error
 
@@ -91,7 +97,6 @@ __all__ = [
     "get_forward_context",
     "init_logger",
     "register_backend",
-    "register_kv_cache_spec",
 ]
 
 CALLED: list[tuple[Any, str, tuple[str, ...]]] = [  # what vLLM calls on us or we on it, with arguments relied on
@@ -121,17 +126,41 @@ CALLED: list[tuple[Any, str, tuple[str, ...]]] = [  # what vLLM calls on us or w
     (KVConnectorBase_V1, "requires_kv_delivery", ()),
     (SupportsHMA, "request_finished_all_groups", ("request", "block_ids")),
 ]
-ENGINE_ARGUMENTS = (
-    "enable_prefix_caching",
-    "enforce_eager",
-    "kv_transfer_config",
-    "disable_hybrid_kv_cache_manager",
-    "speculative_config",
-)
+FIELDS: list[tuple[type, tuple[str, ...]]] = [  # of vLLM's dataclasses, read or set
+    (
+        EngineArgs,
+        (
+            "enable_prefix_caching",
+            "enforce_eager",
+            "kv_transfer_config",
+            "disable_hybrid_kv_cache_manager",
+            "speculative_config",
+        ),
+    ),
+    (
+        ParallelConfig,
+        (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+        ),
+    ),
+    (VllmConfig, ("compilation_config", "kv_transfer_config", "load_config", "model_config", "parallel_config")),
+    (CompilationConfig, ("static_forward_context",)),
+    (KVTransferConfig, ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")),
+    (KVCacheConfig, ("kv_cache_groups",)),
+    (KVCacheGroupSpec, ("layer_names",)),
+    (CPUAttentionMetadata, ("num_actual_tokens", "query_start_loc", "seq_lens", "block_table")),
+    (SchedulerOutput, ("finished_req_ids", "scheduled_new_reqs", "scheduled_cached_reqs")),
+    (NewRequestData, ("req_id", "prompt_token_ids", "prompt_embeds", "block_ids")),
+    (CachedRequestData, ("req_ids", "resumed_req_ids", "new_block_ids")),
+    (KVConnectorOutput, ("kv_connector_worker_meta",)),
+]
 
 
 def check_installed() -> None:
-    """That everything of :data:`CALLED` is there with its arguments, and every one of :data:`ENGINE_ARGUMENTS`.
+    """That everything of :data:`CALLED` is there with its arguments, and every one of :data:`FIELDS`.
 
     Raises:
         ImportError: something is not.
@@ -143,9 +172,10 @@ def check_installed() -> None:
         for argument in arguments:
             if argument not in inspect.signature(function).parameters:
                 raise missing(f"argument {argument} of {owner.__name__}.{name}")
-    for name in ENGINE_ARGUMENTS:
-        if name not in EngineArgs.__dataclass_fields__:
-            raise missing(f"field {name} of EngineArgs")
+    for kind, names in FIELDS:
+        for name in names:
+            if name not in getattr(kind, "__dataclass_fields__", {}):
+                raise missing(f"field {name} of {kind.__name__}")
 
 
 def replace_method(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
