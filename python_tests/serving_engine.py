@@ -46,9 +46,10 @@ def make_model(folder: Path) -> Path:
             if weight.dim() == 2:
                 weight.mul_(6 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(WordLevel(special | {f"t{i}": i for i in range(3, VOCABULARY)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     wrapped.save_pretrained(folder)
     return folder
 
