@@ -36,11 +36,12 @@ class Server:
             self.port = found.getsockname()[1]
         place = ["--host=127.0.0.1", f"--port={self.port}", "--served-model-name=tiny"]
         self.arguments = ["--dtype=float32", "--max-model-len=512", "--block-size=32", "--max-num-batched-tokens=2048"]
-        own = {"FLUX_EXT_ROUTERS": str(routers), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        self.environment = {**os.environ, **own}
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *place, *self.arguments],
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **own},
+            env={**self.environment, "FLUX_EXT_ROUTERS": str(routers)},
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its group is ours to end, with the engine's process in it
@@ -130,6 +131,7 @@ def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_
     options = [f"--option={option}" for option in server.arguments]
     done = subprocess.run(
         [*example, "--max-tokens", "16", "--port", str(server.port), *options],
+        env=server.environment,
         capture_output=True,
         text=True,
         timeout=300,
