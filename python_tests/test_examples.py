@@ -9,11 +9,12 @@ import pytest
 
 import flux_ext
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ALL = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+EXAMPLES = [path for path in ALL if path.stem != "serve_vllm"]  # test_serving_http.py runs that one, beside vLLM
 
 
-def test_there_are_two():
-    assert [path.stem for path in EXAMPLES] == ["attention", "patch_and_train"]
+def test_there_are_three():
+    assert [path.stem for path in ALL] == ["attention", "patch_and_train", "serve_vllm"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
