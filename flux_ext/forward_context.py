@@ -26,7 +26,7 @@ class ForwardContext:
     """The context of one forward: what all layers of the model share, read off the decoder's arguments once.
 
     Attributes:
-        policy: decides in place of the routers' argmax; None: that decides.
+        policy: chooses the routes instead of the routers' argmax; None: the argmax does.
         seq_start, seq_end: int32 ``[B]``, rows ``[start, end)`` of this forward's tensors belong to each sequence;
             None: all do. Of a step over a static cache, ``seq_end`` is 1 where a sequence has a token, 0 where it has
             none, and -1 where the mask contradicts the cache.
@@ -115,7 +115,7 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     start = mask.to(torch.int32).argmax(1).to(torch.int32)
     end = start + mask.sum(1, dtype=torch.int32)
     if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows = torch.arange(mask.shape[1])
+        rows = torch.arange(mask.shape[1], device=mask.device)  # which need not be the default device
         wrong = (mask != ((rows >= start[:, None]) & (rows < end[:, None]))).any(1)
         if wrong.any():
             raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import flux_ext
-from flux_ext import FluxCache, FluxConfig
+from flux_ext import FluxCache, FluxConfig, FluxStaticCache
 from flux_ext.caches.dynamic import FluxCacheLayer
 from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
@@ -357,3 +357,16 @@ def test_random_operations_keep_every_token_in_place() -> None:
 
 def layer_pages(layer: FluxCacheLayer) -> list[np.ndarray]:
     return [layer.pages.table[r, : layer.pages.held[r]] for r in range(len(layer.pages.held))]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_padded_prompts_where_the_default_device_is_another(static: bool) -> None:
+    config = tiny().config
+    flux = FluxConfig(**SMALL)
+    cache = FluxStaticCache(config, flux, max_cache_len=16) if static else FluxCache(config, flux)
+    layer: Any = cache.layers[0]
+    k = torch.randn(2, 2, 5, 8)
+    mask = torch.tensor([[False, False, True, True, True], [True] * 5])
+    with torch.device("meta"):
+        layer.store(k, k, torch.zeros(2, 2, dtype=torch.int32, device="cpu"), mask)
+    assert layer.stored_tokens().reshape(2, 2).tolist() == [[3, 3], [5, 5]]

@@ -191,3 +191,15 @@ def test_nothing_is_computed() -> None:
     """A call over a million tokens would take minutes."""
     q, k, v = (torch.empty(1, 1, h, 64, dtype=torch.bfloat16).expand(1, 1 << 20, h, 64) for h in (32, 8, 8))
     assert not flux_ext.explain(q, k, v).decode
+
+
+def test_what_attention_refuses_of_a_fractional_route_is_refused() -> None:
+    q = torch.randn(1, 8, 2, 16)
+    for kwargs, message in (
+        ({"route": torch.rand(1, 1, 1)}, r"route must be \[B\] or \[B, Hkv\]"),
+        ({"route": torch.rand(1), "return_lse": True}, "return_lse needs a hard route"),
+        ({"route": torch.rand(1).to(torch.float8_e4m3fn)}, "a fractional route must be dense"),
+    ):
+        for function in (flux_ext.attention, flux_ext.explain):
+            with pytest.raises(ValueError, match=message):
+                function(q, q, q, **kwargs)

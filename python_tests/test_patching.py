@@ -412,3 +412,18 @@ def test_autocast(family: str) -> None:
     assert ((got.logits - stock)[mask.bool()].float().abs().max() / stock.float().abs().max()) < 0.05
     step = model(ids[:, -1:], past_key_values=got.past_key_values).logits  # goes on without autocast
     assert step.dtype == torch.float32 and bool(step.isfinite().all())
+
+
+def test_a_patch_that_fails_leaves_methods_of_the_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flux_ext.models.model_patch import Patch
+
+    model = tiny()
+    model.save_pretrained = own = lambda *args, **kwargs: "own"
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("no place")
+
+    monkeypatch.setattr(Patch, "_place_routers", fail)
+    with pytest.raises(RuntimeError, match="no place"):
+        flux_ext.patch(model, FluxConfig(**SMALL))
+    assert model.save_pretrained is own

@@ -127,6 +127,13 @@ def test_a_release_without_a_field_of_the_trainer(name: str, monkeypatch: pytest
         seam.check_trainer(transformers.Trainer)
 
 
+def test_a_trainer_that_something_else_derived() -> None:
+    class Another(transformers.Trainer):
+        pass
+
+    seam.check_trainer(Another)
+
+
 def test_what_the_trainer_overrides_is_checked() -> None:
     own = {name for name, x in vars(FluxTrainer).items() if callable(x) and hasattr(transformers.Trainer, name)}
     assert {name for name in own if not name.startswith("__")} <= seam.TRAINER_METHODS.keys()

@@ -159,8 +159,8 @@ struct TileMask {
   }
 };
 
-// True exactly when none of the queries sees a key in [kv_begin, kv_end), of a block that the list, if there is one,
-// holds.
+// True exactly when none of the queries sees any key in [kv_begin, kv_end). Where there is a list, the keys must lie in
+// a listed block.
 FLUX_HD bool sees_none(const QueryRange& r, int32_t kv_begin, int32_t kv_end) {
   if (kv_begin >= r.q_end) return true;
   if (r.list.blocks || kv_begin < r.pattern.sink || r.q_end > r.kv_rows.size() - r.pattern.last_q) return false;

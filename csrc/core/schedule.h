@@ -222,8 +222,8 @@ FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_e
 }
 
 // If any tile would end late, the line is split evenly: over all workers, or, where there is little to do, over so many
-// that each has two units at least. (Or one, where that takes at most half of the workers, and leaves no more pieces of
-// a tile, on average, than combine merges at once.)
+// that each has two units at least. One unit each is enough where that occupies at most half of the workers and cuts a
+// tile, on average, into no more pieces than combine merges at once.
 constexpr int32_t kPiecesAtOnce = 24;
 template <typename Int>  // of 32 or 64 bits
 FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_workers) {

@@ -124,8 +124,8 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
 template <typename X, int kInFlight, typename Stage>
 __device__ void pool(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int32_t first, int32_t here,
                      int rank, bool& begun, Stage stage) {
-  // A thread has vectors of the first rows and, `apart` elements on, of the last rows; from one to the next it moves by
-  // the same distance, and back by all heads and on by one row where it passes the last head.
+  // Each thread sums vectors of 8 columns, one stream from the first rows and one, `apart` elements further, from the
+  // last. A step adds a fixed distance; where it passes the last head it wraps to the first head of the next row.
   const int32_t heads = p.per_head ? 1 : p.num_heads;
   const Place t = place_in(at.pool);
   const int32_t j = quotient(t.row, at.lanes_inverse), step = at.pool_lanes << at.log_blocks;
@@ -205,8 +205,8 @@ struct Held {
   bool writes;
 };
 
-// Adds the sums of `lanes` neighbouring threads. As long as there are several decisions, two lanes give each other half
-// of theirs, so that no sum is added twice.
+// A butterfly reduction over `lanes` threads. While a lane holds the sums of several decisions, it keeps one half and
+// hands the other half to its partner, so that each step halves the work.
 template <int kBatch>
 __device__ Held add_lanes(float (&sum)[kBatch], int part, int lanes) {
   Held held{0, kBatch, true};

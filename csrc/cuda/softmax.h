@@ -21,7 +21,7 @@ __device__ inline float fast_exp2(float x) {
 // Scores become scale_log2 * score. A scale that is not positive is moved into the scores themselves, because the
 // running maximum is taken before scaling.
 struct SoftmaxScale {
-  float sign, log2;  // the score times sign, then times log2 > 0
+  float sign, log2;  // -1, 0 or 1, before the maximum is taken; |scale| * log2(e) > 0, in the exponent
 
   FLUX_HD explicit SoftmaxScale(float scale)
       : sign(scale > 0.f   ? 1.f

@@ -32,7 +32,8 @@ __device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&pl
 __device__ inline WorkRange item_range(const PlanView& plan, int32_t item) {
   return plan.header->whole_tiles ? WorkRange{item, 0, item + 1, 0} : plan.ranges[item];
 }
-// A block's first item. The range is loaded beside the header that says whether it counts, not after it.
+// A block's first item. Header and range are loaded at the same time, one latency instead of two; where the header then
+// says that tiles are whole, the range is ignored.
 __device__ inline WorkRange first_range(const PlanView& plan, const PlanHeader& header) {
   const WorkRange range = plan.ranges[blockIdx.x];
   return header.whole_tiles ? WorkRange{int32_t(blockIdx.x), 0, int32_t(blockIdx.x) + 1, 0} : range;

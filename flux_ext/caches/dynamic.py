@@ -396,9 +396,8 @@ class FluxCache(Cache):
             ValueError: it has more or fewer sequences than the cache.
             RuntimeError: an earlier forward failed half-way.
         """
-        books = (
-            not torch.compiler.is_compiling() and len(self.history.cache_layers) > 0
-        )  # a static cache keeps none here
+        # A static cache keeps no history.
+        books = not torch.compiler.is_compiling() and len(self.history.cache_layers) > 0
         if books and self.get_seq_length() != self.history.length:
             raise RuntimeError(FAILED)
         for layer in self.layers:

@@ -50,9 +50,10 @@ class ModelMethods:
             setattr(self.model, name, method)
 
     def remove(self) -> None:
-        """Undoes :meth:`install`, also one that ended half-way."""
-        for name in self.methods:
-            self.model.__dict__.pop(name, None)
+        """Undoes :meth:`install`, also one that ended half-way; what the model had of its own before stays."""
+        for name, method in self.methods.items():
+            if self.model.__dict__.get(name) is method:
+                del self.model.__dict__[name]
         self.model._keys_to_ignore_on_save = self.ignored_on_save
 
     def prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:

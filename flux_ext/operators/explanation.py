@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import call
+from .mixture import check_fraction
 from .operands import Routing
 from .patterns import Full, Pattern, Streaming
 from .routed_attention import bound_operands, operator_arguments
@@ -106,6 +107,7 @@ def explain(
     """
     kv, q_begin, q_end = bound_operands(q, k, v, route, cu_seqlens, seq_start, seq_end, kv_len, page_table)
     if route is not None and route.is_floating_point():
+        check_fraction(route, return_lse)
         route = torch.zeros(route.shape, dtype=torch.int32, device=route.device)
     scale = 1.0 if scale is None else scale  # like the default: positive
     arguments = operator_arguments(q, kv, Routing(route, full, sparse), scale, q_begin, q_end)

@@ -17,6 +17,17 @@ MixingWeight = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 _FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_fraction(route: Tensor, return_lse: bool) -> None:
+    """ValueError where a floating-point route has another shape or dtype, or ``return_lse`` meets one."""
+    if route.dim() not in (1, 2):
+        raise ValueError(f"route must be [B] or [B, Hkv], got shape {list(route.shape)}")
+    if route.dtype not in _FRACTIONS or route.layout is not torch.strided:
+        kind = route.dtype if route.layout is torch.strided else route.layout
+        raise ValueError(f"a fractional route must be dense float16, bfloat16, float32 or float64, got {kind}")
+    if return_lse:
+        raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
+
+
 def attend_or_mix(
     attend: Attend,
     mixing_weight: MixingWeight,
@@ -41,13 +52,7 @@ def attend_or_mix(
     if route is None or not route.is_floating_point():
         out, lse = attend(q, kv, routing, scale, q_begin, q_end)
         return (out, lse) if return_lse else out
-    if route.dim() not in (1, 2):
-        raise ValueError(f"route must be [B] or [B, Hkv], got shape {list(route.shape)}")
-    if route.dtype not in _FRACTIONS or route.layout is not torch.strided:
-        kind = route.dtype if route.layout is torch.strided else route.layout
-        raise ValueError(f"a fractional route must be dense float16, bfloat16, float32 or float64, got {kind}")
-    if return_lse:
-        raise ValueError("return_lse needs a hard route: a mixture has no log-sum-exp")
+    check_fraction(route, return_lse)
     choice = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
     all_full, _ = attend(q, kv, Routing(choice, full, sparse), scale, q_begin, q_end)
     w = mixing_weight(route, q, cu_seqlens)  # after attend, which checks the shape of the route

@@ -19,8 +19,8 @@ struct InlineScratch {
   TileView views[kInlineTiles];
 };
 
-// All that a block does where the problem `plans_inline`. (It lets the next kernel start only after its own wait:
-// combine reads lengths and routes, which the kernel before this one may have written, before it waits.)
+// All that a block does where the problem `plans_inline`. It lets combine start only after its own wait: combine reads
+// lengths and routes before it waits, and the kernel before this one, which may have written them, must have ended.
 template <typename Body>
 __device__ void attend_inline(const AttendParams& p, const TileShape& tile, const Partials& partials,
                               WorkerState& shared) {

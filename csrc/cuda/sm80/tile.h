@@ -21,7 +21,8 @@ struct SmemTile {
   static __device__ uint32_t offset(int row, int chunk) { return row * kRowBytes + (chunk ^ phase(row)) * 16; }
   __device__ uint32_t at(int row, int chunk) const { return base + offset(row, chunk); }
 
-  // The address `row` rows (a multiple of 16) and `chunk` chunks (even) after a lane's own: mostly an immediate.
+  // The address `row` rows (a multiple of 16) and `chunk` chunks (even) beyond the one at lane_offset. The swizzle
+  // depends on row mod 8 alone, so what is added is mostly a constant of the compiler.
   __device__ uint32_t after(uint32_t lane_offset, int row, int chunk) const {
     return base + (lane_offset ^ (chunk % kPhases * 16)) + row * kRowBytes + chunk / kPhases * kPhases * 16;
   }

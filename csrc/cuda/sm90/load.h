@@ -12,8 +12,8 @@ namespace flux::cuda::sm90 {
 
 // Publishes the pieces of this thread block ahead of their use, so that finding one hides behind computing another; but
 // takes a tile that another thread block could do only when the TMA thread asks for it. Writes the rows of tiles that
-// see no key itself. Called by a whole warp, which waits as one: a lane that waits while others wait for it does not
-// sleep, but spins, and takes a seventh of the issue slots of the warps beside it.
+// see no key itself. Called by a whole warp, all of whose lanes wait on the barriers: if one waited alone while the
+// others stood at __syncwarp, it would spin, and take a seventh of the issue slots of the warps beside it.
 template <class T>
 CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) {
   const bool leader = cutlass::canonical_lane_idx() == 0;
