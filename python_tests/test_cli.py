@@ -16,7 +16,8 @@ from flux_ext import FluxRouters
 from flux_ext.cli import commands
 from flux_ext.cli.layers import letters
 from flux_ext.evaluation import MODES
-from flux_ext.evaluation.ruler import TRAINING_TASKS
+from flux_ext.evaluation.ruler import TASKS, TRAINING_TASKS
+from flux_ext.evaluation.tasks import SPLITS
 from flux_ext.examples import Example, load_examples
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.training import Recipe, save_examples, training_arguments
@@ -81,6 +82,19 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
             assert getattr(parse([*train, f"--{option}", choice]), option) == choice
     score = parse(["eval", "--model", "m", "--routers", "r", "--data", "d"])
     assert tuple(score.modes) == MODES
+    make = ["make-data", "--model", "m", "--output", "o", "--length", "9"]
+    assert parse([*make, "--tasks", *TASKS]).tasks == [*TASKS]
+    for split in SPLITS:
+        assert parse([*make, "--split", split]).split == split
+
+
+def test_help_and_facts_need_no_transformers():
+    """Which take seconds to load, and may be what is broken."""
+    code = "import sys, flux_ext.cli.commands as c; c.main(['info']); assert 'transformers' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(commands.__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_letters_of_layers():

@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import FluxConfig, __version__
-from ..evaluation import MODES
-from ..evaluation.ruler import TASKS
-from ..evaluation.tasks import SPLITS
 from . import options
 from .layers import LEGEND, letters
 
@@ -105,8 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=options.COUNT, required=True, help="tokens of a prompt and what is generated after it")
     add("--min-length", type=options.COUNT, help="each example's length is drawn from here up (default: --length)")
     add("--count", type=options.COUNT, default=200, help="examples of each task")
-    add("--split", default="heldout", choices=SPLITS, help="no passage is in both")
-    add("--tasks", nargs="+", choices=TASKS, help="(default: all; for training those that are meant for it)")
+    add("--split", default="heldout", choices=["train", "heldout"], help="no passage is in both")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=[
+            *("single", "multikey", "multivalue", "multiquery", "tracking", "commonwords", "prose", "code"),
+            *("frequentwords", "twohop"),
+        ],
+        help="what to make (default: all; for training all but the last two)",
+    )
     add("--prose", type=Path, nargs="+", help="files and folders of text (default: what is installed)")
     add("--code", type=Path, nargs="+", help="files and folders of source code (default: Python's standard library)")
     add("--notes", type=options.COUNT, default=4, help="hidden in a prompt, where there are several")
@@ -189,7 +194,13 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help=".jsonl or .parquet: context, question, answer, task; or .jsonl of LongBench's form",
     )
-    add("--modes", nargs="+", default=list(MODES), choices=MODES, help="what to score")
+    add(
+        "--modes",
+        nargs="+",
+        default=["dense", "sparse", "routed"],
+        choices=["dense", "sparse", "routed"],
+        help="what to score",
+    )
     add("--examples", type=options.COUNT, help="of each task the first so many (default: all)")
     add("--max-length", type=options.COUNT, help="tokens; longer prompts of LongBench lose their middle")
     add("--no-chat", action="store_true", help="leave the chat template out of LongBench's prompts")
