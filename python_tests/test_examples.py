@@ -10,7 +10,8 @@ import pytest
 import flux_ext
 
 ALL = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-ELSEWHERE = ("lm_eval_harness", "serve_vllm")  # test_lm_eval.py and test_serving_http.py run these, beside what they need
+# Their tests are test_lm_eval.py and test_serving_http.py, which run beside what they need.
+ELSEWHERE = ("lm_eval_harness", "serve_vllm")
 EXAMPLES = [path for path in ALL if path.stem not in ELSEWHERE]
 
 
