@@ -2,7 +2,8 @@
 
 A file is JSON lines (``.jsonl``) or Parquet (``.parquet``, needs pyarrow) with the columns ``context``,
 ``question``, ``answer`` and ``task``. The prompt is ``context + question``; the loss is that of the answer's
-tokens alone.
+tokens alone. Further columns say how a generated text is scored, and may be missing: ``metric``, ``answers``,
+``classes``, ``max_new_tokens`` and ``stop``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 COLUMNS = ("context", "question", "answer", "task")
+SCORING_COLUMNS = ("metric", "answers", "classes", "max_new_tokens", "stop")
+METRICS = (
+    "tokens",
+    "found",
+    "any_found",
+    "f1",
+    "rouge_l",
+    "edit_similarity",
+    "classification",
+    "number",
+    "likelihood",
+)
+"""How a generated text may be scored: see ``flux_ext.evaluation.metrics``."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -23,26 +37,54 @@ class Example:
     """A prompt (``context + question``), the ``answer`` that should follow it, and the ``task`` it belongs to.
 
     Raises:
-        ValueError: a text has half of a surrogate pair (JSON can write one): no encoding has a form for it.
+        ValueError: a text has half of a surrogate pair (JSON can write one): no encoding has a form for it; an unknown
+            ``metric``; ``max_new_tokens`` below 1; an empty text among ``answers`` or ``classes``.
     """
 
     context: str
     question: str
     answer: str
     task: str
+    metric: str = "tokens"
+    """How a generated text is scored, one of ``METRICS``: ``"tokens"`` wants the answer's tokens, ``"likelihood"``
+    generates nothing."""
+    answers: tuple[str, ...] = ()
+    """What the text is compared with; none: the answer without white space around it."""
+    classes: tuple[str, ...] = ()
+    """All answers that a classification knows."""
+    max_new_tokens: int | None = None
+    """Tokens to generate; None: as many as the answer has. Not for ``"tokens"``."""
+    stop: str = ""
+    """The generated text counts up to here, white space before it aside; none: all of it. Not for ``"tokens"``."""
 
     def __post_init__(self) -> None:
-        for name, text in vars(self).items():
-            if isinstance(text, str) and (half := _SURROGATE.search(text)):
-                raise ValueError(
-                    f"the column {name!r} must be text that UTF-8 can hold, its character {half.start() + 1} is half "
-                    f"of a surrogate pair (\\u{ord(half[0]):04x})"
-                )
+        for name, value in vars(self).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and (half := _SURROGATE.search(text)):
+                    raise ValueError(
+                        f"the column {name!r} must be text that UTF-8 can hold, its character {half.start() + 1} is "
+                        f"half of a surrogate pair (\\u{ord(half[0]):04x})"
+                    )
+        if self.metric not in METRICS:
+            raise ValueError(f"the column 'metric' must be one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"the column 'max_new_tokens' must be >= 1, got {self.max_new_tokens}")
+        for name, texts in (("answers", self.answers), ("classes", self.classes)):
+            if not all(texts):
+                raise ValueError(f"the column {name!r} has an empty text")
 
     @property
     def prompt(self) -> str:
         """What the model reads before it answers."""
         return self.context + self.question
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The texts that a generated one is compared with."""
+        return self.answers or (self.answer.strip(),)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Example) if f.default is not MISSING}
 
 
 class Tokenizer(Protocol):
@@ -88,7 +130,7 @@ def load_examples(path: str | Path) -> list[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix == ".jsonl":
-        rows = _json_lines(path)
+        rows = json_lines(path)
     elif path.suffix == ".parquet":
         rows = _parquet(path)
     else:
@@ -100,13 +142,17 @@ def load_examples(path: str | Path) -> list[Example]:
 
 
 def save_examples(examples: Sequence[Example], path: str | Path) -> None:
-    """Writes ``examples`` to ``path``, as JSON lines that :func:`load_examples` reads."""
+    """Writes ``examples`` to ``path``, as JSON lines that :func:`load_examples` reads; of the columns for scoring those
+    that say something."""
     with open(path, "w", encoding="utf-8") as file:
         for e in examples:
-            file.write(json.dumps({c: getattr(e, c) for c in COLUMNS}, ensure_ascii=False) + "\n")
+            scoring = {c: getattr(e, c) for c in SCORING_COLUMNS if getattr(e, c) != _DEFAULTS[c]}
+            row = {c: getattr(e, c) for c in COLUMNS} | scoring
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """The rows of the file at ``path`` and where each stands, for messages."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -131,7 +177,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [c for c in COLUMNS if c in file.schema_arrow.names]
+            columns = [c for c in (*COLUMNS, *SCORING_COLUMNS) if c in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -154,7 +200,20 @@ def _example(row: object, where: str) -> Example:
             raise ValueError(f"{where}: the column {column!r} is empty")
     if not row["context"] and not row["question"]:
         raise ValueError(f"{where}: the columns 'context' and 'question' are both empty")
+    scoring: dict[str, Any] = {}
+    for column in SCORING_COLUMNS:
+        value, default = row.get(column), _DEFAULTS[column]
+        if value is None:  # also what Parquet has where a row has no value
+            continue
+        if isinstance(default, tuple):
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                raise ValueError(f"{where}: the column {column!r} must be a list of texts, got {value!r}")
+            value = tuple(value)
+        elif not isinstance(value, str if isinstance(default, str) else int) or isinstance(value, bool):
+            rule = "text" if isinstance(default, str) else "a whole number"
+            raise ValueError(f"{where}: the column {column!r} must be {rule}, got {type(value).__name__}")
+        scoring[column] = value
     try:
-        return Example(*(row[c] for c in COLUMNS))
+        return Example(*(row[c] for c in COLUMNS), **scoring)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

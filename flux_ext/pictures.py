@@ -38,6 +38,36 @@ def routes(share_full: Mapping[str, Sequence[float] | Tensor]) -> Figure:
     return figure
 
 
+def frontier(sides: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]]) -> Figure:
+    """Scores against sparsity.
+
+    Args:
+        sides: per measure, which names its axis, and per task: points (sparsity, score, how it was routed).
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    tasks = list(dict.fromkeys(task for lines in sides.values() for task in lines))
+    modes = list(dict.fromkeys(mode for lines in sides.values() for points in lines.values() for *_, mode in points))
+    color = {task: colormaps["tab20"](i % 20) for i, task in enumerate(tasks)}
+    mark = {mode: "osD^v*"[i % 6] for i, mode in enumerate(modes)}
+    figure = Figure(figsize=(2.2 + 4.2 * len(sides), 4.2), layout="constrained")
+    for axes, (measure, lines) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items(), strict=True):
+        for task, points in lines.items():
+            ordered = sorted(points)
+            axes.plot([x for x, *_ in ordered], [y for _, y, _ in ordered], color=color[task], linewidth=0.8)
+            for x, y, mode in points:
+                axes.plot(x, y, mark[mode], color=color[task])
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel("sparsity")
+        axes.set_ylabel(measure)
+    handles = [Line2D([], [], color=color[task], label=task) for task in tasks]
+    handles += [Line2D([], [], color="black", marker=mark[m], linestyle="", label=m) for m in modes]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
 def schedule(
     q_len: Sequence[int],
     kv_len: Sequence[int],

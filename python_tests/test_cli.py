@@ -16,7 +16,9 @@ from flux_ext import FluxRouters
 from flux_ext.cli import commands
 from flux_ext.cli.layers import letters
 from flux_ext.evaluation import MODES
-from flux_ext.examples import Example
+from flux_ext.evaluation.ruler import TASKS, TRAINING_TASKS
+from flux_ext.evaluation.tasks import SPLITS
+from flux_ext.examples import Example, load_examples
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.training import Recipe, save_examples, training_arguments
 from flux_ext.training.config import MULTIPLIER_FORMS, OBJECTIVES
@@ -53,6 +55,11 @@ def folder(tmp_path_factory):
     examples = [Example(f"text {i} " * 40, "what?", f"a{i}", "xy"[i % 2]) for i in range(8)]
     save_examples(examples, path / "data.jsonl")
     (path / "prompt.txt").write_text("Once upon a time")
+    (path / "prose").mkdir()
+    words = [f"{a}{b}{c}nd" for a in "bdfglmnprst" for b in "aeiou" for c in "klmnr"]
+    for i in range(3):
+        text = [words[(i + 7 * j) % len(words)] for j in range(900)]
+        (path / "prose" / f"{i}.txt").write_text(". ".join(" ".join(text[j : j + 8]) for j in range(0, 900, 8)))
     return path
 
 
@@ -75,6 +82,19 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
             assert getattr(parse([*train, f"--{option}", choice]), option) == choice
     score = parse(["eval", "--model", "m", "--routers", "r", "--data", "d"])
     assert tuple(score.modes) == MODES
+    make = ["make-data", "--model", "m", "--output", "o", "--length", "9"]
+    assert parse([*make, "--tasks", *TASKS]).tasks == [*TASKS]
+    for split in SPLITS:
+        assert parse([*make, "--split", split]).split == split
+
+
+def test_help_and_facts_need_no_transformers():
+    """Which take seconds to load, and may be what is broken."""
+    code = "import sys, flux_ext.cli.commands as c; c.main(['info']); assert 'transformers' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(commands.__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_letters_of_layers():
@@ -125,6 +145,51 @@ def test_eval(folder, routers, capsys):
     by = {(r["task"], r["mode"]): r for r in rows}
     assert by["x", "dense"]["sparsity"] == 0 and by["x", "sparse"]["sparsity"] == 1
     assert by["x", "sparse"]["kv_bytes"] < by["x", "dense"]["kv_bytes"]
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """Held-out examples that the command line has made."""
+    out = folder / "made.jsonl"
+    assert run(
+        "make-data", "--model", folder / "model", "--output", out, "--length", 500, "--min-length", 450, "--count", 2,
+        "--tasks", "single", "prose", "twohop", "--notes", 2, "--prose", folder / "prose",
+    ) == 0  # fmt: skip
+    return out
+
+
+def test_made_data_is_scored(folder, routers, made, capsys):
+    scores = folder / "made.json"
+    common = ("eval", "--model", folder / "model", "--routers", routers, "--device", "cpu", "--output", scores)
+    assert run(*common, "--data", made, "--examples", 1, "--modes", "routed", "--no-likelihood") == 0
+    rows = {r["task"]: r for r in json.loads(scores.read_text())}
+    assert rows.keys() == {"single", "prose", "twohop"} and all(r["examples"] == 1 for r in rows.values())
+    assert rows["single"]["accuracy"] == 0 and rows["single"]["bits_per_byte"] is None
+    assert rows["prose"]["accuracy"] is None and rows["prose"]["bits_per_byte"] > 0
+    written = {p.name for p in folder.glob("made*")}
+    assert written == {
+        "made.jsonl", "made.json", "made.csv", "made.png", "made-routes.png", "made-results.jsonl"
+    }  # fmt: skip
+
+
+def test_training_data_is_for_training(folder, capsys):
+    out = folder / "train.jsonl"
+    common = ("make-data", "--model", folder / "model", "--output", out, "--length", 1500, "--count", 1)
+    assert run(*common, "--prose", folder / "prose", "--split", "train") == 0
+    assert {e.task for e in load_examples(out)} == set(TRAINING_TASKS)
+    assert "1 single, 1 multikey" in capsys.readouterr().out
+
+
+def test_longbench(folder, routers):
+    row = {"input": "Who?", "context": "Long. " * 200, "answers": ["Ada"], "dataset": "hotpotqa", "all_classes": None}
+    (folder / "longbench.jsonl").write_text(json.dumps(row) + "\n")
+    scores = folder / "longbench.json"
+    assert run(
+        "eval", "--model", folder / "model", "--routers", routers, "--device", "cpu", "--output", scores,
+        "--data", folder / "longbench.jsonl", folder / "data.jsonl", "--max-length", 300, "--modes", "dense",
+    ) == 0  # fmt: skip
+    rows = {r["task"]: r for r in json.loads(scores.read_text())}
+    assert rows.keys() == {"hotpotqa", "x", "y"} and rows["hotpotqa"]["accuracy"] == 0
 
 
 def test_generate(folder, routers, capsys):
@@ -259,6 +324,10 @@ def test_values_are_checked_by_the_parser(folder, tmp_path, no_model, capsys, ar
         (["generate", "--temperature", "nan"], "argument --temperature: must be a finite number >= 0, got 'nan'"),
         (["generate", "--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number >= 1, got '0'"),
         (["eval", "--batch-size", "0"], "argument --batch-size: must be a whole number >= 1, got '0'"),
+        (["eval", "--output", "x.csv"], "argument --output: must be a file whose name ends in .json, got 'x.csv'"),
+        (["eval", "--examples", "0"], "argument --examples: must be a whole number >= 1, got '0'"),
+        (["make-data", "--length", "0"], "argument --length: must be a whole number >= 1, got '0'"),
+        (["make-data", "--tasks", "niah"], "argument --tasks: invalid choice: 'niah'"),
         (["eval", "--output", "."], "argument --output: must be a file, '.' is a folder"),
         (["eval", "--output", "none/x.json"], "argument --output: must be a file in a folder that exists, got"),
         (["demo", "--steps", "0"], "argument --steps: must be a whole number >= 1, got '0'"),

@@ -40,7 +40,7 @@ def test_links_lead_somewhere(path):
 def test_the_command_line_in_the_readme_exists(capsys):
     from flux_ext.cli import commands
 
-    for command in sorted(set(re.findall(r"^    flux-ext (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE))):
+    for command in sorted(set(re.findall(r"^    flux-ext ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))):
         with pytest.raises(SystemExit) as stop:
             commands.main([command, "--help"])
         assert stop.value.code == 0

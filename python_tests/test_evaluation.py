@@ -102,6 +102,44 @@ def test_bad_input(change, message):
         evaluate(model(), Bytes(), **{"examples": EXAMPLES, "progress": False, **change})
 
 
+def test_generated_texts_are_scored_by_their_metric():
+    """Several expected answers: the mean share that was found; what follows the end of a text is not of it."""
+    m = model()
+    m.generation_config.eos_token_id = 258
+    examples = [
+        Example("The source", "?", " a, b", "q", "found", answers, max_new_tokens=6)
+        for answers in (("ab", "cd"), ("ab", "xy"), ("ef", "xy"))
+    ]
+    said = [*Bytes()("abcd", add_special_tokens=False)["input_ids"], 258, 0, 0, 0]
+    answering(
+        m, [said, [*said[:4], *said[:4]], [*said[:4], 258, *Bytes()("ef", add_special_tokens=False)["input_ids"], 0]]
+    )
+    [score] = evaluate(m, Bytes(), examples, ["dense"], likelihood=False, progress=False)
+    assert score.accuracy == pytest.approx((1 + 0.5 + 0) / 3)
+
+
+def test_as_many_tokens_as_the_example_asks_for():
+    m, asked = model(), []
+    generate = m.generate
+    m.generate = lambda *args, **kwargs: asked.append(kwargs["max_new_tokens"]) or generate(*args, **kwargs)
+    for n, want in ((None, 3), (7, 7)):
+        e = Example("The source", "?", "abc", "q", "found", max_new_tokens=n)
+        evaluate(m, Bytes(), [e], ["dense"], likelihood=False, progress=False)
+        assert asked[-1] == want
+
+
+def test_what_is_only_measured_is_not_generated():
+    m = model()
+    m.generate = None
+    examples = [Example("The source", "?", "abc", "q", "likelihood")]
+    [score] = evaluate(m, Bytes(), examples, ["dense"], progress=False)
+    assert math.isnan(score.accuracy) and score.bits_per_byte > 0
+    with pytest.raises(ValueError, match="generate or likelihood must be True for the task 'q'"):
+        evaluate(m, Bytes(), examples, ["dense"], likelihood=False, progress=False)
+    with pytest.raises(ValueError, match="of the task 'q' must have one metric, got likelihood and tokens"):
+        evaluate(m, Bytes(), [*examples, Example("c", "q", "a", "q")], progress=False)
+
+
 def test_half_a_surrogate_pair_is_no_text():
     for column in range(4):
         texts = ["text"] * 4

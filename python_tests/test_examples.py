@@ -10,11 +10,13 @@ import pytest
 import flux_ext
 
 ALL = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-EXAMPLES = [path for path in ALL if path.stem != "serve_vllm"]  # test_serving_http.py runs that one, beside vLLM
+# Their tests are test_lm_eval.py and test_serving_http.py, which run beside what they need.
+ELSEWHERE = ("lm_eval_harness", "serve_vllm")
+EXAMPLES = [path for path in ALL if path.stem not in ELSEWHERE]
 
 
-def test_there_are_three():
-    assert [path.stem for path in ALL] == ["attention", "patch_and_train", "serve_vllm"]
+def test_there_are_four():
+    assert [path.stem for path in ALL] == ["attention", "lm_eval_harness", "patch_and_train", "serve_vllm"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

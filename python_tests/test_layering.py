@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"operators", "config", "forward_context", "transformers_seam", "caches", "routers"},
 }
 MAY_IMPORT["serving"] = {"operators", "config", "routers"}  # and vLLM, in one of its files
-MAY_IMPORT["evaluation"] = {"examples", "transformers_seam", "models"}
+MAY_IMPORT["evaluation"] = {"examples", "pictures", "strict_json", "transformers_seam", "models"}
 MAY_IMPORT["training"] = {"examples", "strict_json", "transformers_seam", "models", "routers"}
 MAY_IMPORT["cli"] = {"__init__", *MAY_IMPORT, "_C"} - {"serving"}  # the public names too, as a user has them
 MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models"}

@@ -65,6 +65,14 @@ GOOD = {"context": "c", "question": "q", "answer": "a", "task": "t"}
             json.dumps({**GOOD, "context": "a \ud83d b"}),
             r"x.jsonl, line 2: the column 'context' .* character 3 is half of",
         ),
+        (json.dumps({**GOOD, "metric": "bleu"}), r"line 2: the column 'metric' must be one of tokens, .*, got 'bleu'"),
+        (json.dumps({**GOOD, "metric": 1}), r"line 2: the column 'metric' must be text, got int"),
+        (json.dumps({**GOOD, "answers": "so"}), r"line 2: the column 'answers' must be a list of texts, got 'so'"),
+        (json.dumps({**GOOD, "answers": ["so", 1]}), r"line 2: the column 'answers' must be a list of texts, got"),
+        (json.dumps({**GOOD, "classes": ["a", ""]}), r"line 2: the column 'classes' has an empty text"),
+        (json.dumps({**GOOD, "max_new_tokens": 0}), r"line 2: the column 'max_new_tokens' must be >= 1, got 0"),
+        (json.dumps({**GOOD, "max_new_tokens": True}), r"'max_new_tokens' must be a whole number, got bool"),
+        (json.dumps({**GOOD, "answers": ["a \ud83d"]}), r"line 2: the column 'answers' .* is half of a surrogate"),
         ('{"context": ' + "1" * 5000 + "}", r"x.jsonl, line 2: not an example"),
         ("[" * 100_000, r"x.jsonl, line 2: not an example"),
     ],
@@ -74,6 +82,23 @@ def test_bad_lines(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(ValueError, match=message):
         load_examples(tmp_path / "x.jsonl")
+
+
+SCORED = Example("some code ", "what?", "a, b", "a", "found", ("a", "b"), ("a", "b", "c"), 7, "\n")
+
+
+def test_how_a_text_is_scored_is_kept_where_it_says_something(tmp_path):
+    save_examples([*EXAMPLES, SCORED], tmp_path / "x.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
+    assert rows[0].keys() == rows[1].keys() == {"context", "question", "answer", "task"}
+    assert rows[2]["answers"] == ["a", "b"] and rows[2]["stop"] == "\n" and len(rows[2]) == 9
+    assert load_examples(tmp_path / "x.jsonl") == [*EXAMPLES, SCORED]
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = sorted({c for row in rows for c in row})
+    table = pyarrow.Table.from_pylist([{c: row.get(c) for c in columns} for row in rows])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert load_examples(tmp_path / "x.parquet") == [*EXAMPLES, SCORED]
 
 
 def test_bad_files(tmp_path):

@@ -28,6 +28,9 @@ class Bytes:
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [1] * add_special_tokens + [2 + b for b in text.encode()]}
 
+    def decode(self, tokens, skip_special_tokens=False):
+        return bytes(t - 2 for t in tokens if 2 <= t < 258).decode(errors="replace")
+
 
 def model(granularity="layer", family="qwen3", **config):
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The command ``flux-ext``: demo, info, generate, train, eval, bench."""
+"""The command ``flux-ext``: demo, info, generate, make-data, train, eval, bench."""
 
 from __future__ import annotations
 
@@ -96,6 +96,29 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=options.SEED, default=0, help="of the sampling")
     device(add)
 
+    add = command("make-data", _make_data, "write tasks in RULER's forms, made of text, at a length in tokens")
+    add("--model", required=True, help="folder or hub name of the model whose tokenizer counts")
+    add("--output", type=options.output_file, required=True, help=".jsonl, which train and eval read")
+    add("--length", type=options.COUNT, required=True, help="tokens of a prompt and what is generated after it")
+    add("--min-length", type=options.COUNT, help="each example's length is drawn from here up (default: --length)")
+    add("--count", type=options.COUNT, default=200, help="examples of each task")
+    add("--split", default="heldout", choices=["train", "heldout"], help="no passage is in both")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=[
+            *("single", "multikey", "multivalue", "multiquery", "tracking", "commonwords", "prose", "code"),
+            *("frequentwords", "twohop"),
+        ],
+        help="what to make (default: all; for training all but the last two)",
+    )
+    add("--prose", type=Path, nargs="+", help="files and folders of text (default: what is installed)")
+    add("--code", type=Path, nargs="+", help="files and folders of source code (default: Python's standard library)")
+    add("--notes", type=options.COUNT, default=4, help="hidden in a prompt, where there are several")
+    add("--no-chat", action="store_true", help="leave the tokenizer's chat template out")
+    add("--no-opening", action="store_true", help="do not begin the answers' sentences")
+    add("--seed", type=options.SEED, default=0)
+
     add = command("train", _train, "train the routers of a model on your own examples")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
@@ -164,7 +187,13 @@ def _parser() -> argparse.ArgumentParser:
     add = command("eval", _eval, "score a model and its routers: dense, all sparse and routed")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--routers", required=True, help="folder or hub name of its routers")
-    add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".jsonl or .parquet: context, question, answer, task; or .jsonl of LongBench's form",
+    )
     add(
         "--modes",
         nargs="+",
@@ -172,9 +201,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=["dense", "sparse", "routed"],
         help="what to score",
     )
+    add("--examples", type=options.COUNT, help="of each task the first so many (default: all)")
+    add("--max-length", type=options.COUNT, help="tokens; longer prompts of LongBench lose their middle")
+    add("--no-chat", action="store_true", help="leave the chat template out of LongBench's prompts")
     add("--no-generate", action="store_true", help="score the answers' likelihood only")
+    add("--no-likelihood", action="store_true", help="score generated answers only, where a task has them")
     add("--batch-size", type=options.COUNT, default=4, help="examples at a time")
-    add("--output", type=options.output_file, help="also write the scores as JSON")
+    add(
+        "--output",
+        type=options.json_file,
+        help="also write the scores as JSON, CSV and pictures, and keep each example's result: an interrupted run goes "
+        "on from there",
+    )
     device(add)
 
     add = command("bench", _bench, "time attention, full and sparse, against PyTorch's")
@@ -378,19 +416,31 @@ def _train(args: argparse.Namespace) -> None:
         print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
 
 
+def _make_data(args: argparse.Namespace) -> None:
+    from . import data
+
+    data.make(args)
+
+
 def _eval(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
+    from ..evaluation import evaluate, format_table, report
+    from .data import read
 
-    from .. import strict_json
-    from ..evaluation import evaluate, format_table
-    from ..examples import load_examples
-
-    examples = load_examples(args.data)
+    examples = read(args)
     model, tokenizer = _load(args, args.routers)
-    scores = evaluate(model, tokenizer, examples, args.modes, generate=not args.no_generate, batch_size=args.batch_size)
+    scores = evaluate(
+        model,
+        tokenizer,
+        examples,
+        args.modes,
+        generate=not args.no_generate,
+        likelihood={e.task: not args.no_likelihood or e.metric == "likelihood" for e in examples},
+        batch_size=args.batch_size,
+        results=report.files_of(args.output)["results"] if args.output else None,
+    )
     print(format_table(scores))
     if args.output:
-        args.output.write_text(strict_json.dumps([asdict(s) for s in scores]))
+        report.write_report(scores, args.output)
 
 
 # bench

@@ -96,3 +96,11 @@ def output_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file to write to, {text!r} is not writable")
     return path
+
+
+def json_file(text: str) -> Path:
+    """A file that can be written, beside which others are named after it."""
+    path = output_file(text)
+    if path.suffix != ".json":
+        raise argparse.ArgumentTypeError(f"must be a file whose name ends in .json, got {text!r}")
+    return path

@@ -1,5 +1,10 @@
-"""Scores of a patched model, dense, all sparse and routed (:func:`evaluate`); two tasks to try it on (``tasks``)."""
+"""Scores of a patched model, dense, all sparse and routed (:func:`evaluate`).
 
-from .runner import MODES, Mode, Score, evaluate, format_table
+Tasks to score it on are in ``ruler`` (and ``tasks``, for the demonstration), files of LongBench's form are read by
+``longbench``, and ``report`` writes what it gave.
+"""
 
-__all__ = ["MODES", "Mode", "Score", "evaluate", "format_table"]
+from .results import MODES, Mode, Result
+from .runner import Score, evaluate, format_table
+
+__all__ = ["MODES", "Mode", "Result", "Score", "evaluate", "format_table"]

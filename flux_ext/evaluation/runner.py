@@ -2,7 +2,8 @@
 
 Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
 the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
-that cache. Answers are compared by token: decoding may lose a space.
+that cache. Answers of the metric "tokens" are compared by token: decoding may lose a space. Those of all others are
+compared as texts (``metrics.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,17 @@ from tqdm import tqdm
 from ..examples import Example, Tokenizer, tokenized
 from ..models import patching
 from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
+from . import metrics
+from .results import MODES, Mode, Result, ResultsFile, digest
 
-Mode = Literal["dense", "sparse", "routed"]
-MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
 _ROUTES = {"dense": "full", "sparse": "sparse"}
+
+
+class DecodingTokenizer(Tokenizer, Protocol):
+    """A tokenizer that also writes; any of Hugging Face's does."""
+
+    def decode(self, tokens: list[int], /, *, skip_special_tokens: bool = False) -> object:
+        """The text of ``tokens``, without the special ones where ``skip_special_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Score:
     mode: Mode
     examples: int
     accuracy: float
-    """Share of generated answers that are right to the last token; NaN where none were generated."""
+    """Mean score of the generated answers, by the examples' metric: with "tokens" the share that is right to the last
+    token, with several expected answers the mean share of them that was found; NaN where none were generated."""
     bits_per_byte: float
     """Code length of the answers' UTF-8 bytes; NaN where it was not asked for."""
     sparsity: float
@@ -50,7 +60,7 @@ class Score:
 
 def evaluate(
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizer: DecodingTokenizer,
     examples: Sequence[Example],
     modes: Sequence[Mode] = MODES,
     *,
@@ -58,19 +68,23 @@ def evaluate(
     likelihood: bool | Mapping[str, bool] = True,
     batch_size: int = 8,
     progress: bool = True,
+    results: Path | None = None,
 ) -> list[Score]:
     """Scores each task of the examples in each mode.
 
     Args:
         model: a patched causal language model.
         tokenizer: its tokenizer.
-        examples: prompts and answers; batches hold one task each and may be ragged.
+        examples: prompts and answers; batches hold one task each and may be ragged. The examples of a task have the
+            same metric.
         modes: ``"dense"`` (all full), ``"sparse"`` (all sparse), ``"routed"``.
-        generate: whether answers are generated greedily and compared (as many tokens as the right answer
-            has), for all tasks or by task. Otherwise ``accuracy`` is NaN.
+        generate: whether answers are generated greedily and compared, for all tasks or by task; never those whose
+            metric is ``"likelihood"``. Otherwise ``accuracy`` is NaN.
         likelihood: whether the right answers' code length is measured, likewise. Otherwise ``bits_per_byte`` is NaN.
         batch_size: examples at a time.
-        progress: show a progress bar.
+        progress: show a progress bar, with the figures of the task so far.
+        results: a file that keeps what every example gave (``results.py``). If it exists, with unfinished results of
+            the same model, examples and options, the evaluation goes on from there.
 
     Returns:
         One :class:`Score` per mode and task, modes first.
@@ -80,7 +94,7 @@ def evaluate(
 
     Raises:
         ValueError: there are no examples, one has no tokens, a mode is unknown, a task is neither to be generated nor
-            measured, or the model is not patched.
+            measured or has several metrics, the model is not patched, or ``results`` is something else.
     """
     if not examples:
         raise ValueError("examples must not be empty")
@@ -94,8 +108,17 @@ def evaluate(
         {t: x.get(t, False) if isinstance(x, Mapping) else x for t in tasks} for x in (generate, likelihood)
     )
     for task in tasks:
+        kinds = sorted({e.metric for e in examples if e.task == task})
+        if len(kinds) > 1:
+            raise ValueError(f"examples of the task {task!r} must have one metric, got {' and '.join(kinds)}")
+        generates[task] &= kinds != ["likelihood"]
         if not generates[task] and not measures[task]:
             raise ValueError(f"generate or likelihood must be True for the task {task!r}")
+    store = None
+    if results is not None:
+        options = {"modes": tuple(modes), "generate": generates, "likelihood": measures, "batch_size": batch_size}
+        store = ResultsFile(results, digest(model, tokenizer, examples, options))
+    known = {(r.mode, r.example): r for r in store.results} if store else {}
     scores = []
     with (
         patching.evaluation_mode(model),
@@ -105,56 +128,97 @@ def evaluate(
         for mode in modes:
             for task in tasks:
                 bar.set_description(f"evaluating {mode} on {task}")
-                chosen = [e for e in examples if e.task == task]
-                scores.append(_score(model, tokenizer, chosen, mode, generates[task], measures[task], batch_size, bar))
+                found: list[Result] = []
+                for batch in _batches(examples, task, batch_size):
+                    if all((mode, i) in known for i in batch):
+                        new = [known[mode, i] for i in batch]
+                    else:
+                        new = _results(model, tokenizer, examples, batch, mode, generates[task], measures[task])
+                        if store:
+                            store.add(new)
+                    found += new
+                    scored = _score(examples, task, mode, found)
+                    bar.set_postfix_str(_figures(scored), refresh=False)
+                    bar.update(len(batch))
+                scores.append(scored)
+    if store:
+        store.finish()
     return scores
 
 
-def _score(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    examples: list[Example],
-    mode: Mode,
-    generate: bool,
-    likelihood: bool,
-    batch_size: int,
-    bar: tqdm,
-) -> Score:
-    start = time.perf_counter()
-    right, nats, kv_bytes, sparse = 0, 0.0, 0.0, []
-    with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
-        for batch in _batches(examples, batch_size):
-            prompts, answers = zip(*(tokenized(e, tokenizer) for e in batch), strict=True)
-            prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
-            if generate:
-                new, kept, routes = _generate_answers(model, tokenizer, prompt, mask, answers)
-                right += sum(row[: len(a)] == a for row, a in zip(new, answers, strict=True))
-            if likelihood:
-                answer_nats, kept, routes = _measure_answers(model, prompt, mask, answers)
-                nats += answer_nats
-            kv_bytes += kept
-            sparse.append(routes.float().cpu())
-            bar.update(len(batch))
-    route = torch.cat(sparse)  # [N, L, Hkv]
-    answer_bytes = sum(len(e.answer.encode()) for e in examples)
+def _batches(examples: Sequence[Example], task: str, size: int) -> Iterator[list[int]]:
+    """Positions of a task's examples, those of like length together; padding is computed for nothing."""
+    chosen = [i for i, e in enumerate(examples) if e.task == task]
+    chosen.sort(key=lambda i: len(examples[i].prompt))
+    for first in range(0, len(chosen), size):
+        yield chosen[first : first + size]
+
+
+def _score(examples: Sequence[Example], task: str, mode: Mode, results: Sequence[Result]) -> Score:
+    """What the results of one task come to."""
+    count = len(results)
+    points = [r.score for r in results if r.score is not None]
+    nats = [r.nats for r in results if r.nats is not None]
+    answer_bytes = sum(len(examples[r.example].answer.encode()) for r in results)
+    full_share = torch.tensor([r.full_share for r in results], dtype=torch.float64).mean(0)
     return Score(
-        task=examples[0].task,
+        task=task,
         mode=mode,
-        examples=len(examples),
-        accuracy=right / len(examples) if generate else math.nan,
-        bits_per_byte=nats / math.log(2) / answer_bytes if likelihood else math.nan,
-        sparsity=route.mean().item(),
-        kv_bytes=kv_bytes / len(examples),
-        full_share=tuple((1 - route).mean((0, 2)).tolist()),
-        seconds=time.perf_counter() - start,
+        examples=count,
+        accuracy=sum(points) / count if points else math.nan,
+        bits_per_byte=sum(nats) / math.log(2) / answer_bytes if nats else math.nan,
+        sparsity=1 - full_share.mean().item(),
+        kv_bytes=sum(r.kv_bytes for r in results) / count,
+        full_share=tuple(full_share.tolist()),
+        seconds=sum(r.seconds for r in results),
     )
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Examples of like length together; the padding of a batch is computed for nothing."""
-    ordered = sorted(examples, key=lambda e: len(e.prompt))
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
+def _figures(score: Score) -> str:
+    """The figures of a score that are not NaN."""
+    texts = [] if math.isnan(score.accuracy) else [f"accuracy {score.accuracy:.3f}"]
+    texts += [] if math.isnan(score.bits_per_byte) else [f"bits/byte {score.bits_per_byte:.3f}"]
+    return ", ".join([*texts, f"sparsity {score.sparsity:.2f}"])
+
+
+def _results(
+    model: nn.Module,
+    tokenizer: DecodingTokenizer,
+    examples: Sequence[Example],
+    batch: Sequence[int],
+    mode: Mode,
+    generate: bool,
+    likelihood: bool,
+) -> list[Result]:
+    """What the examples of one batch, given by their positions, give."""
+    start = time.perf_counter()
+    chosen = [examples[i] for i in batch]
+    prompts, answers = zip(*(tokenized(e, tokenizer) for e in chosen), strict=True)
+    prompt, mask = _pad_left(prompts, model.device)  # type: ignore[arg-type]
+    points: Sequence[float | None] = [None] * len(batch)
+    said: Sequence[str | None] = [None] * len(batch)
+    nats: Sequence[float | None] = [None] * len(batch)
+    with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
+        if generate:
+            lengths = [
+                len(a) if e.metric == "tokens" else e.max_new_tokens or len(a)
+                for e, a in zip(chosen, answers, strict=True)
+            ]
+            new, kept, routes = _generate_answers(model, tokenizer, prompt, mask, lengths)
+            texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+            points = [
+                float(row == a) if e.metric == "tokens" else metrics.score(text, e)
+                for row, text, a, e in zip(new, texts, answers, chosen, strict=True)
+            ]
+            said = texts
+        if likelihood:
+            nats, kept, routes = _measure_answers(model, prompt, mask, answers)
+    shares = (1 - routes.float()).mean(2).cpu().tolist()  # [B, L] of [B, L, Hkv]
+    seconds = (time.perf_counter() - start) / len(batch)
+    return [
+        Result(mode, i, points[b], said[b], nats[b], kept / len(batch), tuple(shares[b]), seconds)
+        for b, i in enumerate(batch)
+    ]
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -167,8 +231,8 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 def _measure_answers(
     model: nn.Module, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
-) -> tuple[float, int, Tensor]:
-    """Nats of the answers, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
+) -> tuple[list[float], int, Tensor]:
+    """Nats of each answer, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
     out = model(prompt, attention_mask=mask, use_cache=True, **{KEEP_LOGITS: 1})
     cache = cache_of(out)
     kept, routes = cache.nbytes(), cache.routes.clone()
@@ -181,28 +245,30 @@ def _measure_answers(
         grown = torch.cat([mask, torch.ones_like(fed)], 1)
         more = model(fed, attention_mask=grown, use_cache=True, **{CACHE: cache}).logits
         logits = torch.cat([logits, more], 1)
-    nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-    return float((nats * counted.flatten()).sum()), kept, routes
+    nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(counted)
+    return (nats * counted).sum(1).tolist(), kept, routes
 
 
 def _generate_answers(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    prompt: Tensor,
-    mask: Tensor,
-    answers: Sequence[Sequence[int]],
+    model: nn.Module, tokenizer: DecodingTokenizer, prompt: Tensor, mask: Tensor, lengths: Sequence[int]
 ) -> tuple[list[list[int]], int, Tensor]:
-    """Tokens of greedy continuations as long as the longest answer, bytes in the cache at the end, and the routes."""
+    """Tokens of greedy continuations, each cut to its length, bytes in the cache at the end, and the routes."""
     out = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=mask,
-        max_new_tokens=max(map(len, answers)),
+        max_new_tokens=max(lengths),
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         return_dict_in_generate=True,
     )
     cache = cache_of(out)
-    return out.sequences[:, prompt.shape[1] :].tolist(), cache.nbytes(), cache.routes
+    rows = out.sequences[:, prompt.shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = ends if isinstance(ends, list) else [ends]
+    for row, length in zip(rows, lengths, strict=True):
+        stop = next((i for i, t in enumerate(row) if t in ends), length)
+        del row[min(stop + 1, length) :]  # what follows the end of a text is padding
+    return rows, cache.nbytes(), cache.routes
 
 
 def format_table(scores: Sequence[Score]) -> str:
