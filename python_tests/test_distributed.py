@@ -22,7 +22,7 @@ OBJECTIVES = ("counterfactual", "soft", "straight_through")
 
 def one_step(folder, objective, packed=False, **options):
     """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped."""
-    recipe, data, grads = Recipe(objective=objective, flips=LAYERS), dataset(4, ragged=False), []
+    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=False), []
     t = trainer(
         folder,
         recipe=recipe,
