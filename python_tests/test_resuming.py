@@ -84,7 +84,10 @@ def test_the_new_recipe_counts_and_the_multipliers_go_on(saved, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"recipe": Recipe(objective="soft", targets={"a": 0.9})}, "was trained with objective 'counterfactual', not 'soft'"),
+        (
+            {"recipe": Recipe(objective="soft", targets={"a": 0.9})},
+            "was trained with objective 'counterfactual', not 'soft'",
+        ),
         ({"recipe": Recipe(multipliers="published")}, "was trained with multipliers 'inequality', not 'published'"),
         ({"recipe": Recipe(start_bias=3)}, "was trained with start_bias 2.0, not 3"),
         ({"recipe": Recipe(budgets={"a": 0.1})}, "was trained with constraint 'targets', not 'budget, budget of a'"),
@@ -93,7 +96,16 @@ def test_the_new_recipe_counts_and_the_multipliers_go_on(saved, tmp_path):
         ({"data": RouterDataset([Example("a", "b", "c", "z")], Bytes())}, r"tasks \('a', 'b'\), not \('z',\)"),
         ({"m": "head"}, "have other settings: granularity"),
     ],
-    ids=["objective", "multipliers", "start_bias", "constraint", "learning_rate", "weight_decay", "tasks", "granularity"],
+    ids=[
+        "objective",
+        "multipliers",
+        "start_bias",
+        "constraint",
+        "learning_rate",
+        "weight_decay",
+        "tasks",
+        "granularity",
+    ],
 )
 def test_what_cannot_change_is_refused_by_name(saved, tmp_path, options, message):
     options = {"recipe": Recipe(targets={"a": 0.9}), **options}

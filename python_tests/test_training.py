@@ -209,8 +209,8 @@ def test_losses_and_multipliers_are_those_of_the_formula(tmp_path, objective, fo
         multipliers = t.objective.multipliers
         for k in (0, 1):
             own = [s.item() for tasks, step in seen for i, s in zip(tasks, step.sparsity, strict=True) if i == k]
-            use = [c.float().mean().item() for tasks, st in seen for i, c in zip(tasks, st.choice, strict=True) if i == k]
-            reached = max(sum(own), sum(use)) if form == "inequality" else sum(own)
+            use = [c.float().mean() for tasks, step in seen for i, c in zip(tasks, step.choice, strict=True) if i == k]
+            reached = float(max(sum(own), sum(use))) if form == "inequality" else sum(own)
             d = reached / len(own) - recipe.target("ab"[k]) if own else 0.0
             up = {"inequality": -d, "published": d, "published_abs": abs(d)}[form]
             assert multipliers.lambda1[k].item() == pytest.approx(max(0.0, first[k] + rate * up), abs=1e-5)

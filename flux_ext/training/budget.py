@@ -1,14 +1,15 @@
 """How much quality may be lost: one price of sparsity for all inputs, found while the routers learn.
 
-The price (nats per unit of sparsity) is the dual variable of ``mean(routed loss - dense loss) <= budget``: it rises while
-less is lost than may be, and falls while more is. What counts is the loss under the routes that are used afterwards,
-the routers' own choices, not under those that training draws to explore.
+The price (nats per unit of sparsity) is the dual variable of ``mean(routed loss - dense loss) <= budget``: it rises
+while less is lost than may be, and falls while more is. What counts is the loss under the routes that are used
+afterwards, the routers' own choices, not under those that training draws to explore.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .config import Recipe
 
 SATURATED = 0.1
-"""Nats per answer token. A share of a smaller mean dense loss would be a share of next to nothing: it counts as this."""
+"""Nats per answer token: a smaller mean dense loss counts as this, for a share of it would be next to nothing."""
 
 
 class Price(nn.Module):
@@ -25,10 +26,11 @@ class Price(nn.Module):
 
     The controller works on the logarithm of ``price / budget``, so that it needs no scale of the losses. Its error is
     what is left of the budget, in budgets: 1 while nothing is lost, 0 at the budget, at least ``-WORST``. The integral
-    part, ``ratio``, moves by ``exp(RATE * error)`` per step; the proportional part multiplies it by ``exp(GAIN * error)``:
-    routers follow the price with a delay of tens of steps, in which an integral alone would buy far too much. The ratio
-    starts at ``START`` (where the loss is convex in the sparsity, the right one is at least 1, for the whole of the
-    sparsity costs the budget), and the price stays below ``MOST`` budgets, lest it run away where nothing is left to buy.
+    part, ``ratio``, moves by ``exp(RATE * error)`` per step; the proportional part multiplies it by
+    ``exp(GAIN * error)``: routers follow the price with a delay of tens of steps, in which an integral alone would buy
+    far too much. The ratio starts at ``START`` (where the loss is convex in the sparsity, the right one is at least 1,
+    for the whole of the sparsity costs the budget), and the price stays below ``MOST`` budgets, lest it run away where
+    nothing is left to buy.
 
     What is lost is a mean over the latest sequences, :data:`SEQUENCES` or :data:`STEPS` steps of them, whichever is
     more. All state is the same in all processes.
@@ -115,7 +117,9 @@ class Price(nn.Module):
                 on all ranks.
             extra, dense: ``[T]``, the sums over them of the nats lost and of the dense loss.
         """
-        n, lost, base = (torch.zeros_like(self.ratio).index_add(0, self.group, x.float()) for x in (count, extra, dense))
+        n, lost, base = (
+            torch.zeros_like(self.ratio).index_add(0, self.group, x.float()) for x in (count, extra, dense)
+        )
         keep = torch.exp(-(n / self.SEQUENCES).clamp(max=1 / self.STEPS))
         self.recent = self.recent * keep + torch.stack([n, lost])
         self.dense = self.dense + torch.stack([n, base]).double()
@@ -179,7 +183,7 @@ def sequence_keys(inputs: Mapping[str, Any]) -> list[int]:
     bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
     if bounds is not None:
         ends = bounds.tolist()
-        parts = [(tokens[0, a:b], labels[0, a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [(tokens[0, a:b], labels[0, a:b]) for a, b in pairwise(ends)]
     elif mask is None:
         parts = list(zip(tokens, labels, strict=True))
     else:

@@ -62,10 +62,10 @@ class FluxTrainer(Trainer):
     objective's state (one file per process) with the dense losses that were measured, and what every Trainer keeps for
     resuming. Metrics go to any logger and to the progress bar, losses in nats per answer token:
 
-    - ``sparsity`` under the routers' own routes, and ``routes_vary``, the share of layers (or heads) that did not route
-      the latest sequences all alike. Where it is 0 at the end, a warning says so.
-    - with a budget: ``price`` (nats per unit of sparsity), ``extra_loss`` (what the own routes lose), ``dense_loss`` and
-      ``budget``; ``{task}/extra_loss``, and the price and budget of a task that has its own.
+    - ``sparsity`` under the routers' own routes, and ``routes_vary``, the share of layers (or heads) that did not
+      route the latest sequences all alike. Where it is 0 at the end, a warning says so.
+    - with a budget: ``price`` (nats per unit of sparsity), ``extra_loss`` (what the own routes lose), ``dense_loss``
+      and ``budget``; ``{task}/extra_loss``, and the price and budget of a task that has its own.
     - with targets: ``{task}/target``, ``/lambda1`` and ``/lambda2``.
     - ``{task}/sparsity`` and ``{task}/lm_loss`` of the routes that training takes, some of which explore.
 
@@ -181,9 +181,9 @@ class FluxTrainer(Trainer):
         if watch.count < watch.size or watch.vary > 0 or watch.sparsity == 1:
             return None
         return (
-            f"the routers gave the latest {watch.count} sequences all the same routes, {watch.sparsity:.0%} sparse: they "
-            "do not look at the input. Let them see it from the start (new routers, Recipe(whiten=48)), train for more "
-            "steps, or with a larger budget if nothing is sparse; if all examples are of one kind, this may be right"
+            f"the routers gave the latest {watch.count} sequences all the same routes, {watch.sparsity:.0%} sparse: "
+            "they do not look at the input. Let them see it from the start (new routers, Recipe(whiten=48)), train for "
+            "more steps, or with a larger budget if nothing is sparse; where all examples are alike, this may be right"
         )
 
     def _layer_routers(self) -> list[Router]:
