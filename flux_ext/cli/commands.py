@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
     add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
-    add("--flips", type=options.COUNT, default=2, help="counterfactuals per sequence and step")
+    add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")

@@ -62,7 +62,8 @@ class Recipe:
             are still as they were made, before the first step (:mod:`~flux_ext.training.start`). 0: none. A few
             dozen let routers tell inputs apart that they otherwise route alike. None: 48, where there are new routers
             and at least two examples.
-        flips: counterfactuals per sequence and step; they share one base forward.
+        flips: counterfactuals per sequence and step; they share one base forward. None: 2, with head-level routing 4
+            (its units are more and their worth is smaller), or all layers where there are fewer.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.
@@ -85,7 +86,7 @@ class Recipe:
     tau_schedule: ScheduleName = "cosine"
     start_bias: float | None = None
     whiten: int | None = None
-    flips: int = 2
+    flips: int | None = None
     heads_per_flip: int = 1
     logit_bound: float = 2.0
     delta_clip: float = 1.0
@@ -123,9 +124,8 @@ class Recipe:
             raise ValueError(f"start_bias must be finite, got {self.start_bias}")
         if self.whiten is not None and (not isinstance(self.whiten, int) or self.whiten < 0 or self.whiten == 1):
             raise ValueError(f"whiten must be 0 or at least 2 prompts, got {self.whiten}")
-        for name in ("flips", "heads_per_flip"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+        for name, value in (("flips", self.flips), ("heads_per_flip", self.heads_per_flip)):
+            if (name, value) != ("flips", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be >= 1 and whole, got {value}")
 
     @classmethod

@@ -271,8 +271,13 @@ class Counterfactual(Objective):
     """
 
     BOUND_WEIGHT = 0.1
+    LAYER_FLIPS, HEAD_FLIPS = 2, 4
+    """Where the recipe leaves them open."""
     OWN_SHARE = 0.5
+    """Of the sequences, with a budget, that take the routers' own routes."""
     SHIFT = 4.0
+    """The others explore up to so much fuller than the policy, in log-odds: where much is sparse already, what one more
+    full layer is worth is seen only beside others that are full."""
     deck: Tensor
     dealt: Tensor
 
@@ -280,9 +285,9 @@ class Counterfactual(Objective):
         self, recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
     ) -> None:
         super().__init__(recipe, tasks, num_layers, num_heads, seed)
-        if recipe.flips > max(num_layers, Recipe.flips):
+        if recipe.flips is not None and recipe.flips > num_layers:
             raise ValueError(f"flips must be at most the {num_layers} routed layers, got {recipe.flips}")
-        self.flips = min(recipe.flips, num_layers)
+        self.flips = recipe.flips or min(self.HEAD_FLIPS if num_heads > 1 else self.LAYER_FLIPS, num_layers)
         if recipe.heads_per_flip > num_heads:
             raise ValueError(
                 f"heads_per_flip must be at most the {num_heads} decisions of a layer, got {recipe.heads_per_flip}"
