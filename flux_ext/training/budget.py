@@ -76,12 +76,12 @@ class Price(nn.Module):
 
     def extra(self) -> Tensor:
         """Nats per answer token that the routers' own routes have lost of late, ``[T]``; NaN before the first."""
-        count, lost = self.recent
+        count, lost = self.recent.unbind()
         return (lost / count)[self.group]
 
     def _error(self, budget: Tensor) -> Tensor:
         """What is left, in budgets; 1 before anything was measured, and where there is no budget to be left."""
-        count, lost = self.recent
+        count, lost = self.recent.unbind()
         return (1 - lost / count / budget).nan_to_num(1.0, 1.0, 1.0).clamp(-self.WORST, 1)
 
     def figures(self) -> dict[str, float]:
@@ -96,7 +96,7 @@ class Price(nn.Module):
     def _budgets(self) -> Tensor:
         if not self.share:
             return self.limit
-        count, total = self.dense
+        count, total = self.dense.unbind()
         return self.limit * (total / count).clamp(min=SATURATED).nan_to_num(0.0).float()
 
     def penalty(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
