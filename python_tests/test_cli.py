@@ -300,6 +300,9 @@ def error_of(capsys, call):
         (["--multiplier-lr", "nan"], "argument --multiplier-lr: must be a finite number >= 0, got 'nan'"),
         (["--start-bias", "inf"], "argument --start-bias: must be a finite number, got 'inf'"),
         (["--default-target", "1.5"], "argument --default-target: must be a finite number in [0, 1], got '1.5'"),
+        (["--budget", "-1"], "argument --budget: must be a finite number >= 0, got '-1'"),
+        (["--budget", "=1"], "argument --budget: must read [TASK=]AMOUNT, for example 0.01 or 0.02nats, got '=1'"),
+        (["--budget", "x=1bits"], "argument --budget: must be a finite number >= 0, got '1bits'"),
         (["--target", "x"], "argument --target: must read TASK=SHARE, for example retrieval=0.45, got 'x'"),
         (["--target", "x=2"], "argument --target: must be a finite number in [0, 1], got '2'"),
         (["--target", "x=nan"], "argument --target: must be a finite number in [0, 1], got 'nan'"),
@@ -363,6 +366,10 @@ def test_output_that_cannot_be_written(folder, tmp_path, no_model, capsys, monke
     "args, message",
     [
         (["--target", "z=0.5"], "targets names tasks that the data lack: z; they have x, y"),
+        (["--budget", "z=0.5"], "budgets names tasks that the data lack: z; they have x, y"),
+        (["--budget", "0.1", "--budget", "0.2"], "--budget: one amount may be without a task, got 2"),
+        (["--budget", "0.1", "--budget", "x=0.2nats"], "--budget: all amounts must be shares, or all nats"),
+        (["--budget", "0.1", "--target", "x=0.5"], "budget must be left out where targets"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
         (["--resume"], "has no checkpoint"),
         (["--resume", "none"], "none is no checkpoint of a FluxTrainer: there is no such folder"),
@@ -391,6 +398,27 @@ def test_routers_beside_their_model(folder, tmp_path):
         assert train(folder, tmp_path / "model", *common, *more) == 0
     assert all((tmp_path / "model" / name).read_bytes() == content for name, content in before.items())
     assert len(FluxRouters.from_pretrained(tmp_path / "model").layers) == 2
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ([], {"budget": None, "budget_unit": "share", "budgets": {}}),
+        (["0.02"], {"budget": 0.02, "budget_unit": "share", "budgets": {}}),
+        (["0.02nats", "x=0", "y=1e-1nats"], {"budget": 0.02, "budget_unit": "nats", "budgets": {"x": 0.0, "y": 0.1}}),
+        (["x=0.5"], {"budget": None, "budget_unit": "share", "budgets": {"x": 0.5}}),
+    ],
+)
+def test_budgets(folder, tmp_path, options, expected):
+    given = [a for amount in options for a in ("--budget", amount)]
+    assert train(folder, tmp_path / "out", "--batch-size", 2, "--steps", 1, "--save-steps", 1, *PATTERN, *given) == 0
+    recipe = json.loads((tmp_path / "out" / "checkpoint-1" / "recipe.json").read_text())
+    assert {name: recipe[name] for name in expected} == expected
+
+
+def test_collapsed_routers_are_named(folder, tmp_path):
+    with pytest.warns(UserWarning, match="the latest 64 sequences all the same routes, 0% sparse"):
+        train(folder, tmp_path / "out", "--batch-size", 8, "--steps", 8, "--lr", 1e-9, *PATTERN)
 
 
 def test_too_many_flips(folder, tmp_path, capsys):

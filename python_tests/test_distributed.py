@@ -22,7 +22,7 @@ OBJECTIVES = ("counterfactual", "soft", "straight_through")
 
 def one_step(folder, objective, packed=False, **options):
     """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped."""
-    recipe, data, grads = Recipe(objective=objective, flips=LAYERS), dataset(4, ragged=False), []
+    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=False), []
     t = trainer(
         folder,
         recipe=recipe,
@@ -37,6 +37,19 @@ def one_step(folder, objective, packed=False, **options):
     t.objective.uniform = lambda shape, like: torch.full(tuple(shape), 0.5)
     t.train()
     return grads[0], t.objective.multipliers.lambda1
+
+
+def one_step_of_the_budget(folder, **options):
+    """Gradient and the price's state of one step over four sequences that all take the routers' own routes, and the
+    figures of the log."""
+    recipe = Recipe(budget=0.05, budgets={"b": 0.2}, flips=LAYERS, whiten=0)
+    grads, data = [], dataset(4, ragged=False)
+    t = trainer(folder, recipe=recipe, data=data, max_steps=1, max_grad_norm=0.0, callbacks=[Grab(grads)], **options)
+    t.objective.own_rows = lambda batch: torch.ones(batch, dtype=torch.bool)
+    t.train()
+    names = ("sparsity", "routes_vary", "extra_loss", "dense_loss", "price", "b/price")
+    [log] = [log for log in t.state.log_history if "loss" in log]
+    return grads[0], t.objective.multipliers.state_dict(), {name: log[name] for name in names}
 
 
 def states(t):
@@ -72,6 +85,9 @@ def process(folder: Path) -> None:
             seen["step", objective, packed] = one_step(
                 folder / "step", objective, packed, per_device_train_batch_size=1, gradient_accumulation_steps=2
             )
+    seen["budget"] = one_step_of_the_budget(
+        folder / "budget", per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
     for objective in ("counterfactual", "soft"):
         own = folder / objective
         seen["through", objective] = some_steps(own, objective, save_strategy="steps", save_steps=2)
@@ -119,6 +135,15 @@ def test_two_processes_and_two_micro_batches_give_the_gradient_of_one_batch(seen
         assert want.abs().max() > 1e-3
         assert torch.allclose(got, want, atol=1e-6, rtol=1e-4)
         assert torch.allclose(own_multipliers, multipliers)
+
+
+def test_the_price_is_that_of_all_sequences_of_all_processes(seen, tmp_path):
+    want, price, figures = one_step_of_the_budget(tmp_path, per_device_train_batch_size=4)
+    assert price["recent"][0].tolist() == [2, 2] and abs(figures["extra_loss"]) > 1e-4
+    for got, own_price, own_figures in (s["budget"] for s in seen):
+        assert torch.allclose(got, want, atol=1e-6, rtol=1e-4)
+        assert all(torch.allclose(own_price[name], x, rtol=1e-4, atol=1e-6) for name, x in price.items())
+        assert own_figures == pytest.approx(figures, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["counterfactual", "soft"])

@@ -17,7 +17,7 @@ import flux_ext
 from flux_ext.cli import demo
 from flux_ext.evaluation import tasks
 from flux_ext.models import patching
-from flux_ext.training import PaddedCollator, RouterDataset
+from flux_ext.training import FluxTrainer, PaddedCollator, Recipe, RouterDataset, training_arguments
 from flux_ext.training.data import IGNORED
 
 SETTINGS = demo.Settings(steps=36, batch_size=6)
@@ -74,6 +74,40 @@ def test_training_comes_within_two_percent_of_the_oracle(tmp_path):
     best = oracle(model, batch, full)
     assert best > 0.9, "no routing of this sparsity retrieves: the case shows nothing"
     assert trained >= 0.98 * best
+
+
+def test_with_the_default_recipe_routes_differ_by_input(tmp_path):
+    """With a budget, whitened states and the default rates: no task is named to the routers, and no target. Short
+    prompts and a small window, to take less time."""
+    model, tokenizer = demo.load_backbone()
+    torch.manual_seed(0)
+    flux_ext.patch(model, flux_ext.FluxConfig(sink=16, window=96, pool_size=64))
+
+    def examples(count, split):
+        sizes = {"length": 320, "split": split}
+        return RouterDataset(
+            tasks.retrieval(count, facts=1, head=0, distance=24, **sizes)
+            + tasks.continuation(count, answer_length=24, **sizes),
+            tokenizer,
+        )
+
+    arguments = {"max_steps": 32, "per_device_train_batch_size": 8, "logging_steps": 8, "save_strategy": "no"}
+    trainer = FluxTrainer(
+        model,
+        Recipe(),
+        training_arguments(str(tmp_path), use_cpu=True, disable_tqdm=True, **arguments),
+        train_dataset=examples(128, "train"),
+        tokenizer=tokenizer,
+    )
+    trainer.train()
+    last = [log for log in trainer.state.log_history if "loss" in log][-1]
+    assert last["routes_vary"] >= 0.25 and 0.2 < last["sparsity"] < 1
+    assert last["extra_loss"] < 2 * last["budget"]
+    rows = examples(16, "heldout")
+    batch = PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
+    _, routes = accuracy(model.eval(), batch)
+    questions, code = routes.float().view(2, 16, -1).mean(1)  # how often each layer is sparse
+    assert (questions - code).abs().max() > 0.5, (questions, code)
 
 
 def compare(objectives, seeds=(0, 1)):

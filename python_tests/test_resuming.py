@@ -64,9 +64,9 @@ def test_the_new_recipe_counts_and_the_multipliers_go_on(saved, tmp_path):
     t = trainer(tmp_path, recipe=recipe, max_steps=3, save_strategy="steps", save_steps=3)
     seen, ascend = [], t.objective.multipliers.ascend
 
-    def spy(sparsity, count):
-        seen.append((t.objective.multipliers.lambda1.clone(), sparsity.tolist(), count.tolist()))
-        ascend(sparsity, count)
+    def spy(sparsity, count, own):
+        seen.append((t.objective.multipliers.lambda1.clone(), sparsity.maximum(own).tolist(), count.tolist()))
+        ascend(sparsity, count, own)
 
     t.objective.multipliers.ascend = spy
     t.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
@@ -84,19 +84,33 @@ def test_the_new_recipe_counts_and_the_multipliers_go_on(saved, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"recipe": Recipe(objective="soft")}, "was trained with objective 'counterfactual', not 'soft'"),
+        (
+            {"recipe": Recipe(objective="soft", targets={"a": 0.9})},
+            "was trained with objective 'counterfactual', not 'soft'",
+        ),
         ({"recipe": Recipe(multipliers="published")}, "was trained with multipliers 'inequality', not 'published'"),
         ({"recipe": Recipe(start_bias=3)}, "was trained with start_bias 2.0, not 3"),
+        ({"recipe": Recipe(budgets={"a": 0.1})}, "was trained with constraint 'targets', not 'budget, budget of a'"),
         ({"learning_rate": 1e-3}, "optimizer.pt goes on with initial_lr 0.01, the arguments ask for 0.001"),
         ({"weight_decay": 0.0}, "optimizer.pt goes on with weight_decay 0.1, the arguments ask for 0.0"),
         ({"data": RouterDataset([Example("a", "b", "c", "z")], Bytes())}, r"tasks \('a', 'b'\), not \('z',\)"),
         ({"m": "head"}, "have other settings: granularity"),
     ],
-    ids=["objective", "multipliers", "start_bias", "learning_rate", "weight_decay", "tasks", "granularity"],
+    ids=[
+        "objective",
+        "multipliers",
+        "start_bias",
+        "constraint",
+        "learning_rate",
+        "weight_decay",
+        "tasks",
+        "granularity",
+    ],
 )
 def test_what_cannot_change_is_refused_by_name(saved, tmp_path, options, message):
-    options = {"recipe": Recipe(), **options}
-    t = trainer(tmp_path, model(options.pop("m", "layer")), **options)
+    options = {"recipe": Recipe(targets={"a": 0.9}), **options}
+    recipe = options["recipe"] if "data" not in options else Recipe(default_target=0.5)
+    t = trainer(tmp_path, model(options.pop("m", "layer")), **{**options, "recipe": recipe})
     assert_refused(t, saved[0] / "checkpoint-2", message)
 
 

@@ -74,7 +74,7 @@ def trainer(tmp_path, m=None, recipe=None, data=None, **options):
     }
     return FluxTrainer(
         model() if m is None else m,
-        recipe or Recipe(targets={"a": 0.5}),
+        recipe or Recipe(targets={"a": 0.5}, whiten=0),
         training_arguments(str(tmp_path), **args),
         train_dataset=data or dataset(),
         packed=packed,

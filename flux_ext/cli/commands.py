@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -126,14 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--routers", help="start from these routers; their configuration counts")
     add("--eval-data", type=Path, help="score these examples at the end")
     add(
+        "--budget",
+        type=options.budget,
+        action="append",
+        default=[],
+        metavar="[TASK=]AMOUNT",
+        help="how much more the answers' loss may be than dense: a share of it (0.01) or nats per token (0.02nats); "
+        "repeat with a task's name for one of its own (default: 0.01)",
+    )
+    add(
         "--target",
         type=options.target,
         action="append",
         default=[],
         metavar="TASK=SHARE",
-        help="target sparsity of a task; repeat",
+        help="instead of a budget: target sparsity of a task; repeat",
     )
-    add("--default-target", type=options.SHARE, default=0.5, help="target sparsity of all other tasks")
+    add("--default-target", type=options.SHARE, help="target sparsity of all other tasks (0.5 beside --target)")
     add(
         "--objective",
         default="counterfactual",
@@ -146,11 +155,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=["inequality", "published", "published_abs"],
         help="how a missed target is priced",
     )
-    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.02, help="step of that price")
-    add(
-        "--whiten", type=options.whole(0), default=0, help="prompts that new routers are fitted to first; 48 are enough"
-    )
-    add("--flips", type=options.COUNT, default=1, help="counterfactuals per sequence and step")
+    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
+    add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
+    add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")
@@ -161,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=options.COUNT, default=300, help="of the training")
     add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
     add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
-    add("--lr", type=options.POSITIVE, default=5e-4, help="learning rate of the routers, at its peak")
+    add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
     add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
@@ -352,6 +359,23 @@ def _generate(args: argparse.Namespace) -> None:
 # training and evaluation
 
 
+def _budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
+    """The recipe's budget, its unit and the tasks' own, as ``--budget`` says them."""
+    if not given:
+        return {}
+    units = {unit for _, amount, unit in given if amount}  # 0 is the same in both
+    if len(units) > 1:
+        raise ValueError("--budget: all amounts must be shares, or all nats")
+    common = [amount for task, amount, _ in given if task is None]
+    if len(common) > 1:
+        raise ValueError(f"--budget: one amount may be without a task, got {len(common)}")
+    return {
+        "budget": common[0] if common else None,
+        "budget_unit": units.pop() if units else "share",
+        "budgets": {task: amount for task, amount, _ in given if task is not None},
+    }
+
+
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
     from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
@@ -359,6 +383,7 @@ def _train(args: argparse.Namespace) -> None:
 
     recipe = Recipe(
         objective=args.objective,
+        **_budgets(args.budget),
         targets=dict(args.target),
         default_target=args.default_target,
         multipliers=args.multipliers,

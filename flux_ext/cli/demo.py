@@ -54,6 +54,7 @@ class Settings:
     flips: int = 2
     learning_rate: float = 4e-3
     multiplier_lr: float = 0.5
+    logit_bound: float = 4.0
     delta_clip: float = 1.0
     """A wrong answer costs many nats; more than one would drown the price of the other task."""
     examples: int = 48
@@ -80,7 +81,9 @@ def train(
         targets={tasks.RETRIEVAL: s.retrieval_target, tasks.CONTINUATION: s.continuation_target},
         multiplier_lr=s.multiplier_lr,
         flips=s.flips,
+        logit_bound=s.logit_bound,
         delta_clip=s.delta_clip,
+        whiten=0,  # these rates tell the two tasks apart without
     )
     torch.manual_seed(seed)
     patch(model, FluxConfig(sink=s.sink, window=s.window, pool_size=s.pool_size))

@@ -62,6 +62,16 @@ def target(text: str) -> tuple[str, float]:
     return task, SHARE(share)
 
 
+def budget(text: str) -> tuple[str | None, float, str]:
+    """``[TASK=]AMOUNT``, a share of the dense loss or, with ``nats`` behind it, nats per answer token: task or None,
+    amount and unit, ``"share"`` or ``"nats"``."""
+    task, equals, amount = text.rpartition("=")
+    if equals and not task:
+        raise argparse.ArgumentTypeError(f"must read [TASK=]AMOUNT, for example 0.01 or 0.02nats, got {text!r}")
+    unit = "nats" if amount.endswith("nats") else "share"
+    return task or None, NOT_NEGATIVE(amount.removesuffix("nats")), unit
+
+
 def device(text: str) -> str:
     """A device of this machine on which there are kernels."""
     try:

@@ -16,27 +16,42 @@ if TYPE_CHECKING:
 ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
 MultiplierForm = Literal["inequality", "published", "published_abs"]
 ScheduleName = Literal["cosine", "linear", "exponential"]
+BudgetUnit = Literal["share", "nats"]
 
 OBJECTIVES = ("counterfactual", "soft", "straight_through")
 MULTIPLIER_FORMS = ("inequality", "published", "published_abs")
 SCHEDULES = ("cosine", "linear", "exponential")
+BUDGET_UNITS = ("share", "nats")
+
+DEFAULT_BUDGET = 0.01
+DEFAULT_TARGET = 0.5
+DEFAULT_WHITEN = 48
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How routers are trained.
 
+    What they strive for is one of two. A **budget** (the default): the sparsest routes that lose no more than so much
+    quality, whatever the input; no task labels are needed (:mod:`~flux_ext.training.budget`). Or, where ``targets`` or
+    ``default_target`` is given or ``multipliers`` are the published ones, a **target sparsity** for each task.
+
     Args:
         objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the
             backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
             forward, soft gradient).
+        budget: how much more the answers' loss may be than with everything full, in the mean over the data, under the
+            routers' own choices; None: 0.01, where there are no targets.
+        budget_unit: ``"share"`` of the mean dense loss (0.01 is one percent), or ``"nats"`` per answer token.
+        budgets: tasks that have a budget of their own, in the same unit, and so a price of their own. 0: only what
+            costs nothing is sparse.
         targets: per task, the share of sparse attention to reach, in [0, 1].
-        default_target: the target of tasks that ``targets`` does not name.
+        default_target: the target of tasks that ``targets`` does not name; None: 0.5.
         multipliers: ``"inequality"``: ``lambda1 * (target - sparsity)``, a price that may fall again once
             the target is met. ``"published"``: ``lambda1 * d + lambda2 * d^2`` with ``d = sparsity -
             target``; ``"published_abs"``: with ``|d|``, as in the published code.
-        multiplier_lr: step of the multipliers' gradient ascent (published: 1e-3), in nats per unit of
+        multiplier_lr: step of the targets' multipliers' gradient ascent (published: 1e-3), in nats per unit of
             sparsity.
         tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start
             to end over the first ``tau_share`` of the steps and stays there.
@@ -45,8 +60,10 @@ class Recipe:
             from sampling.
         whiten: prompts of the training data whose pooled states centre and scale the first layers of routers that
             are still as they were made, before the first step (:mod:`~flux_ext.training.start`). 0: none. A few
-            dozen let routers tell inputs apart that they otherwise route alike.
-        flips: counterfactuals per sequence and step; they share one base forward.
+            dozen let routers tell inputs apart that they otherwise route alike. None: 48, where there are new routers
+            and at least two examples.
+        flips: counterfactuals per sequence and step; they share one base forward. None: 2, with head-level routing 4
+            (its units are more and their worth is smaller), or all layers where there are fewer.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.
@@ -56,32 +73,46 @@ class Recipe:
     """
 
     objective: ObjectiveName = "counterfactual"
+    budget: float | None = None
+    budget_unit: BudgetUnit = "share"
+    budgets: Mapping[str, float] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
-    default_target: float = 0.5
+    default_target: float | None = None
     multipliers: MultiplierForm = "inequality"
-    multiplier_lr: float = 0.02
+    multiplier_lr: float = 0.1
     tau_start: float = 1.5
     tau_end: float = 1.0
     tau_share: float = 0.6
     tau_schedule: ScheduleName = "cosine"
     start_bias: float | None = None
-    whiten: int = 0
-    flips: int = 1
+    whiten: int | None = None
+    flips: int | None = None
     heads_per_flip: int = 1
-    logit_bound: float = 4.0
-    delta_clip: float = 10.0
+    logit_bound: float = 2.0
+    delta_clip: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
             ("objective", OBJECTIVES),
             ("multipliers", MULTIPLIER_FORMS),
             ("tau_schedule", SCHEDULES),
+            ("budget_unit", BUDGET_UNITS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for task, target in {"default_target": self.default_target, **self.targets}.items():
+        if not self.has_budget and (self.budget is not None or self.budgets):
+            raise ValueError(
+                "budget must be left out where targets, default_target or published multipliers are given: "
+                "training keeps to a budget or to targets"
+            )
+        default = {} if self.default_target is None else {"default_target": self.default_target}
+        for task, target in {**default, **self.targets}.items():
             if not 0 <= target <= 1:
                 raise ValueError(f"the target sparsity of {task} must lie in [0, 1], got {target}")
+        for name, budget in {"": self.quality_budget, **self.budgets}.items():
+            if not 0 <= budget < math.inf:
+                of = f" of {name}" if name else ""
+                raise ValueError(f"the budget{of} must be >= 0 and finite, got {budget}")
         for name in ("tau_start", "tau_end", "logit_bound", "delta_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
@@ -91,37 +122,49 @@ class Recipe:
             raise ValueError(f"multiplier_lr must be >= 0 and finite, got {self.multiplier_lr}")
         if self.start_bias is not None and not math.isfinite(self.start_bias):
             raise ValueError(f"start_bias must be finite, got {self.start_bias}")
-        if not isinstance(self.whiten, int) or self.whiten < 0 or self.whiten == 1:
+        if self.whiten is not None and (not isinstance(self.whiten, int) or self.whiten < 0 or self.whiten == 1):
             raise ValueError(f"whiten must be 0 or at least 2 prompts, got {self.whiten}")
-        for name in ("flips", "heads_per_flip"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+        for name, value in (("flips", self.flips), ("heads_per_flip", self.heads_per_flip)):
+            if (name, value) != ("flips", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be >= 1 and whole, got {value}")
 
     @classmethod
     def published(cls, **changes: Any) -> Recipe:
-        """The recipe of the published code: straight-through, ``|d|`` and ``d^2``, multiplier rate 1e-3.
+        """The recipe of the published code: straight-through, ``|d|`` and ``d^2``, multiplier rate 1e-3, routers as
+        they are made. Its learning rate is one of the arguments: ``training_arguments(folder, learning_rate=5e-4)``.
 
         Args:
-            changes: other fields of the recipe, or other values of these three.
+            changes: other fields of the recipe, or other values of these.
         """
         base: dict[str, Any] = {
             "objective": "straight_through",
             "multipliers": "published_abs",
             "multiplier_lr": 1e-3,
+            "whiten": 0,
         }
         return cls(**{**base, **changes})
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether training keeps to a budget; else to target sparsities."""
+        return not self.targets and self.default_target is None and self.multipliers == "inequality"
+
+    @property
+    def quality_budget(self) -> float:
+        """The budget of all tasks without one of their own."""
+        return DEFAULT_BUDGET if self.budget is None else self.budget
+
     def target(self, task: str) -> float:
         """The target sparsity of a task."""
-        return self.targets.get(task, self.default_target)
+        return self.targets.get(task, DEFAULT_TARGET if self.default_target is None else self.default_target)
 
     def check_tasks(self, tasks: Collection[str]) -> None:
-        """ValueError where ``targets`` names a task that is not among ``tasks``."""
-        if unknown := sorted(set(self.targets) - set(tasks)):
-            raise ValueError(
-                f"targets names tasks that the data lack: {', '.join(unknown)}; they have {', '.join(sorted(tasks))}"
-            )
+        """ValueError where ``targets`` or ``budgets`` names a task that is not among ``tasks``."""
+        for name in ("targets", "budgets"):
+            if unknown := sorted(set(getattr(self, name)) - set(tasks)):
+                raise ValueError(
+                    f"{name} names tasks that the data lack: {', '.join(unknown)}; they have {', '.join(sorted(tasks))}"
+                )
 
     @property
     def initial_bias(self) -> float:
@@ -140,21 +183,22 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "targets": dict(self.targets)}
+        return {**asdict(self), "targets": dict(self.targets), "budgets": dict(self.budgets)}
 
 
 def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
-    """``TrainingArguments`` with the published optimiser settings, any of them open to ``changes``.
+    """``TrainingArguments`` for routers, any of them open to ``changes``.
 
     Checkpoints, and in the end the routers, go to ``output_dir``.
 
-    AdamW with learning rate 5e-4, betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the
-    steps, then cosine (arXiv 2604.07394, section 4).
+    AdamW with betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the steps, then cosine, as published
+    (arXiv 2604.07394, section 4); the learning rate is 1e-3. Published is 5e-4: runs with :meth:`Recipe.published` pass
+    ``learning_rate=5e-4``.
     """
     from transformers import TrainingArguments
 
     defaults: dict[str, Any] = {
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "weight_decay": 0.1,

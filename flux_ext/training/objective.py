@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .budget import Price
 from .config import Recipe
 
 Policy = Callable[[int, Tensor], Tensor]
@@ -63,6 +64,10 @@ class Step:
     """``[B]`` in nats per answer token, detached."""
     sparsity: Tensor
     """``[B]`` share of sparse attention of each sequence, as the constraint counts it, detached."""
+    choice: Tensor
+    """bool ``[B, L, H]``: the routers' own routes in this company, what they would choose in use (True sparse)."""
+    deployed: Tensor
+    """``[B]`` the loss where all units take their own routes, as in use, detached; NaN where that was not run."""
 
 
 class Multipliers(nn.Module):
@@ -113,14 +118,18 @@ class Multipliers(nn.Module):
         return torch.stack(terms).mean()
 
     @torch.no_grad()
-    def ascend(self, sparsity: Tensor, count: Tensor) -> None:
+    def ascend(self, sparsity: Tensor, count: Tensor, own: Tensor | None = None) -> None:
         """One step of gradient ascent. The multipliers become new tensors: a backward pass that is still to come
         needs the ones its loss was made with.
 
         Args:
             sparsity: ``[T]``, the mean of each task over all sequences of the step, those of all ranks.
             count: ``[T]``, how many sequences each task had; tasks with none stay as they are.
+            own: ``[T]``, the same under the routers' own routes. Where these are sparser, they count in the inequality
+                form: what is more than met in use needs no higher price, though the odds still leave a part full.
         """
+        if self.form == "inequality" and own is not None:
+            sparsity = torch.maximum(sparsity, own)
         d = sparsity - self.target
         if self.form == "inequality":
             first, second = -d, torch.zeros_like(d)
@@ -152,7 +161,11 @@ class Objective(nn.Module):
         self.num_layers, self.num_heads = num_layers, num_heads
         self.generator = torch.Generator().manual_seed(seed)
         # The multipliers' start is the same on all ranks.
-        self.multipliers = Multipliers(tasks, recipe, torch.Generator().manual_seed(0))
+        self.multipliers: Multipliers | Price
+        if recipe.has_budget:
+            self.multipliers = Price(tasks, recipe)
+        else:
+            self.multipliers = Multipliers(tasks, recipe, torch.Generator().manual_seed(0))
 
     def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
         """One evaluation on a batch.
@@ -181,6 +194,16 @@ def log_odds(logits: Tensor) -> Tensor:
     return (logits[..., 1] - logits[..., 0]).float()
 
 
+def full_route(layer: int, logits: Tensor) -> Tensor:
+    """The policy of the dense model: everything full."""
+    return torch.zeros_like(logits[..., 0], dtype=torch.int32)
+
+
+def own_route(layer: int, logits: Tensor) -> Tensor:
+    """The policy of the routers themselves, as in use: full where its log-odds are positive."""
+    return (log_odds(logits) <= 0).to(torch.int32)
+
+
 def _stack(per_layer: Mapping[int, Tensor]) -> Tensor:
     """``{layer: [B] or [B, H]}`` -> ``[B, L, H]`` (H is 1 with layer-level routing)."""
     rows = [per_layer[layer] for layer in sorted(per_layer)]
@@ -199,6 +222,10 @@ class Soft(Objective):
         tau = self.recipe.tau(progress)
         noise: dict[int, Tensor] = {}
         weight: dict[int, Tensor] = {}
+        odds: dict[int, Tensor] = {}
+        rows = torch.arange(len(tasks), device=tasks.device)
+        with torch.no_grad():  # first: nothing may come between the graph's forward and its backward
+            deployed = model.loss_again(own_route, 0, rows) if self.recipe.has_budget else None
 
         def policy(layer: int, logits: Tensor) -> Tensor:
             if layer not in noise:  # gradient checkpointing asks twice, and must get the same draw
@@ -207,12 +234,15 @@ class Soft(Objective):
             if self.hard:
                 full = (full > 0.5).float() + full - full.detach()
             weight.setdefault(layer, full)
+            odds.setdefault(layer, log_odds(logits.detach()))
             return 1 - full
 
         loss = model.loss(policy)
         sparsity = 1 - _stack(weight).mean((1, 2))
         total = loss.mean() + self.multipliers.penalty(sparsity, tasks)
-        return Step(total, loss.detach(), sparsity.detach())
+        loss = loss.detach()
+        deployed = torch.full_like(loss, torch.nan) if deployed is None else deployed
+        return Step(total, loss, sparsity.detach(), _stack(odds) <= 0, deployed)
 
 
 class StraightThrough(Soft):
@@ -234,10 +264,20 @@ class Counterfactual(Objective):
     router can still turn, with a soft bound on the log-odds for the same reason. The price is the
     multipliers' gradient. No backward pass goes through the backbone.
 
+    With a budget, half of the sequences are not drawn for but take the routers' own routes: they say what is lost in
+    use, and what each layer is worth there; the others explore.
+
     The layers to flip come off a shuffled deck per task, so every task sees every layer equally often.
     """
 
     BOUND_WEIGHT = 0.1
+    LAYER_FLIPS, HEAD_FLIPS = 2, 4
+    """Where the recipe leaves them open."""
+    OWN_SHARE = 0.5
+    """Of the sequences, with a budget, that take the routers' own routes."""
+    SHIFT = 4.0
+    """The others explore up to so much fuller than the policy, in log-odds: where much is sparse already, what one more
+    full layer is worth is seen only beside others that are full."""
     deck: Tensor
     dealt: Tensor
 
@@ -245,8 +285,9 @@ class Counterfactual(Objective):
         self, recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
     ) -> None:
         super().__init__(recipe, tasks, num_layers, num_heads, seed)
-        if recipe.flips > num_layers:
+        if recipe.flips is not None and recipe.flips > num_layers:
             raise ValueError(f"flips must be at most the {num_layers} routed layers, got {recipe.flips}")
+        self.flips = recipe.flips or min(self.HEAD_FLIPS if num_heads > 1 else self.LAYER_FLIPS, num_layers)
         if recipe.heads_per_flip > num_heads:
             raise ValueError(
                 f"heads_per_flip must be at most the {num_heads} decisions of a layer, got {recipe.heads_per_flip}"
@@ -257,7 +298,7 @@ class Counterfactual(Objective):
     def deal(self, tasks: Sequence[int]) -> Tensor:
         """The layers to flip for sequences of these ``tasks``, int64 ``[B, flips]`` on the CPU, different ones in each
         row."""
-        flips, rows = self.recipe.flips, []
+        flips, rows = self.flips, []
         for task in tasks:
             if self.dealt[task] + flips > self.num_layers:
                 self.deck[task] = torch.randperm(self.num_layers, generator=self.generator)
@@ -267,16 +308,32 @@ class Counterfactual(Objective):
             self.dealt[task] += flips
         return torch.stack(rows)
 
-    def groups(self, batch: int) -> Tensor:
-        """The heads that flip together in a ``batch`` of B sequences, bool ``[B, flips, H]`` on the CPU."""
-        shape = (batch, self.recipe.flips, self.num_heads)
+    def own_rows(self, batch: int) -> Tensor:
+        """Which of the ``batch`` (B) sequences take the routers' own routes, bool ``[B]`` on the CPU: half, to one."""
+        if not self.recipe.has_budget:
+            return torch.zeros(batch, dtype=torch.bool)
+        count = int(batch * self.OWN_SHARE + float(torch.rand((), generator=self.generator)))
+        return torch.randperm(batch, generator=self.generator) < count
+
+    def shifts(self, batch: int) -> Tensor:
+        """How much fuller than the policy the ``batch`` (B) sequences explore, ``[B]`` log-odds on the CPU."""
+        if not self.recipe.has_budget:
+            return torch.zeros(batch)
+        return self.SHIFT * torch.rand(batch, generator=self.generator)
+
+    def groups(self, own: Tensor) -> Tensor:
+        """The heads that flip together, bool ``[B, flips, H]`` on the CPU; one only where ``own`` (bool ``[B]``) says
+        that routes are the routers' own, as several may stand on different sides there."""
+        shape = (len(own), self.flips, self.num_heads)
         rank = torch.rand(shape, generator=self.generator).argsort(-1).argsort(-1)
-        return rank < self.recipe.heads_per_flip
+        return rank < torch.where(own, 1, self.recipe.heads_per_flip)[:, None, None]
 
     def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
         batch, recipe = len(tasks), self.recipe
         layers = self.deal(tasks.tolist())  # [B, K]
-        group = self.groups(batch).to(tasks.device)  # [B, K, H]
+        own = self.own_rows(batch)
+        group = self.groups(own).to(tasks.device)  # [B, K, H]
+        own, shift = own.to(tasks.device), self.shifts(batch).to(tasks.device)
         # By layer: the rows of the batch that flip it, the log-odds, and which decisions were full.
         rows_of = {int(layer): (layers == layer).any(1).nonzero()[:, 0] for layer in layers.unique()}
         z_of: dict[int, Tensor] = {}
@@ -286,17 +343,19 @@ class Counterfactual(Objective):
             z = log_odds(logits)
             if layer not in full_of:  # gradient checkpointing asks twice, and must get the same draw
                 z_of[layer] = z
-                draw = self.uniform(z.shape, z)
-                full = draw < torch.sigmoid(z.detach())
+                draw, wide = self.uniform(z.shape, z), (-1,) + (1,) * (z.dim() - 1)
+                odds = z.detach() + shift.view(wide)
+                full = draw < torch.sigmoid(odds)
                 if self.num_heads > 1 and layer in rows_of:
-                    full = self._agree(full, z.detach(), draw, layers == layer, group)
-                full_of[layer] = full
+                    full = self._agree(full, odds, draw, layers == layer, group)
+                full_of[layer] = torch.where(own.view(wide), z.detach() > 0, full)
             return (~full_of[layer]).to(torch.int32)
 
         base = model.loss(sample, {layer: rows.to(tasks.device) for layer, rows in rows_of.items()}).detach()
         z, full = _stack(z_of), _stack(full_of)  # [B, L, H]
         # Heads are weighed as if each had been flipped alone: a group's worth is shared out evenly.
-        scale = self.num_layers * self.num_heads / (recipe.flips * recipe.heads_per_flip**2 * batch)
+        together = group.sum(-1)[:, :1]  # [B, 1]
+        scale = self.num_layers * self.num_heads / (self.flips * together.square() * batch)
         worth = torch.zeros_like(z)
         for layer, rows in rows_of.items():
             which = (layers[rows] == layer).int().argmax(1)
@@ -313,13 +372,14 @@ class Counterfactual(Objective):
                 change = model.loss_again(other, layer, rows) - base[rows]
             was_full = (full[rows, layer] & members).any(1)
             delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
-            worth[rows, layer] += scale * delta[:, None] * members
+            worth[rows, layer] += scale[rows] * delta[:, None] * members
         p = torch.sigmoid(z.detach())
         sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
         bound = F.relu(z.abs() - recipe.logit_bound).square().mean()
         total = (worth / 4 * (z - z.detach())).sum() + self.multipliers.penalty(sparsity, tasks)
         # The value is the policy's loss, for the logs; the gradient is that of the terms above.
-        return Step(total + base.mean() + self.BOUND_WEIGHT * bound, base, sparsity.detach())
+        loss = total + base.mean() + self.BOUND_WEIGHT * bound
+        return Step(loss, base, sparsity.detach(), z.detach() <= 0, torch.where(own, base, torch.nan))
 
     @staticmethod
     def _agree(full: Tensor, z: Tensor, draw: Tensor, flipped: Tensor, group: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from ..models.patching import evaluation_mode
 from ..routers.modules import Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
+from .budget import DenseLosses, Price
 from .checkpoint import (
     ARGUMENTS_FILE,
     RECIPE_FILE,
@@ -38,12 +40,16 @@ from .checkpoint import (
     latest_checkpoint,
     objective_file,
 )
-from .config import Recipe, checked_arguments, training_arguments
+from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator, Tokens
-from .objective import Objective, Step, make_objective
+from .monitor import RouteWatch
+from .objective import Multipliers, Objective, Step, full_route, make_objective
 from .start import check_pooled, is_new, pooled_states, start_at, whiten
 
 check_trainer(Trainer)  # an override of a method that was renamed would never be called
+
+_SUMS = ("count", "sparsity", "own_sparsity", "lm_loss", "deployed", "extra", "dense")
+"""What is summed over the sequences of each task; the last three over those that ran under the routers' own routes."""
 
 # Arguments of the Trainer that nothing here would use; giving one is an error.
 _UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
@@ -53,9 +59,15 @@ class FluxTrainer(Trainer):
     """Trains the routers of a patched model; the backbone is frozen.
 
     A checkpoint holds the routers (as :meth:`FluxRouters.save_pretrained` writes them), the recipe and the
-    objective's state (one file per process), and what every Trainer keeps for resuming. Metrics per task go to any
-    logger and to the progress bar: ``{task}/sparsity``, ``/target``, ``/lambda1``, ``/lambda2`` and ``/lm_loss``
-    (nats per answer token).
+    objective's state (one file per process) with the dense losses that were measured, and what every Trainer keeps for
+    resuming. Metrics go to any logger and to the progress bar, losses in nats per answer token:
+
+    - ``sparsity`` under the routers' own routes, and ``routes_vary``, the share of layers (or heads) that did not
+      route the latest sequences all alike. Where it is 0 at the end, a warning says so.
+    - with a budget: ``price`` (nats per unit of sparsity), ``extra_loss`` (what the own routes lose), ``dense_loss``
+      and ``budget``; ``{task}/extra_loss``, and the price and budget of a task that has its own.
+    - with targets: ``{task}/target``, ``/lambda1`` and ``/lambda2``.
+    - ``{task}/sparsity`` and ``{task}/lm_loss`` of the routes that training takes, some of which explore.
 
     Routers that are still as they were made start at the recipe's :attr:`~.config.Recipe.initial_bias`. A sequence
     all of whose labels are masked counts as none.
@@ -110,10 +122,13 @@ class FluxTrainer(Trainer):
             seed=int(args.seed or 0) + 1000 * int(args.process_index or 0),
         ).to(args.device)
         self._layer_index = config.routed_layers()
-        # Of each task: the number of sequences, and the sums of their sparsity and of their loss; since the last step,
-        # and since the last report.
-        self._step_sums = torch.zeros(3, len(self.tasks), dtype=torch.float64)
+        self.dense_losses = DenseLosses()
+        self.route_watch = RouteWatch()
+        # The sums of each task since the last step and since the last report, and for how many sequences since the
+        # last step each unit (a layer, or a KV head of one) was sparse.
+        self._step_sums = torch.zeros(len(_SUMS), len(self.tasks), dtype=torch.float64)
         self._log_sums = torch.zeros_like(self._step_sums)
+        self._step_routes = torch.zeros(self.objective.num_layers * self.objective.num_heads, dtype=torch.float64)
         model.requires_grad_(False)
         self.routers.requires_grad_(True)
         if kwargs.get("data_collator") is None:
@@ -150,23 +165,44 @@ class FluxTrainer(Trainer):
         if self.args.should_save:
             check_output_folder(folder)
             self.routers.check_savable(folder)
-        if self.recipe.whiten and not resumed:
+        if not resumed:
             self._whiten()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if advice := self.collapse():
+            warnings.warn(advice, stacklevel=2)
+        return result
+
+    def collapse(self) -> str | None:
+        """What to do about routers that give all inputs the same routes; None where they do not, or may well.
+
+        They may where everything is sparse within the budget, where there is one input, or too few were seen.
+        """
+        watch = self.route_watch
+        if watch.count < watch.size or watch.vary > 0 or watch.sparsity == 1:
+            return None
+        return (
+            f"the routers gave the latest {watch.count} sequences all the same routes, {watch.sparsity:.0%} sparse: "
+            "they do not look at the input. Let them see it from the start (new routers, Recipe(whiten=48)), train for "
+            "more steps, or with a larger budget if nothing is sparse; where all examples are alike, this may be right"
+        )
 
     def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
+        if self.recipe.whiten == 0:
+            return
         routers = self._layer_routers()
         new = [is_new(router) for router in routers]
-        if not any(new):
-            warnings.warn(f"whiten={self.recipe.whiten} has no effect: the routers are not new", stacklevel=3)
-            return
         data: Any = self.train_dataset
         model: Any = self.model
-        count = min(self.recipe.whiten, len(data))
+        count = min(self.recipe.whiten or DEFAULT_WHITEN, len(data))
+        if not any(new) or count < 2:
+            if self.recipe.whiten is not None:
+                why = "the data have one example" if any(new) else "the routers are not new"
+                warnings.warn(f"whiten={self.recipe.whiten} has no effect: {why}", stacklevel=3)
+            return
         rows = [i * len(data) // count for i in range(count)]
         size = self.args.per_device_train_batch_size
         batches = [rows[i : i + size] for i in range(0, count, size)]
@@ -196,7 +232,11 @@ class FluxTrainer(Trainer):
         progress = self.state.global_step / max(1, self.state.max_steps)
         tasks = inputs["task_ids"]
         step = self.objective(routed, tasks, progress)
-        self._add_up(tasks, step)
+        dense = torch.full_like(step.deployed, torch.nan)
+        rows = step.deployed.isfinite().nonzero()[:, 0]
+        if isinstance(self.objective.multipliers, Price) and len(rows):
+            dense[rows] = self.dense_losses.get(inputs, rows, partial(routed.loss_again, full_route, 0))
+        self._add_up(tasks, step, dense)
         if self.accelerator.sync_gradients:
             self._ascend()
         return (step.loss, {}) if return_outputs else step.loss
@@ -225,38 +265,72 @@ class FluxTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the tasks' figures since the last report."""
         if "loss" in logs:
-            count, sparsity, lm_loss = self._log_sums
-            for i, task in enumerate(self.tasks):
-                if count[i]:
-                    logs[f"{task}/sparsity"] = float(sparsity[i] / count[i])
-                    logs[f"{task}/lm_loss"] = float(lm_loss[i] / count[i])
-                m = self.objective.multipliers
-                logs[f"{task}/target"] = float(m.target[i])
-                logs[f"{task}/lambda1"], logs[f"{task}/lambda2"] = float(m.lambda1[i]), float(m.lambda2[i])
+            logs.update(self._figures())
             self._log_sums.zero_()
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])  # it is going to be a JSON file
 
-    def _add_up(self, tasks: Tensor, step: Step) -> None:
+    def _figures(self) -> dict[str, float]:
+        """The figures since the last report."""
+        sums = dict(zip(_SUMS, self._log_sums, strict=True))
+        m, figures = self.objective.multipliers, {}
+        if self.route_watch.count:
+            figures = {"sparsity": self.route_watch.sparsity, "routes_vary": self.route_watch.vary}
+        if isinstance(m, Price):
+            figures |= m.figures()
+            if deployed := float(sums["deployed"].sum()):
+                figures["extra_loss"] = float(sums["extra"].sum()) / deployed
+                figures["dense_loss"] = float(sums["dense"].sum()) / deployed
+        for i, task in enumerate(self.tasks):
+            if count := float(sums["count"][i]):
+                figures[f"{task}/sparsity"] = float(sums["sparsity"][i]) / count
+                figures[f"{task}/lm_loss"] = float(sums["lm_loss"][i]) / count
+            if deployed := float(sums["deployed"][i]):
+                figures[f"{task}/extra_loss"] = float(sums["extra"][i]) / deployed
+            if isinstance(m, Multipliers):
+                figures[f"{task}/target"] = float(m.target[i])
+                figures[f"{task}/lambda1"], figures[f"{task}/lambda2"] = float(m.lambda1[i]), float(m.lambda2[i])
+        return figures
+
+    def _add_up(self, tasks: Tensor, step: Step, dense: Tensor) -> None:
         """Adds a micro-batch to the sums; RuntimeError, before any gradient, where a loss is not finite."""
         total = step.loss.detach().expand_as(step.lm_loss)
-        rows = torch.stack([torch.ones_like(total), step.sparsity, step.lm_loss, total]).double().cpu()
+        rows = torch.stack([step.lm_loss, total, step.sparsity]).double().cpu()
         if not bool(rows.isfinite().all()):
             raise RuntimeError(
-                f"step {self.state.global_step + 1}: the loss must be finite, got {float(rows[3, 0])} from the "
-                f"sequences' {rows[2].tolist()} (tasks {[self.tasks[t] for t in tasks.tolist()]}); training stopped"
+                f"step {self.state.global_step + 1}: the loss must be finite, got {float(rows[1, 0])} from the "
+                f"sequences' {rows[0].tolist()} (tasks {[self.tasks[t] for t in tasks.tolist()]}); training stopped"
             )
-        self._step_sums.index_add_(1, tasks.cpu(), rows[:3])
+        measured = dense.isfinite()
+        kept = {
+            "count": torch.ones_like(total),
+            "sparsity": step.sparsity,
+            "own_sparsity": step.choice.float().mean((1, 2)),
+            "lm_loss": step.lm_loss,
+            "deployed": measured,
+            "extra": torch.where(measured, step.deployed - dense, 0),
+            "dense": torch.where(measured, dense, 0),
+        }
+        values = torch.stack([kept[name].double() for name in _SUMS]).cpu()
+        self._step_sums.index_add_(1, tasks.cpu(), values)
+        self._step_routes += step.choice.double().sum(0).flatten().cpu()
 
     def _ascend(self) -> None:
-        """One step of the multipliers, with the sequences of all micro-batches and ranks."""
-        sums = self._step_sums.clone().to(self.args.device)
+        """One step of the multipliers or the price, with the sequences of all micro-batches and ranks."""
+        own = torch.cat([self._step_sums.flatten(), self._step_routes]).to(self.args.device)
         if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums)
+            own = self.accelerator.reduce(own)
+        flat, routes = own.split([self._step_sums.numel(), len(self._step_routes)])
         self._step_sums.zero_()
-        count, sparsity, _ = sums.float()
-        self.objective.multipliers.ascend(sparsity / count, count)
-        self._log_sums += sums.cpu()
+        self._step_routes.zero_()
+        sums = dict(zip(_SUMS, flat.float().view_as(self._step_sums), strict=True))
+        m, count = self.objective.multipliers, sums["count"]
+        if isinstance(m, Price):
+            m.ascend(sums["deployed"], sums["extra"], sums["dense"])
+        else:
+            m.ascend(sums["sparsity"] / count, count, sums["own_sparsity"] / count)
+        self._log_sums += flat.view_as(self._step_sums).cpu()
+        self.route_watch.note(int(count.sum()), routes.cpu())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -274,7 +348,7 @@ class FluxTrainer(Trainer):
 
     def _save_objective(self, folder: Path) -> None:
         state = {k: v.contiguous() for k, v in self.objective.state_dict().items()}
-        save_file(state, folder / objective_file(self.args.process_index))
+        save_file(state | self.dense_losses.tensors(), folder / objective_file(self.args.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -305,17 +379,22 @@ class FluxTrainer(Trainer):
             ("objective", self.recipe.objective, checkpoint.recipe.objective),
             ("multipliers", self.recipe.multipliers, checkpoint.recipe.multipliers),
             ("start_bias", self.recipe.initial_bias, began),
+            ("constraint", _constraint(self.recipe), _constraint(checkpoint.recipe)),
         ):
             if own != saved:
                 raise ValueError(f"{checkpoint.folder} was trained with {name} {saved!r}, not {own!r}")
         if difference := self.routers.config.differences(checkpoint.routers.config):
             raise ValueError(f"the routers in {checkpoint.folder} have other settings: {difference}")
-        state = self.objective.state_dict()
+        state, dense = self.objective.state_dict(), DenseLosses()
         for rank, tensors in checkpoint.objectives.items():
+            file = checkpoint.folder / objective_file(rank)
+            try:
+                dense.update(tensors)
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}") from None
             for name, x in state.items():
                 if name not in tensors or tensors[name].shape != x.shape:
                     found = list(tensors[name].shape) if name in tensors else "missing"
-                    file = checkpoint.folder / objective_file(rank)
                     raise ValueError(f"{file} is damaged: {name} must be of shape {list(x.shape)}, it is {found}")
         saved_state = checkpoint.objectives.get(self.args.process_index)
         if saved_state is None:  # there were fewer processes: this one draws anew
@@ -323,6 +402,14 @@ class FluxTrainer(Trainer):
         state |= {name: saved_state[name] for name in state if name in saved_state}
         self.routers.load_state_dict(checkpoint.routers.state_dict())
         self.objective.load_state_dict(state)
+        self.dense_losses.update(dense.tensors())
+
+
+def _constraint(recipe: Recipe) -> str:
+    """What the objective's state is of, in words."""
+    if not recipe.has_budget:
+        return "targets"
+    return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
 
 
 class _StepGuard(TrainerCallback):
@@ -336,6 +423,8 @@ class _StepGuard(TrainerCallback):
     ) -> None:
         self.trainer._step_sums.zero_()
         self.trainer._log_sums.zero_()
+        self.trainer._step_routes.zero_()
+        self.trainer.route_watch.clear()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -350,7 +439,7 @@ class _StepGuard(TrainerCallback):
 
 
 class RouterProgress(ProgressCallback):
-    """A progress bar with each task's sparsity and loss behind it, instead of a line per report."""
+    """A progress bar with sparsity and losses behind it, instead of a line per report."""
 
     def on_log(
         self,
@@ -362,6 +451,10 @@ class RouterProgress(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
-        shown = {k: f"{v:.2f}" for k, v in logs.items() if k.endswith(("/sparsity", "/lm_loss")) and v is not None}
+        if "price" in logs:
+            names: tuple[str, ...] = ("price", "extra_loss", "sparsity")
+        else:
+            names = ("/sparsity", "/lm_loss")
+        shown = {k: f"{v:.3g}" for k, v in logs.items() if k.endswith(names) and v is not None}
         if shown:
             self.training_bar.set_postfix(shown)
