@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.cuda.problems import Setting
-from flux_ext import BlockSparse, Streaming, operators
+from flux_ext import BlockSparse, Full, Streaming, operators
 from flux_ext.operators import KeyValues, Routing
 from flux_ext.operators.patterns import Pattern
 from flux_ext.routers.modules import HeadRouter, LayerRouter
@@ -39,7 +39,7 @@ def attention(
     k, v = (s.random(batch, kv_len, heads[1], dim) for _ in range(2))
     count = round(share * heads[1])
     route = s.int32([[1] * count + [0] * (heads[1] - count)] * batch)
-    kv, routing = KeyValues(k, v), Routing(route, sparse=sparse)
+    kv, routing = KeyValues(k, v), Routing(route, Full(), sparse)
     return lambda: operators.attend(q, kv, routing, dim**-0.5 if scale is None else scale)
 
 
@@ -50,7 +50,7 @@ def paged(s: Setting) -> Call:
     table, kv_len = s.int32(list(reversed(range(40)))).view(2, 20), s.int32([300, 17])
     route = s.int32([0, 1])
     kv = KeyValues(k, v, end=kv_len, page_table=table)
-    return lambda: operators.attend(q, kv, Routing(route, sparse=Streaming(16, 48)), 128**-0.5)
+    return lambda: operators.attend(q, kv, Routing(route, Full(), Streaming(16, 48)), 128**-0.5)
 
 
 def router(s: Setting, kind: type[LayerRouter] | type[HeadRouter], length: int, batch: int = 1) -> Call:

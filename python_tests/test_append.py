@@ -12,7 +12,7 @@ import torch
 from cases import PUBLISHED
 from torch import Tensor
 
-from flux_ext import Streaming, Triangle, operators
+from flux_ext import Full, Streaming, Triangle, operators
 from flux_ext.operators import KeyValues, Routing, reference
 
 DEVICES = [
@@ -213,7 +213,7 @@ def test_a_token_without_a_place_makes_what_attends_to_it_nan(device: str) -> No
     for full in (False, True, True):
         operators.append(k, k, **x)
         kv = KeyValues(x["k_pool"], x["v_pool"], end=x["kv_len"], page_table=x["page_table"])
-        out, _ = operators.attend(q.transpose(1, 2), kv, Routing(route, sparse=case.pattern), 0.125)
+        out, _ = operators.attend(q.transpose(1, 2), kv, Routing(route, Full(), case.pattern), 0.125)
         assert not out[0].isnan().any() and out[1].isnan().all() == full
     assert x["kv_len"].tolist() == [[14, 14], [14, 14]]
 

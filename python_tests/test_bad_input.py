@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flux_ext
-from flux_ext import operators
+from flux_ext import Full, operators
 from flux_ext.operators import KeyValues, Routing, reference
 from flux_ext.routers.modules import HeadRouter, LayerRouter
 
@@ -327,17 +327,18 @@ def test_block_lists_are_checked() -> None:
         flux_ext.attention(q, q, q, full=flux_ext.BlockSparse(blocks=lists[..., :0].contiguous(), counts=counts * 0))
 
 
+ALL_FULL = Routing(None, Full(), Full())
 X = torch.randn(2, 8, 2, 16)
 
 
 @pytest.mark.parametrize(
     ("kv", "routing", "message"),
     [
-        (X, Routing(), "kv must be KeyValues, got Tensor tensor"),
-        (KeyValues(1, X), Routing(), "k must be a tensor, got int 1"),
-        (KeyValues(X, X, end=[3, 5]), Routing(), r"kv_end must be a tensor or None, got list \[3, 5\]"),
+        (X, ALL_FULL, "kv must be KeyValues, got Tensor tensor"),
+        (KeyValues(1, X), ALL_FULL, "k must be a tensor, got int 1"),
+        (KeyValues(X, X, end=[3, 5]), ALL_FULL, r"kv_end must be a tensor or None, got list \[3, 5\]"),
         (KeyValues(X, X), ints(0, 1), "routing must be Routing, got Tensor tensor"),
-        (KeyValues(X, X), Routing(1), "route must be a tensor or None, got int 1"),
+        (KeyValues(X, X), ALL_FULL._replace(route=1), "route must be a tensor or None, got int 1"),
     ],
 )
 def test_attend_refuses_other_kinds(kv, routing, message) -> None:
@@ -366,7 +367,7 @@ def test_sequences_share_no_rows_that_are_written():
 
     def attend(q_spans, kv_spans, attention=operators.attend):
         begin, end, kv_begin, kv_end = (ints(*(x[i] for x in spans)) for spans in (q_spans, kv_spans) for i in (0, 1))
-        return attention(q, KeyValues(k, k, kv_begin, kv_end), Routing(), 0.25, begin, end)[0]
+        return attention(q, KeyValues(k, k, kv_begin, kv_end), ALL_FULL, 0.25, begin, end)[0]
 
     apart, shared = [(4, 8), (2, 2), (0, 4)], [(3, 8), (0, 8), (0, 5)]
     attend(apart, apart).sum().backward()

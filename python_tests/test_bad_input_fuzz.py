@@ -130,7 +130,7 @@ def test_attend(broken):
     q, k = torch.randn(2, 3, 2, 16), torch.randn(2, 5, 1, 16)
     kv = {"k": k, "v": k} | {n.removeprefix("kv_"): x for n, x in broken.items() if n in KV_NAMES}
     rest = {n: x for n, x in broken.items() if n in ("q_begin", "q_end")}
-    routing = Routing(broken.get("route"), sparse=FEW)
+    routing = Routing(broken.get("route"), Full(), FEW)
     check(lambda: operators.attend(broken.get("q", q), KeyValues(**kv), routing, 0.25, **rest))
 
 

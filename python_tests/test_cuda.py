@@ -370,9 +370,9 @@ def test_each_gpu_runs_what_lies_on_it(q_len: int) -> None:
 def test_tensors_on_two_gpus_are_refused() -> None:
     q, k = (random(1, 8, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     with pytest.raises(ValueError, match=r"k must be on the device of q \(cuda:0\), got cuda:1"):
-        operators.attend(q, KeyValues(k.to("cuda:1"), k), Routing(), 1.0)
+        operators.attend(q, KeyValues(k.to("cuda:1"), k), Routing(None, Full(), Full()), 1.0)
     with pytest.raises(ValueError, match=r"route must be on the device of q \(cuda:0\), got cuda:1"):
-        operators.attend(q, KeyValues(k, k), Routing(int32([0]).to("cuda:1")), 1.0)
+        operators.attend(q, KeyValues(k, k), Routing(int32([0]).to("cuda:1"), Full(), Full()), 1.0)
 
 
 @pytest.mark.parametrize("layout", ("cache", "paged"))
@@ -402,4 +402,4 @@ def test_graph_with_growing_lengths(layout: str) -> None:
 def test_float32_is_refused() -> None:
     x = torch.randn(1, 8, 2, 64, device=DEVICE)
     with pytest.raises(ValueError, match="float16 or bfloat16 on CUDA, got float32"):
-        operators.attend(x, KeyValues(x, x), Routing(), 1.0)
+        operators.attend(x, KeyValues(x, x), Routing(None, Full(), Full()), 1.0)

@@ -11,7 +11,7 @@ from cases import FEW
 from test_cuda import DEVICE, int32, random
 
 import flux_ext
-from flux_ext import BlockSparse, operators
+from flux_ext import BlockSparse, Full, operators
 from flux_ext.operators import KeyValues, Routing, reference
 from flux_ext.routers.modules import LayerRouter
 
@@ -126,6 +126,6 @@ def test_a_cache_that_is_copied_says_so_once() -> None:
 
 def test_hard_routes_other_than_0_are_sparse() -> None:
     q = random(1, 90, 2, 64, dtype=torch.bfloat16)
-    routings = [Routing(int32([r]), sparse=FEW) for r in (1, -1, 7)]
+    routings = [Routing(int32([r]), Full(), FEW) for r in (1, -1, 7)]
     outs = [operators.attend(q, KeyValues(q, q), routing, 0.125)[0] for routing in routings]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -114,7 +114,7 @@ def attend(
     **of_kv: Tensor,
 ) -> Tensor:
     """Our operator, causal with hard routes; ``of_kv``: the bounds of k and v, their page table."""
-    routing = Routing(route, sparse=sparse)
+    routing = Routing(route, Full(), sparse)
     return operators.attend(q, KeyValues(k, v, **of_kv), routing, q.shape[-1] ** -0.5, *q_bounds)[0]
 
 

@@ -273,13 +273,13 @@ void run_grid(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const std
 namespace flux::cuda::sm80 {
 
 // A copy may arrive at once, or not before it is waited for.
-void cp_async16(uint32_t shared, const void* global, int bytes) {
-  const simt::Copy copy{shared_pointer(shared), global, bytes};
+void start(const simt::Copy& copy) {
   if (simt::machine.random() % 2)
     simt::complete(copy);
   else
     simt::machine.running->copies.back().push_back(copy);
 }
+void cp_async16(uint32_t shared, const void* global, int bytes) { start({shared_pointer(shared), global, bytes}); }
 void cp_async_commit() { simt::machine.running->copies.emplace_back(); }
 void cp_async_wait_for(int pending) {
   auto& copies = simt::machine.running->copies;

@@ -97,7 +97,7 @@ RouteLayout lay_out(const RouteParams& p, int log_blocks, int batch, bool staged
   at.weight_vectors = at.bias_vectors = true;
   for (const Linear& layer : p.layers) {
     at.weight_vectors &= layer.in % 8 == 0 && aligned16(layer.weight);
-    at.bias_vectors &= aligned16(layer.bias);
+    at.bias_vectors &= aligned16(layer.bias) && layer.out * w_size % 4 == 0;
   }
   at.staged = staged;
   for (int pair = 0; pair < kRoutePairs; ++pair) {

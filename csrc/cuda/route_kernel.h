@@ -80,7 +80,7 @@ __device__ inline Slice slice_of(const RouteParams& p, const RouteLayout& at, in
 // Few instructions: every warp runs them while the first states are under way.
 template <typename W>
 __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsigned char* memory, int rank) {
-  constexpr int kPiece = 16 / sizeof(W);
+  constexpr int kPiece = 16 / sizeof(W), kWord = 4 / sizeof(W);
 #pragma unroll
   for (int l = 0; l < kRouterLayers; ++l) {
     const Linear& layer = p.layers[l];
@@ -108,8 +108,12 @@ __device__ void stage_weights(const RouteParams& p, const RouteLayout& at, unsig
     const int lane = threadIdx.x % 32;
     if (at.bias_vectors) {
 #pragma unroll 1
-      for (int32_t i = lane * kPiece; i < count; i += 32 * kPiece)
-        sm80::cp_async16(sm80::shared_address(own + i), bias + i, min_of(count - i, kPiece) * int(sizeof(W)));
+      for (int32_t i = lane * kPiece; i + kPiece <= count; i += 32 * kPiece)
+        sm80::cp_async16(sm80::shared_address(own + i), bias + i, 16);
+      // The rest by words: a copy of 16 bytes that is told to read fewer is an error to memcheck.
+#pragma unroll 1
+      for (int32_t i = count / kPiece * kPiece + lane * kWord; i < count; i += 32 * kWord)
+        sm80::cp_async4(sm80::shared_address(own + i), bias + i);
     } else {
 #pragma unroll 1
       for (int32_t i = lane; i < count; i += 32) own[i] = bias[i];

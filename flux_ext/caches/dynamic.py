@@ -31,6 +31,7 @@ from .. import operators
 from ..config import FluxConfig
 from ..forward_context import ForwardContext
 from ..operators import KeyValues, Routing
+from ..operators.patterns import Full
 from ..transformers_seam import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from . import steps
 from .history import FAILED, History, Step
@@ -197,7 +198,7 @@ class FluxCacheLayer(CacheLayerMixin):
         kv = self.stored()
         if kv is None:
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        out, _ = operators.attend(q.to(self.dtype), kv, Routing(route, sparse=self.pattern), scale, q_begin, q_end)
+        out, _ = operators.attend(q.to(self.dtype), kv, Routing(route, Full(), self.pattern), scale, q_begin, q_end)
         return out.to(q.dtype)
 
     def stored(self) -> KeyValues | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .patterns import BlockSparse, Full, Pattern, Streaming, Triangle
+from .patterns import BlockSparse, Pattern, Triangle
 
 _LAYOUT = "(tensors are [B, S, H, D], tokens before heads: q is {}, k {})"
 
@@ -45,9 +45,9 @@ class Routing(NamedTuple):
         full, sparse: what 0 and 1 stand for, see :mod:`flux_ext.operators.patterns`.
     """
 
-    route: Tensor | None = None
-    full: Pattern = Full()
-    sparse: Pattern = Streaming()
+    route: Tensor | None
+    full: Pattern  # no default: torch 2.11 cannot compile one
+    sparse: Pattern
 
 
 class AttendArguments(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import operators
 from ..config import FluxConfig
+from ..operators.patterns import Full
 from ..routers.modules import Router
 from .requests import Request, Requests
 from .visible_pages import Span, hidden, split
@@ -137,7 +138,7 @@ class RoutedLayer:
         route = torch.tensor([r * (heads // len(r)) for r in routes], dtype=torch.int32, device=q.device)
         cu_seqlens, kv_len = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in (lengths, ends))
         kv = operators.KeyValues(k_pages, v_pages, end=kv_len, page_table=torch.stack(tables))
-        routing = operators.Routing(route[:, 0] if heads == 1 else route, sparse=self.pattern)
+        routing = operators.Routing(route[:, 0] if heads == 1 else route, Full(), self.pattern)
         return operators.attend(q, kv, routing, scale, cu_seqlens.cumsum(0, dtype=torch.int32))[0]
 
     def _spans(self, row: Row) -> list[Span]:

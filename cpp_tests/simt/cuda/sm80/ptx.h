@@ -13,6 +13,7 @@ inline uint32_t shared_address(const void* p) {
 }
 
 void cp_async16(uint32_t shared, const void* global, int bytes);
+void cp_async4(uint32_t shared, const void* global);
 void cp_async_commit();
 void cp_async_wait_for(int pending);
 template <int kPending>
