@@ -221,6 +221,68 @@ FLUX_HD Turn turn_of(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_e
   return turn;
 }
 
+// The order in which whole tiles are handed out, where it is a formula.
+enum class TileOrder : int32_t {
+  kPlanned,  // it is none: the planner says
+  kInTurn,   // sequence heads take turns
+  kInLine,   // one sequence head after the other
+};
+FLUX_HD Tile tile_at(TileOrder order, int32_t t, int32_t num_seq_heads, int32_t num_kv_heads, int32_t tiles_each) {
+  const bool in_turn = order == TileOrder::kInTurn;
+  const int32_t seq_head = in_turn ? t % num_seq_heads : t / tiles_each;
+  const int32_t place = in_turn ? t / num_seq_heads : t % tiles_each;
+  return {seq_head / num_kv_heads, seq_head % num_kv_heads, tiles_each - 1 - place};
+}
+
+// Where all lengths are the tensors' own, the host knows all but the routes. Then no plan is needed if no tile ends
+// late, whatever the routes are (`ends_late` without the exception for small parts). Of the sequence heads let `full`
+// be routed full and the others sparse: the condition is linear in `full` while some of both are there, so the ends of
+// that range decide. Sequence heads of unequal cost stand in line as they come, not costliest first; no bound minds.
+// For few tiles each, as this costs the host time.
+constexpr int32_t kTilesKnown = 256;
+inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32_t num_workers) {
+  const int32_t tiles_each = ceil_div(p.q.max_len, tile.q_tokens), seq_heads = p.batch * p.kv.num_heads;
+  const bool bounded = p.q.rows.begin || p.q.rows.end || p.kv.rows.begin || p.kv.rows.end;
+  if (bounded || p.routing.has_lists() || tiles_each > kTilesKnown || tiles_each == 0 || seq_heads == 0)
+    return TileOrder::kPlanned;
+  const bool in_turn = takes_turns(seq_heads, p.kv.rows.capacity, p.head_dim);
+  int32_t cost[2][kTilesKnown];  // by mode and place
+  int64_t total[2] = {};
+  const int modes = p.routing.route ? 2 : 1;
+  AttendParams one = p;
+  one.routing.route = nullptr;
+  for (int mode = 0; mode < modes; ++mode) {
+    one.routing.patterns[0] = p.routing.patterns[mode];
+    for (int32_t i = 0; i < tiles_each; ++i) {
+      cost[mode][i] = tile_cost(view_tile(one, tile, {0, 0, tiles_each - 1 - i}));
+      total[mode] += cost[mode][i];
+    }
+  }
+  const int32_t counts[] = {seq_heads, seq_heads - 1, 1, 0};
+  for (const int32_t full : counts) {
+    const int32_t heads[2] = {full, seq_heads - full};
+    if (modes == 1 && heads[1] > 0) break;
+    const int64_t all = heads[0] * total[0] + heads[1] * total[1];
+    const auto late = [&](int64_t before, int64_t own) {
+      return before + own * num_workers > all + all / 8 + int64_t(kSplitBlocks) * num_workers;
+    };
+    int64_t done[2] = {};  // of a sequence head, up to a tile and with it
+    for (int32_t i = 0; i < tiles_each; ++i) {
+      int64_t turn = 0, largest = 0;
+      for (int mode = 0; mode < modes; ++mode) {
+        if (heads[mode] == 0) continue;
+        const int64_t own = cost[mode][i];
+        if (!in_turn && late(all - (total[mode] - done[mode]), own)) return TileOrder::kPlanned;
+        done[mode] += own;
+        turn += heads[mode] * done[mode];
+        if (own > largest) largest = own;
+      }
+      if (in_turn && late(turn - largest, largest)) return TileOrder::kPlanned;
+    }
+  }
+  return in_turn ? TileOrder::kInTurn : TileOrder::kInLine;
+}
+
 // If any tile would end late, the line is split evenly: over all workers, or, where there is little to do, over so many
 // that each has two units at least. One unit each is enough where that occupies at most half of the workers and cuts a
 // tile, on average, into no more pieces than combine merges at once.

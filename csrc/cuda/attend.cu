@@ -87,6 +87,7 @@ Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaSt
   const Workspace w = lay_out(p, c, memory);
   if (cudaError_t e = plan(p, c, w.plan, stream)) return {"plan", e};
   if (cudaError_t e = c.instance->launch(p, c, w, stream)) return {"attend", e};
+  if (c.order != TileOrder::kPlanned) return {};  // nothing was cut
   if (cudaError_t e = combine(p, c, w, stream)) return {"combine", e};
   return {};
 }

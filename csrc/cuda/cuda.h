@@ -27,7 +27,7 @@ struct PlanHeader {
   int32_t num_tiles;
   int32_t num_items;    // whole tiles: num_tiles; else at most num_workers
   int32_t whole_tiles;  // 1: item i is tile i; 0: item i is ranges[i]
-  int32_t next_item;    // starts at num_workers
+  int32_t next_item;    // handed out beyond those that blocks start with; starts at 0
 };
 
 struct PlanView {
@@ -66,10 +66,11 @@ struct Instance {
 // How a call is launched, chosen on the host from sizes, strides and addresses (never from values on the device).
 struct AttendConfig {
   const Instance* instance = nullptr;
-  TileShape tile;            // q_tokens: as many queries as a tile of the instance holds
-  int32_t num_workers = 0;   // blocks of the attend kernel: all that fit on the device at once
-  bool inline_plan = false;  // the attend kernel plans for itself; see plans_inline
-  bool overlap = false;      // kernels may be launched as dependent_launch.h describes
+  TileShape tile;                         // q_tokens: as many queries as a tile of the instance holds
+  int32_t num_workers = 0;                // blocks of the attend kernel: all that fit on the device at once
+  bool inline_plan = false;               // the attend kernel plans for itself; see plans_inline
+  TileOrder order = TileOrder::kPlanned;  // of whole tiles, where no plan is needed; see known_order
+  bool overlap = false;                   // kernels may be launched as dependent_launch.h describes
 };
 
 // A sequence head has no more tiles than this: the 1024 of them that exclusive_sum adds up at a time then sum to 31

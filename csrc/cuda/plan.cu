@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const bool whole = !shared.any_late;
   const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
-  if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
+  if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, 0};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
   for (int32_t w = tid; w < num_workers; w += kThreads)
     plan.ranges[w] =
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!whole) return;
   if (in_turn) {
     for (int32_t t = tid; t < num_tiles; t += kThreads)
-      plan.tiles[t] = make_tile(p, t % seq_heads, tiles_each, t / seq_heads);
+      plan.tiles[t] = tile_at(TileOrder::kInTurn, t, seq_heads, p.kv.num_heads, tiles_each);
     return;
   }
 
@@ -139,6 +139,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
+  if (c.order != TileOrder::kPlanned && max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;  // nobody counts
+  if (c.order != TileOrder::kPlanned)
+    return cudaMemsetAsync(&plan.header->next_item, 0, sizeof(plan.header->next_item), stream);
   const auto tiles = int32_t(max_tiles(p, c.tile));
   const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;
   return launch(few ? plan_kernel<kFewThreads> : plan_kernel<kManyThreads>, 1, few ? kFewThreads : kManyThreads, 0,

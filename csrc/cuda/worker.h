@@ -27,7 +27,9 @@ __device__ inline Piece piece_of(const TileView& view, const WorkRange& range, i
 }
 
 // The item after those that blocks start with. By one thread of a block.
-__device__ inline int32_t take_item(const PlanView& plan) { return atomicAdd(&plan.header->next_item, 1); }
+__device__ inline int32_t take_item(const PlanView& plan) {
+  return int32_t(gridDim.x) + atomicAdd(&plan.header->next_item, 1);
+}
 
 __device__ inline WorkRange item_range(const PlanView& plan, int32_t item) {
   return plan.header->whole_tiles ? WorkRange{item, 0, item + 1, 0} : plan.ranges[item];

@@ -30,11 +30,21 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   };
   wait_for_previous();
   let_next_start();
-  const PlanHeader header = *p.plan.header;
-  WorkRange range = first_range(p.plan, header);
-  for (int32_t item = blockIdx.x; item < header.num_items; range = item_range(p.plan, item)) {
+  const bool planned = p.order == TileOrder::kPlanned;
+  const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
+  PlanHeader header{p.num_items, p.num_items, 1, 0};
+  WorkRange range = whole_tile(blockIdx.x);
+  if (planned) {
+    header = *p.plan.header;
+    range = first_range(p.plan, header);
+  }
+  for (int32_t item = blockIdx.x; item < header.num_items;
+       range = header.whole_tiles ? whole_tile(item) : item_range(p.plan, item)) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      const Piece piece = piece_of(view_tile(p.attend, p.tile, p.plan.tiles[t]), range, item, t);
+      const Tile tile =
+          planned ? p.plan.tiles[t]
+                  : tile_at(p.order, t, p.attend.batch * p.attend.kv.num_heads, p.attend.kv.num_heads, p.tiles_each);
+      const Piece piece = piece_of(view_tile(p.attend, p.tile, tile), range, item, t);
       if (piece.span.begin < piece.span.end) {
         publish(piece);
         if (!header.whole_tiles) continue;
@@ -44,7 +54,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
         store_empty<T>(p.attend, piece.view);
       }
     }
-    if (!header.whole_tiles) break;  // one share per thread block
+    if (!header.whole_tiles || header.num_items <= int32_t(gridDim.x)) break;  // one item per thread block
     item = __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
     if (item >= header.num_items) break;
   }

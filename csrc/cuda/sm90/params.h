@@ -27,6 +27,8 @@ struct KernelParams {
   AttendParams attend;
   TileShape tile;
   PlanView plan;
+  TileOrder order;  // if it is not the plan's, num_items and tiles_each say it
+  int32_t num_items, tiles_each;
   Partials partials;
   uint32_t group_inverse;
   int32_t kv_box_rows;  // rows of one K or V box: the key block, or a page that is smaller

@@ -154,6 +154,9 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->attend = p;
   k->tile = c.tile;
   k->plan = w.plan;
+  k->order = c.order;
+  k->tiles_each = ceil_div(p.q.max_len, c.tile.q_tokens);
+  k->num_items = k->tiles_each * num_seq_heads(p);
   k->partials = w.partials;
   k->group_inverse = inverse_of_group(p.group());
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
@@ -177,6 +180,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->instance = i;
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
+  c->order = known_order(p, c->tile, c->num_workers);
   return true;
 }
 
