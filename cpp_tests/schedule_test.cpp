@@ -269,6 +269,89 @@ TEST(Schedule, TilesOfSequenceHeadsInTurnEndInTime) {
   EXPECT_GT(whole_plans, 300);
 }
 
+// Where the host says that no plan is needed, every tile is handed out once, and none ends late whatever the routes
+// are.
+TEST(Schedule, AKnownOrderNeedsNoPlan) {
+  Random random(33);
+  int in_turn = 0, in_line = 0, planned = 0;
+  for (int i = 0; i < 3000; ++i) {
+    AttendParams p;
+    p.batch = random.integer(1, 6);
+    p.kv.num_heads = p.q.num_heads = random.integer(1, 8);
+    p.head_dim = 128;
+    p.q.max_len = p.q.rows.capacity = random.integer(1, 400);
+    p.kv.rows.capacity = p.q.max_len + (random.chance(50) ? 0 : random.integer(0, 3000));
+    p.q.total_rows = int64_t(p.batch) * p.q.max_len;
+    for (Pattern& pattern : p.routing.patterns) pattern = test::random_pattern(random);
+    const int32_t seq_heads = p.batch * p.kv.num_heads, workers = random.integer(1, 140);
+    std::vector<int32_t> route(seq_heads);
+    const int32_t sparse = random.integer(0, 100);
+    for (int32_t& r : route) r = random.chance(sparse);
+    if (random.chance(80)) p.routing.route = route.data();
+    p.routing.stride_b = p.kv.num_heads;
+    p.routing.stride_h = 1;
+    const TileShape tile{1 << random.integer(0, 6), 16 << random.integer(0, 3)};
+    const TileOrder order = known_order(p, tile, workers);
+    if (order == TileOrder::kPlanned) {
+      ++planned;
+      continue;
+    }
+    ++(order == TileOrder::kInTurn ? in_turn : in_line);
+    const int32_t tiles_each = ceil_div(p.q.max_len, tile.q_tokens), num_tiles = tiles_each * seq_heads;
+    ASSERT_EQ(num_tiles, max_tiles(p, tile));
+    std::vector<int> seen(num_tiles, 0);
+    std::vector<int64_t> cost{0}, free(workers, 0);
+    for (int32_t n = 0; n < seq_heads; ++n)
+      for (int32_t place = 0; place < tiles_each; ++place) {
+        const Tile t{n / p.kv.num_heads, n % p.kv.num_heads, tiles_each - 1 - place};
+        cost.push_back(cost.back() + tile_cost(view_tile(p, tile, t)));
+      }
+    for (int32_t i = 0; i < num_tiles; ++i) {
+      const Tile t = tile_at(order, i, seq_heads, p.kv.num_heads, tiles_each);
+      const int32_t seq_head = t.seq * p.kv.num_heads + t.kv_head, place = tiles_each - 1 - t.q_block;
+      ASSERT_EQ(seen[seq_head * tiles_each + place]++, 0);
+      *std::min_element(free.begin(), free.end()) += tile_cost(view_tile(p, tile, t));
+      if (order == TileOrder::kInLine) {
+        const Span siblings{seq_head * tiles_each, (seq_head + 1) * tiles_each};
+        const int32_t own = seq_head * tiles_each + place;
+        ASSERT_FALSE(ends_late(work_before(cost.data(), num_tiles, own, siblings), cost[own + 1] - cost[own],
+                               cost.back(), workers));
+      }
+    }
+    for (int32_t place = 0; order == TileOrder::kInTurn && place < tiles_each; ++place) {
+      const Turn turn = turn_of(cost.data(), seq_heads, tiles_each, place);
+      ASSERT_FALSE(ends_late(turn.before, turn.largest, cost.back(), workers));
+    }
+    const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
+    EXPECT_LE(end, total + total / 8 + int64_t(kSplitBlocks) * workers);
+  }
+  EXPECT_GT(in_turn, 300);
+  EXPECT_GT(in_line, 100);
+  EXPECT_GT(planned, 300);
+}
+
+// Lengths on the device, lists and many tiles are left to the planner.
+TEST(Schedule, AnOrderThatIsNotKnown) {
+  AttendParams p;
+  p.batch = 2, p.kv.num_heads = p.q.num_heads = 4, p.head_dim = 64;
+  p.q.max_len = p.q.rows.capacity = p.kv.rows.capacity = 256;
+  p.q.total_rows = 512;
+  const TileShape tile{32, 128};
+  EXPECT_EQ(known_order(p, tile, 132), TileOrder::kInTurn);
+  const int32_t bounds[2] = {100, 256};
+  for (const int32_t** bound : {&p.q.rows.begin, &p.q.rows.end, &p.kv.rows.begin, &p.kv.rows.end}) {
+    *bound = bounds;
+    EXPECT_EQ(known_order(p, tile, 132), TileOrder::kPlanned);
+    *bound = nullptr;
+  }
+  p.routing.blocks[1].blocks = bounds;
+  EXPECT_EQ(known_order(p, tile, 132), TileOrder::kPlanned);
+  p.routing.blocks[1].blocks = nullptr;
+  EXPECT_EQ(known_order(p, {1, 128}, 132), TileOrder::kInTurn);
+  p.q.max_len = p.q.rows.capacity = p.kv.rows.capacity = kTilesKnown + 1;
+  EXPECT_EQ(known_order(p, {1, 128}, 132), TileOrder::kPlanned);
+}
+
 // A short chunk over a long cache beside a long prompt: one long tile, in whichever place.
 TEST(Schedule, ALongTileIsNotHandedOutWhole) {
   constexpr int32_t kTiles = 2000, kWorkers = 132;

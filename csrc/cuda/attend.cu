@@ -78,7 +78,7 @@ Status explain(const AttendParams& p, Explanation* e) {
   e->kv_block = c.tile.kv_block;
   e->head_dim = c.instance->head_dim;
   e->workers = c.num_workers;
-  e->plans_itself = c.inline_plan;
+  e->plans_itself = c.inline_plan || c.order != TileOrder::kPlanned;
   e->workspace_bytes = int64_t(lay_out(p, c, nullptr).bytes);
   return {};
 }
