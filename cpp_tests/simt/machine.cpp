@@ -41,7 +41,8 @@ struct ByteBarrier {
 struct Copy {
   unsigned char* to;
   const void* from;
-  int bytes;  // of 16; the others become zero
+  int bytes;   // that are copied; the others of
+  int filled;  // these become zero
 };
 
 struct Warp {
@@ -134,7 +135,7 @@ __attribute__((noinline)) void resume(Thread* t) {
 
 void complete(const Copy& c) {
   if (c.bytes) std::memcpy(c.to, c.from, c.bytes);
-  std::memset(c.to + c.bytes, 0, 16 - c.bytes);
+  std::memset(c.to + c.bytes, 0, c.filled - c.bytes);
 }
 
 void prepare(Thread& t, unsigned char* stack) {
@@ -279,7 +280,8 @@ void start(const simt::Copy& copy) {
   else
     simt::machine.running->copies.back().push_back(copy);
 }
-void cp_async16(uint32_t shared, const void* global, int bytes) { start({shared_pointer(shared), global, bytes}); }
+void cp_async16(uint32_t shared, const void* global, int bytes) { start({shared_pointer(shared), global, bytes, 16}); }
+void cp_async4(uint32_t shared, const void* global) { start({shared_pointer(shared), global, 4, 4}); }
 void cp_async_commit() { simt::machine.running->copies.emplace_back(); }
 void cp_async_wait_for(int pending) {
   auto& copies = simt::machine.running->copies;

@@ -99,7 +99,8 @@ struct TileSpan {
   bool split;  // the tile is cut: its result is a partial
 };
 
-// A unit of the line of work, by the tile that holds it and its place there.
+// A unit of the line of work: the tile that holds it, and which key block of that tile it is. The first kTileOverhead
+// units of a tile stand for its overhead; they count as block 0.
 struct Position {
   int32_t tile, block;
 };

@@ -68,8 +68,8 @@ __device__ inline Tile inline_tile(const AttendParams& p, int32_t t) {
   return {t / p.kv.num_heads, t % p.kv.num_heads, 0};
 }
 
-// From the costs of the tiles, by one warp: who shares them, and where each begins, rounded up to whole shares where
-// `tiles_differ`.
+// Fills in, from the costs of the tiles, how many workers share them and on which unit of the line each tile begins; by
+// one warp. Tiles are rounded up to whole shares where `tiles_differ`.
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);

@@ -46,7 +46,7 @@ struct RouteLayout {
   int32_t features;  // float [blocks, batch, feature_pitch], before that float [threads, 8], sums of the pooling
   int32_t last;      // float [blocks, slots, last_pitch]
   int32_t inboxes;   // Inbox [3], of the three above
-  // Activations of 1 or kRouteBatch decisions, halves of eight apart; see half_apart.
+  // Activations of 1 or kRouteBatch decisions. Of each eight, the two halves lie apart (half_apart says where).
   int32_t in;      // float [decisions, in_pitch], the same in every block
   int32_t hidden;  // float [decisions, hidden_pitch], the block's own
 

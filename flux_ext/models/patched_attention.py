@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..caches.dynamic import FluxCacheLayer
 from ..forward_context import Decision, ForwardContext, Policy
-from ..operators import decide
 from ..transformers_seam import cache_of
 from . import families
 
@@ -150,8 +149,9 @@ class PatchedAttention:
             context.decisions[self.place] = Decision(None, context.held[self.place])
             return
         router: Any = self.attention.flux_router
-        logits = router(*context.prompts(self.tap.states(output, self.attention)))
-        route = decide(logits) if context.policy is None else context.policy(self.place, logits)
+        logits, route = router(*context.prompts(self.tap.states(output, self.attention)), with_route=True)
+        if context.policy is not None:
+            route = context.policy(self.place, logits)
         route = self.patch.check_route(route, logits)
         if cache_layer is not None:
             if route.is_floating_point():

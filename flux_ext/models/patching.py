@@ -33,7 +33,7 @@ class RoutingRecord:
     """The decisions of one forward over the routed layers (L of them)."""
 
     def __init__(self, decisions: dict[int, Decision]) -> None:
-        self._decisions = [decisions[slot] for slot in sorted(decisions)]
+        self._decisions = [decisions[place] for place in sorted(decisions)]
 
     @property
     def logits(self) -> Tensor | None:

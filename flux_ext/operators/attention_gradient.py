@@ -15,8 +15,8 @@ _NAMES = {"full_blocks": "blocks", "sparse_blocks": "blocks", "full_counts": "co
 _NAMES["kv_end"] = "kv_len"
 """What messages call an argument, where that is not its name in the schema."""
 
-# The shape functions. torch calls them as soon as one tensor is a meta tensor, whatever the others are: so they compare
-# devices.
+# The shape functions. torch calls them as soon as one tensor is a meta tensor, even if the others are not; a kernel
+# would refuse such a mixture, so they do too.
 
 
 @torch.library.register_fake("flux_ext::attend")

@@ -123,9 +123,12 @@ class Router(nn.Module):
             logits = self.classifier(self.encoder(pooled.to(dtype))).float()
         return logits, decide(logits)
 
-    def forward(self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None) -> Tensor:
-        """The logits of :meth:`decide`, arguments as for :meth:`decide`."""
-        return self.decide(x, seq_start, seq_end)[0]
+    def forward(
+        self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None, with_route: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The logits of :meth:`decide`, with ``with_route`` the route too; arguments as there."""
+        logits, route = self.decide(x, seq_start, seq_end)
+        return (logits, route) if with_route else logits
 
     def load_published(self, state_dict: Mapping[str, Tensor], layer: int | None = None) -> None:
         """Loads weights that carry the published names, from one router or a whole checkpoint.

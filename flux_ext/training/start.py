@@ -64,16 +64,16 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     routers = patching.get_routers(model).layers
     seen: list[list[Tensor]] = [[] for _ in routers]
 
-    def watch(slot: int) -> Callable[[Router, tuple[Any, ...]], None]:
+    def watch(place: int) -> Callable[[Router, tuple[Any, ...]], None]:
         def before(router: Router, args: tuple[Any, ...]) -> None:
             x, begin, end = (*args, None, None)[:3]
             weights = [w.detach() for w in router.weights()]
             pooled = torch.ops.flux_ext.route(x, weights, router.pool_size, router.per_head, begin, end)[0]
-            seen[slot].append(pooled.float())
+            seen[place].append(pooled.float())
 
         return before
 
-    handles = [router.register_forward_pre_hook(watch(slot)) for slot, router in enumerate(routers)]
+    handles = [router.register_forward_pre_hook(watch(place)) for place, router in enumerate(routers)]
     try:
         with patching.routes(model, "full"):
             for batch in batches:

@@ -17,7 +17,7 @@ constexpr Entry entry() {
   return {K::instance, K::blocks_per_multiprocessor};
 }
 
-// Of each type by head dimension, of each head dimension by rows.
+// In this order, on which find_entry relies: by type, then by head dimension, then by rows.
 const Entry kEntries[] = {
     entry<DType::kFloat16, 64, kDecodeRows>(),   entry<DType::kFloat16, 64, kSmallRows>(),
     entry<DType::kFloat16, 64, 128>(),           entry<DType::kFloat16, 96, kDecodeRows>(),

@@ -136,7 +136,7 @@ class Consumer {
         if constexpr (!T::kRescalesBetween) softmax.rescale(o);
       }
       shared_.q_empty[tile_ % T::kQStages].arrive();
-      const bool cleared = blocks_left() > 0;  // read again: no register is free for it meanwhile
+      const bool cleared = blocks_left() > 0;  // asked here, not kept from above: the loop has no register for it
 
       ++tile_;
       const bool more = await_tile();
