@@ -60,7 +60,7 @@ class FluxCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, config: FluxConfig, page_size: int, routed: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pattern = config.decode_pattern()
         self.layout = PageLayout(self.pattern, page_size)
         self.page_size, self.routed = page_size, routed
@@ -188,7 +188,8 @@ class FluxCacheLayer(CacheLayerMixin):
         assert self.route is not None
         bounds = context.q_bounds(q.shape[1])
         if torch.compiler.is_compiling() and not self.is_compileable:
-            return steps.attend(self.handle, q, self.route, *bounds, scale)
+            out: Tensor = steps.attend(self.handle, q, self.route, *bounds, scale)
+            return out
         return self.attend_stored(q, self.route, *bounds, scale)
 
     def attend_stored(
@@ -434,7 +435,7 @@ class FluxCache(Cache):
             self.history.crop(-tokens_to_remove)
 
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         for i, layer in self._empty.items():
             self.layers[i] = copy.deepcopy(layer)
         self.history.clear()
