@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from flux_ext import FluxRouters
 from flux_ext.cli import commands
 from flux_ext.cli.layers import letters
+from flux_ext.cli.parser import parser
 from flux_ext.evaluation import MODES
 from flux_ext.evaluation.ruler import TASKS, TRAINING_TASKS
 from flux_ext.evaluation.tasks import SPLITS
@@ -70,7 +71,7 @@ def run(*args):
 def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
     """It spells defaults and choices out, as help would have to import transformers for them."""
     train = ["train", "--model", "m", "--data", "d", "--output", str(tmp_path)]
-    parse = commands._parser().parse_args
+    parse = parser(commands.COMMANDS).parse_args
     args, recipe, arguments = parse(train), Recipe(), training_arguments(str(tmp_path))
     names = "objective multipliers multiplier_lr whiten flips heads_per_flip start_bias default_target"
     for name in names.split():

@@ -1,0 +1,208 @@
+"""The options of every command of ``flux-ext``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from .. import FluxConfig, __version__
+from . import options
+
+Run = Callable[[argparse.Namespace], None]
+
+
+def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+    """The parser of ``flux-ext``: what it parses has the chosen command's function as ``run``.
+
+    Args:
+        runs: the function of each command, by its name.
+    """
+    whole = options.Parser(
+        prog="flux-ext", description="Attention that is full or sparse per sequence, layer and head."
+    )
+    whole.add_argument("--version", action="version", version=f"flux-ext {__version__}")
+    whole.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> Callable[..., argparse.Action]:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=runs[name])
+        return sub.add_argument
+
+    def device(add: Callable[..., argparse.Action]) -> None:
+        add(
+            "--device", type=options.device, default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
+        )
+        add(
+            "--dtype",
+            default="auto",
+            choices=["auto", "float32", "bfloat16", "float16"],
+            help="of the weights",
+        )
+
+    add = command("demo", "train routers of a small shipped model and score them, on the CPU in minutes")
+    add(
+        "--output",
+        type=options.output_folder,
+        default=Path("flux_demo"),
+        help="folder of the picture, the scores and the routers",
+    )
+    add("--steps", type=options.COUNT, help="training steps (default: the recipe's)")
+    add("--examples", type=options.COUNT, help="held-out examples per task (default: the recipe's)")
+    add("--seed", type=options.SEED, default=0, help="of all draws")
+    add("--check", action="store_true", help="end with status 1 where an expectation is missed")
+
+    add = command("info", "what is built and what is found on this machine")
+    add("--json", action="store_true", help="as JSON")
+
+    add = command("generate", "continue a prompt with a model and its routers")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--routers", required=True, help="folder or hub name of its routers")
+    add("--prompt-file", type=Path, required=True, help="text file, UTF-8")
+    add("--max-new-tokens", type=options.COUNT, default=128, help="length of the continuation, at most")
+    add("--temperature", type=options.NOT_NEGATIVE, default=0.0, help="0: greedy")
+    add("--seed", type=options.SEED, default=0, help="of the sampling")
+    device(add)
+
+    add = command("make-data", "write tasks in RULER's forms, made of text, at a length in tokens")
+    add("--model", required=True, help="folder or hub name of the model whose tokenizer counts")
+    add("--output", type=options.output_file, required=True, help=".jsonl, which train and eval read")
+    add("--length", type=options.COUNT, required=True, help="tokens of a prompt and what is generated after it")
+    add("--min-length", type=options.COUNT, help="each example's length is drawn from here up (default: --length)")
+    add("--count", type=options.COUNT, default=200, help="examples of each task")
+    add("--split", default="heldout", choices=["train", "heldout"], help="no passage is in both")
+    add(
+        "--tasks",
+        nargs="+",
+        choices=[
+            *("single", "multikey", "multivalue", "multiquery", "tracking", "commonwords", "prose", "code"),
+            *("frequentwords", "twohop"),
+        ],
+        help="what to make (default: all; for training all but the last two)",
+    )
+    add("--prose", type=Path, nargs="+", help="files and folders of text (default: what is installed)")
+    add("--code", type=Path, nargs="+", help="files and folders of source code (default: Python's standard library)")
+    add("--notes", type=options.COUNT, default=4, help="hidden in a prompt, where there are several")
+    add("--no-chat", action="store_true", help="leave the tokenizer's chat template out")
+    add("--no-opening", action="store_true", help="do not begin the answers' sentences")
+    add("--seed", type=options.SEED, default=0)
+
+    add = command("train", "train the routers of a model on your own examples")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
+    add("--output", type=options.output_folder, required=True, help="folder of the checkpoints and of the routers")
+    add("--routers", help="start from these routers; their configuration counts")
+    add("--eval-data", type=Path, help="score these examples at the end")
+    add(
+        "--budget",
+        type=options.budget,
+        action="append",
+        default=[],
+        metavar="[TASK=]AMOUNT",
+        help="how much more the answers' loss may be than dense: a share of it (0.01) or nats per token (0.02nats); "
+        "repeat with a task's name for one of its own (default: 0.01)",
+    )
+    add(
+        "--target",
+        type=options.target,
+        action="append",
+        default=[],
+        metavar="TASK=SHARE",
+        help="instead of a budget: target sparsity of a task; repeat",
+    )
+    add("--default-target", type=options.SHARE, help="target sparsity of all other tasks (0.5 beside --target)")
+    add(
+        "--objective",
+        default="counterfactual",
+        choices=["counterfactual", "soft", "straight_through"],
+        help="how routers learn",
+    )
+    add(
+        "--multipliers",
+        default="inequality",
+        choices=["inequality", "published", "published_abs"],
+        help="how a missed target is priced",
+    )
+    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
+    add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
+    add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
+    add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
+    add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
+    add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")
+    add("--sink", type=options.whole(0), default=FluxConfig.sink, help="first tokens that sparse attention sees")
+    add("--window", type=options.COUNT, default=FluxConfig.window, help="last tokens that sparse attention sees")
+    add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
+    add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end that a router sees")
+    add("--steps", type=options.COUNT, default=300, help="of the training")
+    add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
+    add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
+    add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
+    add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
+    add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
+    add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
+    add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
+    add("--logging-steps", type=options.COUNT, default=10, help="steps from one report to the next")
+    add(
+        "--report-to",
+        action="append",
+        default=[],
+        help="a logger of the Trainer (tensorboard, wandb, ...); repeat",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest one in the output folder",
+    )
+    add("--seed", type=options.SEED, default=0, help="of all draws")
+    device(add)
+
+    add = command("eval", "score a model and its routers: dense, all sparse and routed")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--routers", required=True, help="folder or hub name of its routers")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".jsonl or .parquet: context, question, answer, task; or .jsonl of LongBench's form",
+    )
+    add(
+        "--modes",
+        nargs="+",
+        default=["dense", "sparse", "routed"],
+        choices=["dense", "sparse", "routed"],
+        help="what to score",
+    )
+    add("--examples", type=options.COUNT, help="of each task the first so many (default: all)")
+    add("--max-length", type=options.COUNT, help="tokens; longer prompts of LongBench lose their middle")
+    add("--no-chat", action="store_true", help="leave the chat template out of LongBench's prompts")
+    add("--no-generate", action="store_true", help="score the answers' likelihood only")
+    add("--no-likelihood", action="store_true", help="score generated answers only, where a task has them")
+    add("--batch-size", type=options.COUNT, default=4, help="examples at a time")
+    add(
+        "--output",
+        type=options.json_file,
+        help="also write the scores as JSON, CSV and pictures, and keep each example's result: an interrupted run goes "
+        "on from there",
+    )
+    device(add)
+
+    add = command("bench", "time attention, full and sparse, against PyTorch's")
+    add("--lengths", type=options.COUNT, nargs="+", default=[1024, 2048, 4096], help="tokens of a sequence")
+    add("--batch", type=options.COUNT, default=1, help="pairs of sequences, of which one can be full and one sparse")
+    add("--heads", type=options.COUNT, default=8, help="query heads")
+    add("--kv-heads", type=options.COUNT, default=2, help="key-value heads")
+    add("--head-dim", type=options.COUNT, default=64, help="width of a head")
+    add("--sink", type=options.whole(0), default=128, help="first tokens that sparse attention sees")
+    add("--window", type=options.COUNT, default=512, help="last tokens that sparse attention sees")
+    add("--repeats", type=options.COUNT, default=5, help="the least of so many is shown")
+    device(add)
+    return whole
