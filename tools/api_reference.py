@@ -3,6 +3,7 @@
 Needs pdoc (`pip install flux-ext[docs]`). A warning of pdoc, such as a public name that is not there, is an error.
 """
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -29,7 +30,10 @@ def main(folder: Path) -> None:
     warnings.filterwarnings("error", module="pdoc")
     # A named tuple under another module's name: pdoc looks for its types there, and shows their names instead.
     warnings.filterwarnings("ignore", message="Error parsing type annotation", module="pdoc")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     package = import_module("flux_ext")
+    os.chdir(folder)  # in a checkout, pdoc would ask whether its flux_ext or the installed one is meant
     for name in package.__all__:  # imported when first used, but pdoc looks only for what is there
         setattr(package, name, getattr(package, name))
     pdoc.render.configure(docformat="google", footer_text=f"flux_ext {package.__version__}")
