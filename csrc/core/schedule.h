@@ -187,9 +187,12 @@ constexpr int32_t kSmallPart = 4;
 FLUX_HD bool is_small_part(int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
   return tile_cost * num_workers * kSmallPart <= total_cost;
 }
-FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
-  if (is_small_part(tile_cost, total_cost, num_workers)) return false;
+FLUX_HD bool ends_after_a_split(int64_t before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
   return before + tile_cost * num_workers > total_cost + total_cost / 8 + int64_t(kSplitBlocks) * num_workers;
+}
+FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, int32_t num_workers) {
+  return !is_small_part(tile_cost, total_cost, num_workers) &&
+         ends_after_a_split(before, tile_cost, total_cost, num_workers);
 }
 
 // Whole tiles are handed out one sequence head after the other; what comes before a tile is then at most all other
@@ -236,9 +239,9 @@ FLUX_HD Tile tile_at(TileOrder order, int32_t t, int32_t num_seq_heads, int32_t 
 }
 
 // Where all lengths are the tensors' own, the host knows all but the routes. Then no plan is needed if no tile ends
-// late, whatever the routes are (`ends_late` without the exception for small parts). Of the sequence heads let `full`
-// be routed full and the others sparse: the condition is linear in `full` while some of both are there, so the ends of
-// that range decide. Sequence heads of unequal cost stand in line as they come, not costliest first; no bound minds.
+// later than after a split, whatever the routes are. Of the sequence heads let `full` be routed full and the others
+// sparse: the condition is linear in `full` while there are some of both, so the ends of that range decide. In line,
+// sequence heads stand as they come and not, as in a plan, costliest first: `work_before` holds for any order of them.
 // For few tiles each, as this costs the host time.
 constexpr int32_t kTilesKnown = 256;
 inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32_t num_workers) {
@@ -264,9 +267,7 @@ inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32
     const int32_t heads[2] = {full, seq_heads - full};
     if (modes == 1 && heads[1] > 0) break;
     const int64_t all = heads[0] * total[0] + heads[1] * total[1];
-    const auto late = [&](int64_t before, int64_t own) {
-      return before + own * num_workers > all + all / 8 + int64_t(kSplitBlocks) * num_workers;
-    };
+    const auto late = [&](int64_t before, int64_t own) { return ends_after_a_split(before, own, all, num_workers); };
     int64_t done[2] = {};  // of a sequence head, up to a tile and with it
     for (int32_t i = 0; i < tiles_each; ++i) {
       int64_t turn = 0, largest = 0;

@@ -139,9 +139,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
-  if (c.order != TileOrder::kPlanned && max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;  // nobody counts
-  if (c.order != TileOrder::kPlanned)
+  if (c.order != TileOrder::kPlanned) {
+    if (max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;  // no block takes a second tile: nobody counts
     return cudaMemsetAsync(&plan.header->next_item, 0, sizeof(plan.header->next_item), stream);
+  }
   const auto tiles = int32_t(max_tiles(p, c.tile));
   const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;
   return launch(few ? plan_kernel<kFewThreads> : plan_kernel<kManyThreads>, 1, few ? kFewThreads : kManyThreads, 0,
