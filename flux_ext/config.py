@@ -1,4 +1,4 @@
-"""What a patched model does beyond its weights: which sparse pattern, which routers, when they decide."""
+"""What a patched model does beyond its weights: its two modes of attention, which routers, when they decide."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, SupportsIndex
 
-from .operators.patterns import Streaming, Triangle
+from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 
-FORMAT_VERSION = 1
-"""Of the format of saved routers. 1: in files with names of their own; 0, which is not written into files: the fields
-alone, in ``config.json``."""
+FORMAT_VERSION = 2
+"""Of the format of saved routers. 2: with block-sparse modes and dense decoding; 1: without, in files with names of
+their own; 0, which is not written into files: the fields alone, in ``config.json``."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fa-ssa": {"full": "full", "pattern": "streaming", "decode": "sparse"},
+    "fa-ta": {"full": "full", "pattern": "triangle", "decode": "sparse"},
+    "fa-xa": {"full": "full", "pattern": "block_sparse", "decode": "dense"},
+    "xa-ssa": {"full": "block_sparse", "pattern": "streaming", "decode": "sparse"},
+}
+"""The papers' names of a full mode and a sparse mode: FA is full attention, SSA streaming, TA triangle, XA block-sparse
+attention by antidiagonal scores (arXiv 2604.07394 and 2601.17367). All numbers are the fields' defaults."""
 
 _CHOICES = {
-    "pattern": ("streaming", "triangle"),
+    "full": ("full", "block_sparse"),
+    "pattern": ("streaming", "triangle", "block_sparse"),
+    "decode": ("sparse", "dense"),
     "granularity": ("layer", "head"),
     "route_on": ("prompt", "first_chunk"),
 }
@@ -26,18 +37,25 @@ class FluxConfig:
     """Settings of :func:`flux_ext.patch`, saved beside the routers.
 
     Args:
-        pattern: the sparse mode, ``"streaming"`` or ``"triangle"`` (streaming whose last prompt rows see
-            everything; Flux Attention, arXiv 2604.07394).
-        sink, window, align: tokens, see :class:`flux_ext.Streaming`. The published checkpoints have
-            ``align=128``.
+        pattern: the sparse mode over a prompt: ``"streaming"``; ``"triangle"``, streaming whose last prompt rows see
+            everything (Flux Attention, arXiv 2604.07394); or ``"block_sparse"``, blocks of keys that antidiagonal
+            scores choose (XAttention, arXiv 2503.16428).
+        full: the full mode over a prompt: ``"full"``, or ``"block_sparse"`` (XA-SSA of Elastic Attention, arXiv
+            2601.17367). Layers without a router attend to everything.
+        decode: what the tokens after the prompt see where the route is sparse: ``"sparse"``, sink and window, and what
+            these do not show is dropped; or ``"dense"``, everything, which is kept. Full routes always decode dense.
+        sink, window, align: tokens, see :class:`flux_ext.Streaming`: of streaming and triangle, and of sparse decoding
+            whatever the pattern. The published checkpoints have ``align=128``.
         last_q: rows at the end of the prompt that see everything (triangle only).
+        threshold, stride, block_width: of block-sparse modes, see :class:`flux_ext.BlockSparse` (its ``width``).
         granularity: ``"layer"``, one decision per sequence and layer from its query states (Flux), or
             ``"head"``, one per KV head from its key states (Elastic Attention, arXiv 2601.17367).
         pool_size: rows pooled at either end of the prompt.
         layers_to_route: indices of the model's layers that get a router; None: all with full attention.
             The other layers with full attention stay full.
         route_on: ``"prompt"``: the first forward of a sequence has its whole prompt (``prefill_chunk_size``
-            is refused); ``"first_chunk"``: its first chunk decides and the route sticks.
+            is refused), and what follows is decoding, also the next turn of a conversation; ``"first_chunk"``: its
+            first chunk decides and the route sticks, and later forwards of more than one token are chunks too.
         num_layers, head_dim, num_kv_heads, model_type, base_model_name_or_path: of the model; filled by
             ``patch`` and compared when routers are loaded.
 
@@ -46,10 +64,15 @@ class FluxConfig:
     """
 
     pattern: str = "streaming"
+    full: str = "full"
+    decode: str = "sparse"
     sink: int = 128
     window: int = 2048
     align: int = 1
     last_q: int = 128
+    threshold: float = 0.9
+    stride: int = 16
+    block_width: int = 128
     granularity: str = "layer"
     pool_size: int = 100
     layers_to_route: list[int] | None = None
@@ -64,12 +87,14 @@ class FluxConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("sink", "window", "align", "last_q", "pool_size"):
+        for name in ("sink", "window", "align", "last_q", "stride", "block_width", "pool_size"):
             check_integer(name, getattr(self, name))
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise ValueError(f"threshold must be a number, got {self.threshold!r}")
         for name in ("model_type", "base_model_name_or_path"):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise ValueError(f"{name} must be a string or None, got {getattr(self, name)!r}")
-        self.sparse_pattern()  # checks sink, window, align and last_q
+        self._check_patterns()
         if self.pool_size < 1:
             raise ValueError(f"pool_size must be >= 1, got {self.pool_size}")
         if self.pattern == "triangle" and self.route_on == "first_chunk":
@@ -86,6 +111,30 @@ class FluxConfig:
                 raise ValueError(f"layers_to_route must be ascending layer indices from 0, got {layers}")
             if self.num_layers is not None and layers[-1] >= self.num_layers:
                 raise ValueError(f"layers_to_route has layer {layers[-1]}, the model {self.num_layers} layers")
+
+    def _check_patterns(self) -> None:
+        """ValueError where a number breaks its rule, whichever pattern uses it."""
+        Triangle(self.sink, self.window, self.last_q, self.align)
+        try:
+            self._block_sparse()
+        except ValueError as error:  # which has its own name for one of them
+            raise ValueError(str(error).replace("width", "block_width")) from None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> FluxConfig:
+        """The modes that the papers name, with the published numbers.
+
+        Args:
+            name: ``"fa-ssa"``, ``"fa-ta"``, ``"fa-xa"`` or ``"xa-ssa"``, see :data:`PRESETS`. ``"fa-xa"`` decodes
+                dense, the others sparse.
+            changes: any fields, instead of what the preset has.
+
+        Raises:
+            ValueError: an unknown name, or a field that breaks a rule.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"a preset must be one of {tuple(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, the version of the format and that of the package, as they are saved."""
@@ -121,15 +170,34 @@ class FluxConfig:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
-    def sparse_pattern(self) -> Streaming | Triangle:
+    def full_pattern(self) -> Full | BlockSparse:
+        """The full mode over a prompt."""
+        return self._block_sparse() if self.full == "block_sparse" else Full()
+
+    def sparse_pattern(self) -> Streaming | Triangle | BlockSparse:
         """The sparse mode over a prompt."""
+        if self.pattern == "block_sparse":
+            return self._block_sparse()
         if self.pattern == "triangle":
             return Triangle(self.sink, self.window, self.last_q, self.align)
+        return self.streaming()
+
+    def decode_pattern(self) -> Streaming | Full:
+        """The sparse mode of the tokens after the prompt; the full one sees everything."""
+        return self.streaming() if self.decode == "sparse" else Full()
+
+    def streaming(self) -> Streaming:
+        """Sink and window: what is left of the keys that are dropped."""
         return Streaming(self.sink, self.window, self.align)
 
-    def decode_pattern(self) -> Streaming:
-        """The sparse mode of the steps after the prompt."""
-        return Streaming(self.sink, self.window, self.align)
+    def drops_keys(self) -> bool:
+        """Whether sparse routes give back the memory of keys out of sight. Dense decoding sees them all, and so may
+        later chunks of a block-sparse prompt."""
+        chunks_see_all = self.pattern == "block_sparse" and self.route_on == "first_chunk"
+        return self.decode == "sparse" and not chunks_see_all
+
+    def _block_sparse(self) -> BlockSparse:
+        return BlockSparse(threshold=self.threshold, width=self.block_width, stride=self.stride)
 
     def routed_layers(self) -> list[int]:
         """Indices of the layers that have a router, one per entry of ``FluxRouters.layers``."""

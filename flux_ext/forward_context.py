@@ -22,6 +22,19 @@ class Decision(NamedTuple):
 
 
 @dataclass
+class Held:
+    """What the first forward of a ``generate`` without a cache leaves for the others, which have the prompt again.
+
+    Attributes:
+        routes: those that were decided, by place among the routed layers.
+        prompt_len: slots of the prompt; None: no forward has run.
+    """
+
+    routes: dict[int, Tensor] = field(default_factory=dict)
+    prompt_len: int | None = None
+
+
+@dataclass
 class ForwardContext:
     """The context of one forward: what all layers of the model share, read off the decoder's arguments once.
 
@@ -34,11 +47,11 @@ class ForwardContext:
         mask: the padding mask, bool ``[B, seen + new slots]``; None: there is no padding.
         seen: slots that the cache had seen before this forward, padding included.
         prompt_len: how many of this forward's slots are the prompt, from which routers decide; None: all. Assisted
-            decoding appends candidates to it.
+            decoding appends candidates to it, ``generate`` without a cache the answer so far.
         prompt_lengths: integers ``[B]``, the same for each sequence, padding not counted; None: all. Training appends
             the answers.
-        held: the routes that an earlier forward of the same ``generate`` decided, by place among the routed layers,
-            where there is no cache to keep them. Empty in the first forward, which fills it.
+        held: what an earlier forward of the same ``generate`` decided, where there is no cache to keep it. Empty in the
+            first forward, which fills it.
         decisions: what was decided in this forward, by place among the routed layers; filled layer by layer.
     """
 
@@ -49,7 +62,7 @@ class ForwardContext:
     mask: Tensor | None = None
     seen: int = 0
     prompt_len: int | None = None
-    held: dict[int, Tensor] | None = None
+    held: Held | None = None
     prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
     _host: list[Tensor] = field(default_factory=list)  # the mask on the CPU, once; shared by copies on other devices
@@ -81,6 +94,14 @@ class ForwardContext:
             x = x[:, : self.prompt_len]
             end = None if end is None else end.clamp(max=self.prompt_len)
         return x, begin, end
+
+    def prompt_end(self, x: Tensor) -> Tensor | None:
+        """int32 ``[B]``, the row of states ``[B, S, H, D]`` behind the prompt of each sequence; None: there are only
+        prompts."""
+        if self.prompt_lengths is None and (self.prompt_len is None or self.prompt_len >= x.shape[1]):
+            return None
+        x, _, end = self.prompts(x)
+        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device) if end is None else end
 
     def q_bounds(self, q_len: int) -> tuple[Tensor | None, Tensor | None]:
         """int32 ``[B]`` bounds of ``q_len`` queries per sequence, as attention takes them.

@@ -49,7 +49,7 @@ class FluxCacheLayer(CacheLayerMixin):
     model) and, unless it is a prompt, :meth:`attend` (the attention function).
 
     Args:
-        config: pattern and alignment.
+        config: the two modes.
         page_size: tokens per page.
         routed: whether a router decides; otherwise everything is full.
     """
@@ -61,8 +61,12 @@ class FluxCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: FluxConfig, page_size: int, routed: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.pattern = config.decode_pattern()
-        self.layout = PageLayout(self.pattern, page_size)
+        self.layout = PageLayout(config.streaming(), page_size)
+        self.drops = config.drops_keys()
+        self.decode = Full(), config.decode_pattern()  # what full and sparse routes see after the prompt
+        # The same in later chunks of a prompt; None: there are none.
+        full = config.full_pattern() if routed else Full()
+        self.chunk = (full, config.sparse_pattern()) if config.route_on == "first_chunk" else None
         self.page_size, self.routed = page_size, routed
         self.record_past = False  # whether nothing is dropped before crop()
         self.history = History()  # of a whole cache, one for all layers
@@ -157,7 +161,7 @@ class FluxCacheLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         self.route = normal(route)
         if first or self.waiting:
-            self.sparse = route.cpu().numpy().astype(bool).reshape(-1)  # waits, once per layer and prompt
+            self.sparse = self._dropping(route).reshape(-1)
         self._forget(step)
         if not first and not self.record_past:
             self._trim()
@@ -172,6 +176,11 @@ class FluxCacheLayer(CacheLayerMixin):
         self.cumulative_length += q_len
         self._find_undecided()
         self._storing = False
+
+    def _dropping(self, route: Tensor) -> np.ndarray:
+        """Which sequence heads drop keys, bool ``[B, Hkv]``. Waits for the device where any do, once per layer and
+        prompt."""
+        return route.cpu().numpy() == 1 if self.drops else np.zeros(route.shape, bool)
 
     def _find_undecided(self) -> None:
         empty = self.pages.length == 0
@@ -199,7 +208,10 @@ class FluxCacheLayer(CacheLayerMixin):
         kv = self.stored()
         if kv is None:
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        out, _ = operators.attend(q.to(self.dtype), kv, Routing(route, Full(), self.pattern), scale, q_begin, q_end)
+        # Whatever follows several tokens at a time is a chunk of the prompt, but not the candidates of assisted decoding.
+        chunk = self.chunk if q.shape[1] > 1 and not self.record_past else None
+        routing = Routing(route, *(chunk or self.decode))
+        out, _ = operators.attend(q.to(self.dtype), kv, routing, scale, q_begin, q_end)
         return out.to(q.dtype)
 
     def stored(self) -> KeyValues | None:

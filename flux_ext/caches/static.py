@@ -151,7 +151,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             self.kv_len,
             self.seen,
             self.slots,
-            self.pattern,
+            self.layout.pattern,
             self.max_cache_len,
             context.seq_end,  # which sequences have a token
         )
@@ -163,7 +163,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
         begin, count = token_rows(None if mask is None else mask[:, :q_len].numpy(), k.shape[0], q_len)
         # A sequence that has had padding only decides later: it gets room for either route.
-        sparse = (route.cpu().numpy() == 1) & (count > 0)[:, None]
+        sparse = self._dropping(route) & (count > 0)[:, None]
         self.waiting = self.routed and not count.all()
         with torch.inference_mode(False):
             self._lay_out(k, v, sparse)

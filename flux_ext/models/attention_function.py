@@ -56,15 +56,15 @@ def flux_attention(
         raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
     if cache_layer is not None and cache_layer.continues:
         return cache_layer.attend(q, scaling, context), None
+    prompt, answer = patched.routings(route)
+    end = context.prompt_end(q)
     if context.cu_seqlens is not None:
-        out = operators.attention(
-            q[0], k[0], v[0], route, sparse=patched.pattern, scale=scaling, cu_seqlens=context.cu_seqlens
+        out = operators.attention_after_prompt(
+            q[0], k[0], v[0], prompt, answer, end, scale=scaling, cu_seqlens=context.cu_seqlens
         )
         return out[None], None
-    out = operators.attention(
-        q, k, v, route, sparse=patched.pattern, scale=scaling, seq_start=context.seq_start, seq_end=context.seq_end
-    )
-    return out, None
+    bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
+    return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds), None
 
 
 def refuse_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import transformers_seam
 from ..caches.static import FluxStaticCache
+from ..forward_context import Held
 from ..transformers_seam import CACHE, cache_of
 from . import attention_function
 
@@ -84,13 +85,11 @@ class ModelMethods:
                 cache.activate_past_recording()
         else:
             if cache is None:  # every forward has the prompt and the answer so far: the first one decides
-                model_kwargs[HELD_ROUTES] = {}
+                model_kwargs[HELD_ROUTES] = Held()
             type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args, **kwargs)
 
     def candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """In place of ``_get_candidate_generator``: the first forward will have candidates after the prompt."""
-        if self.patch.config.pattern == "triangle":
-            raise ValueError('assisted decoding needs pattern="streaming": a triangle ends with the prompt')
         call = transformers_seam.arguments_of(self.model, "_get_candidate_generator", *args, **kwargs)
         cache = cache_of(call["model_kwargs"])
         if cache.get_seq_length() == 0:

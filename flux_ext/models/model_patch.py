@@ -187,13 +187,15 @@ class Patch:
         return self.routers
 
     def _prove(self, evidence: proof.Proof) -> None:
-        """With every route full the patched model is the model it was."""
+        """With every route full, and full attention in the full mode, the patched model is the model it was."""
         local = self.local
         local.policy = lambda place, logits: torch.zeros(len(logits), dtype=torch.int32)
+        local.proving = True
         try:
             evidence.compare(self.new_cache(), self.cache_name)
         finally:
             local.policy = local.decisions = None
+            local.proving = False
 
     def remove(self) -> None:
         """Undoes everything."""
@@ -225,6 +227,10 @@ class Patch:
         context = read_forward(self.local.policy, kwargs, tokens, cache)
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
+        if context.held is not None:
+            if context.held.prompt_len is None:
+                context.held.prompt_len = tokens.shape[1]
+            context.prompt_len = context.held.prompt_len
         if cache is not None:
             context.prompt_len, cache.prompt_len = cache.prompt_len, None
         if cache is None:

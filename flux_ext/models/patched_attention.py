@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from ..caches.dynamic import FluxCacheLayer
 from ..forward_context import Decision, ForwardContext, Policy
+from ..operators import Routing
+from ..operators.patterns import Full
 from ..transformers_seam import cache_of
 from . import families
 
 if TYPE_CHECKING:
     from .model_patch import Patch
 
+DENSE = Full()
 CONTEXT = "flux_ext_context"
 """The keyword with which the decoder hands its :class:`ForwardContext` through its layers. As an argument of theirs it
 is there again when checkpointing recomputes a layer, after the forward."""
@@ -30,6 +33,8 @@ class ThreadState(threading.local):
         cache_layer: what that module's keys and values are cached in, where we made it.
         policy, prompt_lengths: what callers have set for the forwards of this thread.
         decisions: of the last forward, by place among the routed layers.
+        proving: whether the full mode is full attention whatever the configuration says, to be compared with the model
+            as it was.
     """
 
     # Set here, once in every thread, and not as attributes of the class: torch 2.11 compiles the class's values in,
@@ -41,6 +46,7 @@ class ThreadState(threading.local):
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
         self.decisions: dict[int, Decision] | None = None
+        self.proving = False
 
     def __deepcopy__(self, memo: Any) -> ThreadState:
         return ThreadState()
@@ -71,7 +77,8 @@ class PatchedAttention:
         tap: families.Tap | None,
     ) -> None:
         self.patch, self.index, self.attention, self.place, self.window = patch, index, attention, place, window
-        self.pattern = patch.config.sparse_pattern()
+        self.full, self.sparse = patch.config.full_pattern(), patch.config.sparse_pattern()
+        self.decode = patch.config.decode_pattern()
         self.tap = tap
         self.tapped: nn.Module | None = None  # the submodule that is hooked
         self.tap_handle: Any = None
@@ -99,6 +106,11 @@ class PatchedAttention:
                 raise RuntimeError(f"layer {self.index}: the router did not see its states")
             route = state.context.decisions[self.place].route
         return state.context, state.cache_layer, route
+
+    def routings(self, route: Tensor | None) -> tuple[Routing, Routing]:
+        """How a prompt attends, and what follows it. A layer without a router attends to everything."""
+        all_full = self.place is None or self.patch.local.proving
+        return Routing(route, DENSE if all_full else self.full, self.sparse), Routing(route, DENSE, self.decode)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the attention module: finds the context and the cache layer."""
@@ -145,8 +157,8 @@ class PatchedAttention:
         if cache_layer is not None and cache_layer.route is not None and not cache_layer.waiting:
             context.decisions[self.place] = Decision(None, cache_layer.route)
             return
-        if context.held is not None and self.place in context.held:
-            context.decisions[self.place] = Decision(None, context.held[self.place])
+        if context.held is not None and self.place in context.held.routes:
+            context.decisions[self.place] = Decision(None, context.held.routes[self.place])
             return
         router: Any = self.attention.flux_router
         logits, route = router(*context.prompts(self.tap.states(output, self.attention)), with_route=True)
@@ -158,5 +170,5 @@ class PatchedAttention:
                 raise ValueError("a fractional route has no cache: call the model with use_cache=False")
             route = cache_layer.set_route(route)
         if context.held is not None:
-            context.held[self.place] = route
+            context.held.routes[self.place] = route
         context.decisions[self.place] = Decision(logits, route)

@@ -6,7 +6,19 @@ Nothing here knows transformers.
 from .cache_append import append
 from .explanation import Explanation, explain
 from .operands import KeyValues, Routing
+from .prompt_and_answer import attention_after_prompt
 from .routed_attention import attend, attention
 from .router_scoring import decide, route
 
-__all__ = ["Explanation", "KeyValues", "Routing", "append", "attend", "attention", "decide", "explain", "route"]
+__all__ = [
+    "Explanation",
+    "KeyValues",
+    "Routing",
+    "append",
+    "attend",
+    "attention",
+    "attention_after_prompt",
+    "decide",
+    "explain",
+    "route",
+]

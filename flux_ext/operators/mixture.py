@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .operands import KeyValues, Routing
+from .patterns import Full
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 """``operators.attend`` or its twin: ``(q, kv, routing, scale, q_begin, q_end) -> (out, lse)``."""
@@ -54,7 +55,8 @@ def attend_or_mix(
         return (out, lse) if return_lse else out
     check_fraction(route, return_lse)
     choice = torch.zeros(route.shape, dtype=torch.int32, device=q.device)
-    all_full, _ = attend(q, kv, Routing(choice, full, sparse), scale, q_begin, q_end)
+    # In each call, in place of the pattern that no route chooses, the one that costs nothing to choose blocks for.
+    all_full, _ = attend(q, kv, Routing(choice, full, Full()), scale, q_begin, q_end)
     w = mixing_weight(route, q, cu_seqlens)  # after attend, which checks the shape of the route
-    all_sparse, _ = attend(q, kv, Routing(choice + 1, full, sparse), scale, q_begin, q_end)
+    all_sparse, _ = attend(q, kv, Routing(choice + 1, Full(), sparse), scale, q_begin, q_end)
     return (1 - w) * all_full + w * all_sparse

@@ -17,6 +17,7 @@ from .block_selection import select_blocks
 from .mixture import attend_or_mix
 from .operands import AttendArguments, KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
+from .selection_by_sequence import select_by_sequence
 
 _ops = torch.ops.flux_ext
 _CHOICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -33,12 +34,11 @@ def attend(
     """Attention by hard routes, with the bounds of every sequence as tensors: the operator without conveniences.
 
     Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32, and the patterns may be
-    block lists by threshold where there are no bounds. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]``
-    (packed ``[Hq, T]``).
+    block lists by threshold. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
 
     Raises:
         TypeError, ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may
-            share), or a threshold meets bounds.
+            share).
         RuntimeError: in the backward pass, as for :func:`attention`.
     """
     if not isinstance(kv, KeyValues):
@@ -72,7 +72,7 @@ def operator_arguments(
 
     Raises:
         TypeError, ValueError: something is no pattern, the route is neither integers nor booleans, the scale is no
-            number, or a threshold meets bounds.
+            number, or what a threshold is to score breaks a rule.
     """
     if type(scale) is not float:
         scale = to_float("scale", scale)
@@ -90,12 +90,12 @@ def operator_arguments(
     for name, pattern in (("full", full), ("sparse", sparse)):
         if isinstance(pattern, BlockSparse):
             if pattern.threshold is not None:
-                if any(x is not None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
-                    raise ValueError(
-                        "BlockSparse(threshold=...) scores plain batches [B, S, H, D] only: "
-                        "for packed, padded or cached keys give it blocks"
-                    )
-                pattern = select_blocks(pattern, q, k)
+                if all(x is None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
+                    pattern = select_blocks(pattern, q, k)
+                else:
+                    plain = operator_arguments(q, kv, Routing(route, Full(), Full()), scale, q_begin, q_end)
+                    call(_ops.explain, *plain)  # checks shapes and dtypes
+                    pattern = select_by_sequence(pattern, q, kv, q_begin, q_end)
             patterns += [*pattern.numbers(), pattern.width]
             lists += [pattern.blocks, pattern.full_counts()]
         elif isinstance(pattern, PATTERNS):
@@ -130,7 +130,7 @@ def _values_hidden(x: Tensor) -> bool:
     return traced or type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu
 
 
-def _mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
     slack = 2 * torch.finfo(route.dtype).eps  # a straight-through weight, 1 + r - r.detach(), is off by rounding
     outside = ~((route >= -slack) & (route <= 1 + slack))
@@ -280,4 +280,4 @@ def attention(
     """
     kv, q_begin, q_end = bound_operands(q, k, v, route, cu_seqlens, seq_start, seq_end, kv_len, page_table)
     routing = Routing(route, full, sparse)
-    return attend_or_mix(_attend, _mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
+    return attend_or_mix(_attend, mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)

@@ -109,9 +109,6 @@ class FluxTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be left out: the loss is the objective's, and no predictions are kept")
         self.routers = patching.get_routers(model)
-        if self.routers.config.pattern == "triangle":
-            # Prompt and answer share one forward here, whose last rows would be the answer's, not the prompt's.
-            raise ValueError('pattern="triangle" cannot be trained: train with "streaming" and change it afterwards')
         args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
         config = self.routers.config
         self.objective: Objective = make_objective(
