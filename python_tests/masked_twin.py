@@ -1,4 +1,4 @@
-"""A routed model, slow and obvious: the stock model over the whole sequence at once, under masks that say who sees what.
+"""A routed model, slow and obvious: the stock model over a whole sequence at once, under masks that say who sees what.
 
 No cache, no padding, no batch: one sequence, of which the prompt and the tokens after it are told apart.
 """
@@ -40,7 +40,7 @@ class MaskedTwin:
         """Of one KV head, queries ``[S, G, D]`` and keys ``[S, D]``: the mask ``[S, S]``."""
         length, config = len(k), self.config
         mask = dense_mask(config.decode_pattern() if sparse else FluxConfig().full_pattern(), length, length)
-        ends = list(range(0, self.prompt, self.chunk or self.prompt)) + [self.prompt]
+        ends = [*range(0, self.prompt, self.chunk or self.prompt), self.prompt]
         for begin, end in pairwise(ends):
             pattern = config.sparse_pattern() if sparse else config.full_pattern()
             if begin > 0 and end - begin == 1:

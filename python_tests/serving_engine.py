@@ -238,7 +238,7 @@ class Oracle:
             p = torch.arange(n)[:, None]
             last_q = config.last_q if config.pattern == "triangle" else 0
             dense = (p < self.dense_until) | ((p >= self.prompt_len - last_q) & (p < self.prompt_len))
-            visible = torch.where(dense, visible, dense_mask(config.decode_pattern(), n, n))
+            visible = torch.where(dense, visible, dense_mask(config.streaming(), n, n))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, scale=scaling)
         return out.transpose(1, 2), None

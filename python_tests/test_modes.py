@@ -1,5 +1,7 @@
 """Every full and sparse mode in a patched model, against masks over the whole sequence (``masked_twin``)."""
 
+import dataclasses
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from flux_ext.transformers_seam import CACHE
 NUMBERS: dict[str, Any] = {"sink": 4, "window": 24, "last_q": 9, "threshold": 0.6, "block_width": 64, "pool_size": 20}
 """A pattern that hides most of the tests' prompts, and block lists that leave out many blocks."""
 LENGTHS = (310, 297, 150)
-ROUTES = torch.tensor([[[0, 1], [1, 0], [1, 1], [0, 0]], [[1, 1], [0, 0], [1, 0], [1, 1]], [[0, 1], [1, 1], [0, 0], [1, 0]]])
+ROUTES = torch.tensor(
+    [[[0, 1], [1, 0], [1, 1], [0, 0]], [[1, 1], [0, 0], [1, 0], [1, 1]], [[0, 1], [1, 1], [0, 0], [1, 0]]]
+)
 """``[B, L, Hkv]``: heads of one layer and sequences of one batch differ."""
 MODES: dict[str, FluxConfig] = {
     **{name: FluxConfig.preset(name, **NUMBERS) for name in ("fa-ssa", "fa-ta", "fa-xa", "xa-ssa")},
@@ -45,7 +49,7 @@ def prompts(side: str = "left") -> tuple[Tensor, Tensor, list[list[int]]]:
 
 @every_mode
 def test_generate(mode: str) -> None:
-    """A padded batch of mixed routes over both caches and over none: the twin's tokens, and its logits of the prompt."""
+    """A padded batch of mixed routes over both caches and over none: the twin's tokens, and its logits of prompts."""
     config, count = MODES[mode], 12
     ids, mask, alone = prompts()
     twins = [MaskedTwin(stock(), config, route) for route in ROUTES]
@@ -68,14 +72,17 @@ def test_generate(mode: str) -> None:
 @pytest.mark.parametrize("chunk", [100, 128])
 def test_a_prompt_in_chunks(mode: str, chunk: int) -> None:
     """Chunks choose their blocks over the keys in the cache, of which none may be missing."""
-    import dataclasses
 
     config = dataclasses.replace(MODES[mode], route_on="first_chunk")
     alone = prompts()[2][0]
     model = flux_ext.patch(stock(), config)
     with flux_ext.routes(model, ROUTES[:1]):
         out = model.generate(
-            torch.tensor([alone]), max_new_tokens=8, do_sample=False, prefill_chunk_size=chunk, return_dict_in_generate=True
+            torch.tensor([alone]),
+            max_new_tokens=8,
+            do_sample=False,
+            prefill_chunk_size=chunk,
+            return_dict_in_generate=True,
         )
     new = out.sequences[0, len(alone) :].tolist()
     assert MaskedTwin(stock(), config, ROUTES[0], chunk).continues(alone + new[:-1], len(alone)) == new
@@ -95,7 +102,9 @@ def test_memory(mode: str, static: bool) -> None:
     config = MODES[mode]
     ids, mask, _ = prompts()
     model = flux_ext.patch(stock(), config)
-    cache: Any = FluxStaticCache(model.config, config, 320, page_size=8) if static else FluxCache(model.config, config, 8)
+    cache: Any = (
+        FluxStaticCache(model.config, config, 320, page_size=8) if static else FluxCache(model.config, config, 8)
+    )
     with torch.no_grad(), flux_ext.routes(model, ROUTES):
         model(ids, attention_mask=mask, **{CACHE: cache})
     most = -(-config.sink // 8) * 8 + config.window + 8 + 2 * config.align
@@ -150,8 +159,8 @@ def test_prompt_and_answer_in_one_forward(mode: str, layout: str) -> None:
         if layout == "packed":
             bounds = torch.tensor([0, *map(len, alone)]).cumsum(0).int()
             positions = torch.cat([torch.arange(len(x)) for x in alone])[None]
-            out = model(torch.tensor([sum(alone, [])]), position_ids=positions, cu_seq_lens_q=bounds, use_cache=False)
-            found = [out.logits[0, a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            out = model(torch.tensor([[*chain(*alone)]]), position_ids=positions, cu_seq_lens_q=bounds, use_cache=False)
+            found = [out.logits[0, a:b] for a, b in pairwise(bounds)]
         else:
             out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
             found = [row[kept.bool()] for row, kept in zip(out.logits, mask, strict=True)]

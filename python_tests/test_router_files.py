@@ -215,7 +215,7 @@ def test_routers_without_a_version_still_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format_version": 2, "flux_ext_version": "3.1"}, "format_version 2, above 1: use flux_ext 3.1 or newer"),
+        ({"format_version": 3, "flux_ext_version": "3.1"}, "format_version 3, above 2: use flux_ext 3.1 or newer"),
         ({"shape": "round", "flux_ext_version": "3.1"}, r"unknown fields \(shape\): use flux_ext 3.1 or newer"),
         ({"format_version": "1"}, "format_version must be an integer, got '1'"),
         ({"window": "16"}, "window must be an integer, got '16'"),

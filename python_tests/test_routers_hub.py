@@ -45,7 +45,7 @@ def test_round_trip(tmp_path: Path, granularity: str) -> None:
 def test_the_config_is_complete(tmp_path: Path) -> None:
     saved(tmp_path, align=4)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
-    assert config["format_version"] == 1 and config["flux_ext_version"] == flux_ext.__version__
+    assert config["format_version"] == 2 and config["flux_ext_version"] == flux_ext.__version__
     assert config["num_layers"] == 4 and config["head_dim"] == 16 and config["num_kv_heads"] == 2
     assert config["model_type"] == "llama" and config["layers_to_route"] == [0, 1, 2, 3] and config["align"] == 4
 
@@ -196,6 +196,22 @@ def test_published_checkpoint(tmp_path: Path, sharded: bool, kind: type, granula
     model.generate(torch.randint(2, 128, (1, 300)), max_new_tokens=3)
 
 
+@pytest.mark.parametrize(
+    "published_modes, preset",
+    [
+        (("streaming", "full"), "fa-ssa"),
+        (("triangle", "full"), "fa-ta"),
+        (("xattn", "full"), "fa-xa"),
+        (("streaming", "xattn"), "xa-ssa"),
+    ],
+)
+def test_published_modes(published_modes: tuple[str, str], preset: str) -> None:
+    config = dict(zip(("toggle_type", "retrieval_mode"), published_modes, strict=True))
+    found = FluxRouters.load_published(published(LayerRouter, 3, 16), config).config
+    expected = FluxConfig.preset(preset, align=128)
+    assert found.differences(expected) == ""
+
+
 def test_a_published_state_dict() -> None:
     tensors = published(LayerRouter, 3, 16)
     routers = FluxRouters.load_published(tensors)
@@ -208,8 +224,13 @@ def test_a_published_state_dict() -> None:
 @pytest.mark.parametrize(
     "config, drop, message",
     [
-        ({"toggle_type": "xattn"}, None, "toggle_type must be"),
-        ({"toggle_type": "streaming", "retrieval_mode": "xattn"}, None, "retrieval_mode must be"),
+        (
+            {"toggle_type": "topk"},
+            None,
+            r"toggle_type must be one of \('streaming', 'triangle', 'xattn'\).* has 'topk'",
+        ),
+        ({"toggle_type": ["xattn"]}, None, "toggle_type must be one of"),
+        ({"toggle_type": "streaming", "retrieval_mode": "topk"}, None, "retrieval_mode must be one of"),
         ({}, "cls_", "no tensor of a published router"),
         ({}, "layers.1.self_attn.mask_allocator.cls_router_head_agnostic.2.bias", "incomplete"),
     ],

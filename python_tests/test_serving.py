@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flux_ext import FluxConfig, FluxRouters, Streaming, Triangle
 from flux_ext.operators.patterns import dense_mask
 from flux_ext.serving import plugin
-from flux_ext.serving.layers import RoutedLayer, Row, Step
+from flux_ext.serving.layers import RoutedLayer, Row, Step, refuse_modes
 from flux_ext.serving.requests import NULL_PAGE, Requests
 from flux_ext.serving.visible_pages import Span, hidden, split
 
@@ -333,6 +333,14 @@ def test_rehearsals_without_requests_attend_fully():
     assert torch.equal(layer.attend(q, pages, pages, step, 0.25), torch.zeros_like(q))
     empty = Step([], torch.zeros(0, 4).int())
     assert torch.equal(layer.attend(q, pages, pages, empty, 0.25), torch.zeros_like(q))
+
+
+@pytest.mark.parametrize("preset, name", [("fa-xa", "pattern"), ("xa-ssa", "full"), ("fa-ssa", "decode")])
+def test_modes_that_are_not_served_are_refused(preset, name):
+    config = FluxConfig.preset(preset, **({"decode": "dense"} if name == "decode" else {}))
+    with pytest.raises(ValueError, match=rf"routers with {name}='\w+' are not served: {name} must be one of"):
+        refuse_modes(config)
+    refuse_modes(FluxConfig.preset("fa-ta"))
 
 
 def test_triangle_is_streaming_with_dense_last_rows():

@@ -71,7 +71,7 @@ def models(model: PreTrainedModel, folder: Path) -> None:
     routers = get_routers(model)
     assert_type(routers, FluxRouters)
     assert_type(routers.config, FluxConfig)
-    assert_type(routers.config.sparse_pattern(), Streaming | Triangle)
+    assert_type(routers.config.sparse_pattern(), Streaming | Triangle | BlockSparse)
     assert_type(routers.layers, torch.nn.ModuleList)
     assert_type(routers.save_pretrained(folder), str | None)
     assert_type(FluxRouters.from_pretrained(folder), FluxRouters)

@@ -208,7 +208,7 @@ class FluxCacheLayer(CacheLayerMixin):
         kv = self.stored()
         if kv is None:
             return q.new_zeros(q.shape)  # contiguous, as the operator's output is
-        # Whatever follows several tokens at a time is a chunk of the prompt, but not the candidates of assisted decoding.
+        # Several tokens at a time are a chunk of the prompt, unless they are candidates of assisted decoding.
         chunk = self.chunk if q.shape[1] > 1 and not self.record_past else None
         routing = Routing(route, *(chunk or self.decode))
         out, _ = operators.attend(q.to(self.dtype), kv, routing, scale, q_begin, q_end)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import FluxConfig, __version__
+from . import options
 from .layers import LEGEND, letters
 from .parser import Run, parser
 
@@ -207,13 +208,9 @@ def _train(args: argparse.Namespace) -> None:
     examples = load_examples(args.data)
     held_out = load_examples(args.eval_data) if args.eval_data else []
     recipe.check_tasks({e.task for e in examples})
-    config = FluxConfig(
-        sink=args.sink,
-        window=args.window,
-        align=args.align,
-        pool_size=args.pool_size,
-        granularity=args.granularity,
-    )
+    if args.routers and (given := options.given_modes(args)):
+        raise ValueError(f"{given[0]} is for new routers: those of --routers have settings of their own")
+    config = options.config_of(args)
     checkpoint = latest_checkpoint(args.output) if args.resume is True else args.resume
     if args.resume is True and checkpoint is None:
         raise ValueError(f"--resume: {args.output} has no checkpoint")

@@ -8,9 +8,12 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+
+from .. import FluxConfig
+from ..config import PRESETS
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,3 +117,58 @@ def json_file(text: str) -> Path:
     if path.suffix != ".json":
         raise argparse.ArgumentTypeError(f"must be a file whose name ends in .json, got {text!r}")
     return path
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "pattern": {"choices": ["streaming", "triangle", "block_sparse"], "help": "the sparse mode over a prompt"},
+    "full": {"choices": ["full", "block_sparse"], "help": "the full mode over a prompt"},
+    "decode": {"choices": ["sparse", "dense"], "help": "what sparse routes see and keep after the prompt"},
+    "granularity": {"choices": ["layer", "head"], "help": "what a decision is for"},
+    "sink": {"type": whole(0), "help": "first tokens that streaming, triangle and sparse decoding see"},
+    "window": {"type": COUNT, "help": "last tokens that they see"},
+    "align": {"type": COUNT, "help": "tokens of a block that shares one window"},
+    "last_q": {"type": whole(0), "help": "rows at the end of a prompt that see everything (triangle)"},
+    "threshold": {
+        "type": number(" in (0, 1]", lambda x: 0 < x <= 1),
+        "help": "share of the antidiagonal scores that block-sparse modes keep",
+    },
+    "stride": {"type": COUNT, "help": "tokens of a sub-block that is scored (block-sparse)"},
+    "block_width": {"type": int, "choices": [64, 128], "help": "keys of a block (block-sparse)"},
+    "pool_size": {"type": COUNT, "help": "tokens at either end that a router sees"},
+}
+"""Options that are fields of ``FluxConfig``."""
+
+
+def add_modes(add: Callable[..., argparse.Action]) -> None:
+    """``--preset`` and the options of :data:`MODES`; :func:`config_of` reads them.
+
+    Args:
+        add: a command's ``add_argument``.
+    """
+    add(
+        "--preset",
+        choices=[*PRESETS],
+        default=argparse.SUPPRESS,
+        help="full mode and sparse mode as the papers name them, with the published numbers: full attention (fa) or "
+        "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa) (default: fa-ssa)",
+    )
+    for name, option in MODES.items():
+        text = (
+            f"{option['help']} (default: {'as the preset' if name in PRESETS['fa-ssa'] else getattr(FluxConfig, name)})"
+        )
+        add(f"--{name.replace('_', '-')}", **{**option, "default": argparse.SUPPRESS, "help": text})
+
+
+def config_of(args: argparse.Namespace) -> FluxConfig:
+    """The configuration that the options of :func:`add_modes` ask for.
+
+    Raises:
+        ValueError: they contradict each other, see ``FluxConfig``.
+    """
+    changes = {name: getattr(args, name) for name in MODES if hasattr(args, name)}
+    return FluxConfig.preset(getattr(args, "preset", "fa-ssa"), **changes)
+
+
+def given_modes(args: argparse.Namespace) -> list[str]:
+    """Those of the options of :func:`add_modes` that were given, as they are written."""
+    return [f"--{name.replace('_', '-')}" for name in ("preset", *MODES) if hasattr(args, name)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import FluxConfig, __version__
+from .. import __version__
 from . import options
 
 Run = Callable[[argparse.Namespace], None]
@@ -133,11 +133,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
-    add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")
-    add("--sink", type=options.whole(0), default=FluxConfig.sink, help="first tokens that sparse attention sees")
-    add("--window", type=options.COUNT, default=FluxConfig.window, help="last tokens that sparse attention sees")
-    add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
-    add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end that a router sees")
+    options.add_modes(add)
     add("--steps", type=options.COUNT, default=300, help="of the training")
     add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
     add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .mixture import attend_or_mix
 from .operands import KeyValues, Routing
-from .routed_attention import attention, attend, mixing_weight
+from .routed_attention import attend, attention, mixing_weight
 
 
 def attention_after_prompt(

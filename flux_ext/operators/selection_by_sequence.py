@@ -39,6 +39,8 @@ def select_by_sequence(
     for b in range(batch):
         for h in range(heads):
             rows = slice(*queries[b][h])
+            if rows.start == rows.stop:
+                continue
             own = (q[rows] if q.dim() == 3 else q[b, rows])[:, h * group : (h + 1) * group]
             chosen[b, h] = select_blocks(pattern, own[None], _keys(k, table, b, h)[slice(*keys[b][h])][None, :, None])
     room = max((x.blocks.shape[-1] for x in chosen.values() if x.blocks is not None), default=1)
@@ -53,9 +55,7 @@ def select_by_sequence(
     return BlockSparse(blocks=blocks, counts=counts, width=pattern.width)
 
 
-def _spans(
-    begin: Tensor | None, end: Tensor | None, rows: int, batch: int, heads: int
-) -> list[list[tuple[int, int]]]:
+def _spans(begin: Tensor | None, end: Tensor | None, rows: int, batch: int, heads: int) -> list[list[tuple[int, int]]]:
     """Rows ``[begin, end)`` of each KV head of each sequence, cut off at ``rows``."""
 
     def bound(t: Tensor | None, default: int) -> list[list[int]]:

@@ -239,11 +239,12 @@ def _published_config(config: object, layers: list[int], weight: Tensor, source:
     granularity = {8: "layer", 4: "head"}.get(hidden // head_dim)
     if granularity is None:
         raise ValueError(f"a published router of shape {list(weight.shape)} is neither by layer nor by head")
-    pattern = config.get("toggle_type", "streaming")
-    if pattern not in ("streaming", "triangle"):
-        raise ValueError(f'toggle_type must be "streaming" or "triangle", {source} has {pattern!r}')
-    if (retrieval := config.get("retrieval_mode", "full")) != "full":
-        raise ValueError(f'retrieval_mode must be "full", {source} has {retrieval!r}')
+
+    def mode(field: str, default: str, known: dict[str, str]) -> str:
+        published = config.get(field, default)
+        if not isinstance(published, str) or published not in known:
+            raise ValueError(f"{field} must be one of {tuple(known)}, {source} has {published!r}")
+        return known[published]
 
     def integer(field: str, default: int) -> int:
         return check_integer(field, config.get(field, default), f"{source}: ")
@@ -253,8 +254,12 @@ def _published_config(config: object, layers: list[int], weight: Tensor, source:
 
     num_layers = integer("num_hidden_layers", layers[-1] + 1)
     architecture = (config.get("architectures") or [""])[0]
+    sparse_modes = {"streaming": "streaming", "triangle": "triangle", "xattn": "block_sparse"}
+    pattern = mode("toggle_type", "streaming", sparse_modes)
     fields: dict[str, Any] = {
         "pattern": pattern,
+        "full": mode("retrieval_mode", "full", {"full": "full", "xattn": "block_sparse"}),
+        "decode": "dense" if pattern == "block_sparse" else "sparse",
         "sink": in_blocks(integer("sink_size", 128)),
         "window": in_blocks(integer("local_window_size", 2048)),
         "align": PUBLISHED_BLOCK,

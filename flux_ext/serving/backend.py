@@ -145,7 +145,7 @@ def install(model: nn.Module, routers: FluxRouters) -> None:
         attention.__dict__[_ROUTED] = tap  # not as a submodule: it is one of its parent's
     for index, parent in parents.items():
         if parent.attn.sliding_window is None:
-            _own_pages(parent.attn, index, config.decode_pattern())
+            _own_pages(parent.attn, index, config.streaming())
 
 
 def attention_parents(model: nn.Module) -> dict[int, Any]:

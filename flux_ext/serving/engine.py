@@ -10,6 +10,7 @@ from typing import Any
 from ..config import FluxConfig
 from ..routers.collection import FluxRouters
 from .backend import RoutedBackend, install
+from .layers import refuse_modes
 from .page_manager import register_pages
 from .plugin import ROUTERS_VARIABLE
 from .vllm_seam import (
@@ -89,6 +90,7 @@ def prepare(arguments: Any, routers: str) -> FluxConfig:
     if arguments.speculative_config is not None:
         raise ValueError("speculative decoding is not supported with routers: speculative_config must not be given")
     settings = FluxRouters.from_pretrained(routers).config  # here too, where an error is seen best
+    refuse_modes(settings)
     arguments.kv_transfer_config = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="flux_ext.serving.connector",

@@ -54,6 +54,13 @@ class Step:
         return cls(rows, page_table[: len(lengths)])
 
 
+def refuse_modes(settings: FluxConfig) -> None:
+    """ValueError where routers choose between modes of attention that are not served."""
+    for name, served in (("full", ("full",)), ("pattern", ("streaming", "triangle")), ("decode", ("sparse",))):
+        if (mode := getattr(settings, name)) not in served:
+            raise ValueError(f"routers with {name}={mode!r} are not served: {name} must be one of {served}")
+
+
 class RoutedLayer:
     """Routes and attends for one attention layer of a model.
 
@@ -69,7 +76,7 @@ class RoutedLayer:
 
     def __init__(self, index: int, router: Router, config: FluxConfig, requests: Requests) -> None:
         self.index, self.router, self.requests = index, router, requests
-        self.pattern = config.decode_pattern()
+        self.pattern = config.streaming()
         self.last_q = config.last_q if config.pattern == "triangle" else 0
         self.group: int | None = None
 
