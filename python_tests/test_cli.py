@@ -12,10 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from flux_ext import FluxRouters
-from flux_ext.cli import commands
+from flux_ext import FluxConfig, FluxRouters
+from flux_ext.cli import commands, options
 from flux_ext.cli.layers import letters
 from flux_ext.cli.parser import parser
+from flux_ext.config import PRESETS
 from flux_ext.evaluation import MODES
 from flux_ext.evaluation.ruler import TASKS, TRAINING_TASKS
 from flux_ext.evaluation.tasks import SPLITS
@@ -87,6 +88,26 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
     assert parse([*make, "--tasks", *TASKS]).tasks == [*TASKS]
     for split in SPLITS:
         assert parse([*make, "--split", split]).split == split
+
+
+def test_modes_on_the_command_line(tmp_path):
+    """``--preset`` names modes as ``FluxConfig.preset`` does, and other options change its fields."""
+    command = ["train", "--model", "m", "--data", "d", "--output", str(tmp_path)]
+
+    def config(*args):
+        return options.config_of(parser(commands.COMMANDS).parse_args([*command, *args]))
+
+    assert config() == FluxConfig()
+    for preset in PRESETS:
+        assert config("--preset", preset) == FluxConfig.preset(preset)
+    changed = config("--preset", "fa-xa", "--decode", "sparse", "--threshold", "0.8", "--block-width", "64")
+    assert changed == FluxConfig.preset("fa-xa", decode="sparse", threshold=0.8, block_width=64)
+    for name, option in options.MODES.items():
+        for choice in option.get("choices", ()):
+            assert getattr(config(f"--{name.replace('_', '-')}", str(choice)), name) == choice
+        values = {name: 0.5 if name == "threshold" else 64 if name == "block_width" else 8}
+        if "choices" not in option:
+            assert config(f"--{name.replace('_', '-')}", str(values[name])) == FluxConfig(**values)
 
 
 def test_help_and_facts_need_no_transformers():
@@ -295,6 +316,9 @@ def error_of(capsys, call):
             for value in ("0", "-1", "1.5", "x")
         ),
         (["--sink", "-1"], "argument --sink: must be a whole number >= 0, got '-1'"),
+        (["--preset", "xa-xa"], "argument --preset: invalid choice: 'xa-xa'"),
+        (["--threshold", "1.5"], "argument --threshold: must be a finite number in (0, 1], got '1.5'"),
+        (["--block-width", "96"], "argument --block-width: invalid choice: 96"),
         (["--max-length", "2"], "argument --max-length: must be a whole number >= 3, got '2'"),
         (["--seed", "-1"], "argument --seed: must be a whole number in [0, 4294967295], got '-1'"),
         *((["--lr", x], f"argument --lr: must be a finite number > 0, got '{x}'") for x in ("0", "nan", "inf", "x")),
@@ -375,6 +399,9 @@ def test_output_that_cannot_be_written(folder, tmp_path, no_model, capsys, monke
         (["--resume"], "has no checkpoint"),
         (["--resume", "none"], "none is no checkpoint of a FluxTrainer: there is no such folder"),
         (["--window", "100", "--align", "64"], "window must be"),
+        (["--preset", "fa-xa", "--stride", "7"], "stride must"),
+        (["--routers", "r", "--sink", "4"], "--sink is for new routers: those of --routers have settings of their own"),
+        (["--routers", "r", "--preset", "fa-xa"], "--preset is for new routers"),
     ],
 )
 def test_errors_before_the_model_is_loaded(folder, tmp_path, no_model, capsys, args, message):

@@ -153,9 +153,8 @@ def add_modes(add: Callable[..., argparse.Action]) -> None:
         "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa) (default: fa-ssa)",
     )
     for name, option in MODES.items():
-        text = (
-            f"{option['help']} (default: {'as the preset' if name in PRESETS['fa-ssa'] else getattr(FluxConfig, name)})"
-        )
+        default = "the preset's" if name in PRESETS["fa-ssa"] else getattr(FluxConfig, name)
+        text = f"{option['help']} (default: {default})"
         add(f"--{name.replace('_', '-')}", **{**option, "default": argparse.SUPPRESS, "help": text})
 
 

@@ -39,9 +39,18 @@ def attention_after_prompt(
         ``[B, S, Hq, D]`` or packed ``[T, Hq, D]``, as q.
     """
     if prompt_end is None or (prompt.full, prompt.sparse) == (answer.full, answer.sparse):
-        route, full, sparse = prompt
-        bounds = {"cu_seqlens": cu_seqlens, "seq_start": seq_start, "seq_end": seq_end}
-        return attention(q, k, v, route, full=full, sparse=sparse, scale=scale, **bounds)
+        return attention(
+            q,
+            k,
+            v,
+            prompt.route,
+            full=prompt.full,
+            sparse=prompt.sparse,
+            scale=scale,
+            cu_seqlens=cu_seqlens,
+            seq_start=seq_start,
+            seq_end=seq_end,
+        )
     if cu_seqlens is not None:
         begin, end = cu_seqlens[:-1], cu_seqlens[1:]
     else:
