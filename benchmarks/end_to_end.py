@@ -3,10 +3,14 @@
     python -m benchmarks end_to_end --minutes 9                              # the most important runs first
     python -m benchmarks end_to_end --runs qwen3-8b:262144x1 llama-3.1-8b:32768x4
     python -m benchmarks end_to_end --runs tiny:256x1 tiny:128x4             # seconds, on a CPU too
+    python -m benchmarks end_to_end --structured --modes fa-ssa fa-ta fa-xa xa-ssa --shares 0.5 0.75 0.9 \\
+        --runs llama-3.1-8b:32768x1 llama-3.1-8b:131072x1 llama-3.1-8b:262144x1
 
 A run is MODEL:LENGTHxBATCH; a batch of more than one is ragged. Routes are forced (the weights are random), so the
-figures say what a route costs, not which one is right. The peer is the same model with stock PyTorch attention (SDPA:
-cuDNN where it can, else flash). Every variant is on disk before the next starts.
+figures say what a route costs, not which one is right. Modes with block selection need ``--structured``, without which
+queries and keys have nothing to be selected (``benchmarks/structured.py``); ``blocks_kept`` is then the share of key
+blocks up to the diagonal that are kept, the mean of three layers. The peer is the same model with stock PyTorch
+attention (SDPA: cuDNN where it can, else flash). Every variant is on disk before the next starts.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from tqdm import tqdm
 import flux_ext
 from benchmarks.cuda.measure import first_line
 from benchmarks.cuda.table import about
-from flux_ext import FluxStaticCache
+from benchmarks.structured import give_structure, noting_blocks, structured_tokens
+from flux_ext import BlockSparse, FluxConfig, FluxStaticCache
+from flux_ext.config import PRESETS
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-8b": (
@@ -67,8 +73,9 @@ BACKENDS = [
 ]  # fmt: skip
 FIELDS = (
     "model", "length", "batch", "variant", "prefill_s", "prefill_x", "decode_ms", "decode_x", "decode_graph_ms",
-    "decode_graph_x", "peak_GB", "kv_GB", "note",
+    "decode_graph_x", "peak_GB", "kv_GB", "blocks_kept", "note",
 )  # fmt: skip
+SELECTING = [name for name, modes in PRESETS.items() if "block_sparse" in modes.values()]
 STEPS = 128
 """Room for decode steps in a static cache."""
 WARM_UP = 2048
@@ -207,15 +214,26 @@ def batch_of(length: int, batch: int, vocab: int, device: str) -> tuple[torch.Te
     return ids, mask
 
 
+def blocks_kept(model: Any, ids: torch.Tensor, mode: str) -> float:
+    """The share of key blocks that the block selection of a mode keeps in one prompt."""
+    config = FluxConfig.preset(mode)
+    pattern = next(p for p in (config.full_pattern(), config.sparse_pattern()) if isinstance(p, BlockSparse))
+    with variant(model, f"{mode} 0.5"), noting_blocks(pattern, model.config.num_hidden_layers) as shares:
+        model(ids, use_cache=False, logits_to_keep=1)
+    return statistics.mean(shares)
+
+
 @contextlib.contextmanager
 def variant(model: Any, name: str) -> Iterator[None]:
-    """The model with stock attention, or ours with that share of its layers sparse."""
+    """The model with stock attention, or ours in one mode (``flux``: fa-ssa) with that share of its layers sparse."""
     if name == PEER:
         with sdpa_kernel(BACKENDS, set_priority=True):
             yield
         return
-    route = sparse_layers(model.config.num_hidden_layers, float(name.split()[1]))
-    with flux_ext.patched(model, flux_ext.FluxConfig(sink=128, window=2048)), flux_ext.routes(model, route):
+    mode, share = name.split()
+    route = sparse_layers(model.config.num_hidden_layers, float(share))
+    config = FluxConfig.preset("fa-ssa" if mode == "flux" else mode)
+    with flux_ext.patched(model, config), flux_ext.routes(model, route):
         yield
 
 
@@ -244,9 +262,13 @@ def run(model: Any, name: str, length: int, batch: int, args: argparse.Namespace
     """All variants of one run: the peer, then ours from sparse to full."""
     device = model.device.type
     ids, mask = batch_of(length, batch, model.config.vocab_size, device)
+    if args.structured:
+        ids = structured_tokens(length, model.config.vocab_size, device)
     dense: dict[str, float] = {}
+    kept: dict[str, float] = {}
     last = 0.0
-    for label in (PEER, *(f"flux {share:g}" for share in sorted(args.shares, reverse=True))):
+    shares = sorted(args.shares, reverse=True)
+    for label in (PEER, *(f"{mode} {share:g}" for mode in args.modes or ["flux"] for share in shares)):
         row: dict[str, Any] = {"model": name, "length": length, "batch": batch, "variant": label}
         begin = time.monotonic()
         if begin + last > args.deadline:
@@ -255,6 +277,10 @@ def run(model: Any, name: str, length: int, batch: int, args: argparse.Namespace
         try:
             with variant(model, label):
                 found = measure(model, ids, mask, args.decode_steps, args.repeats)
+            if (mode := label.split()[0]) in SELECTING and args.structured:
+                if mode not in kept:
+                    kept[mode] = blocks_kept(model, ids, mode)
+                found["blocks_kept"] = kept[mode]
             dense = dense if label != PEER else found
             speedups = {
                 f"{k}_x": dense[f"{k}_{u}"] / found[f"{k}_{u}"]
@@ -286,6 +312,8 @@ def main(argv: list[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--runs", type=parse_run, nargs="+", default=[parse_run(r) for r in RUNS])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.5, 0.75, 0.9])
+    parser.add_argument("--modes", nargs="+", choices=[*PRESETS], help="full and sparse mode (default: fa-ssa)")
+    parser.add_argument("--structured", action="store_true", help="weights with sinks, local structure and passages")
     parser.add_argument("--minutes", type=float, default=60.0, help="start nothing that would end after this")
     parser.add_argument("--decode-steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=1, help="prefills that are timed, after a short one")
@@ -293,6 +321,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not 1 <= 2 * args.decode_steps + 4 <= STEPS:
         parser.error(f"--decode-steps must be 1 to {STEPS // 2 - 2}, got {args.decode_steps}")
+    if args.structured and (wrong := [name for name, _, batch in args.runs if batch > 1 or name.startswith("qwen")]):
+        parser.error(f"--structured is for one sequence of a Llama's shape (x1), got {wrong[0]}")
     args.deadline = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -306,5 +336,8 @@ def main(argv: list[str]) -> None:
         if built != (name, longest):
             model = None  # one model at a time
             gc.collect()
-            model, built = build(name, device, dtype, longest), (name, longest)
+            shape = {**SHAPES[name][1], "attention_bias": True} if args.structured else None
+            model, built = build(name, device, dtype, longest, shape), (name, longest)
+            if args.structured:
+                give_structure(model)
         run(model, name, length, batch, args, writer)

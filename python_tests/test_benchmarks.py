@@ -19,7 +19,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: the package itself stays the one that is tested
 
-from benchmarks import end_to_end, launch, picture, step  # noqa: E402
+from benchmarks import end_to_end, launch, picture, step, structured  # noqa: E402
 from benchmarks.cuda import compare, criteria, measure, run, table  # noqa: E402
 from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
 from benchmarks.cuda.problems import OURS, Setting, Spec, visible_pairs  # noqa: E402
@@ -261,6 +261,31 @@ def test_whole_models(tmp_path: Path) -> None:
     assert [r["variant"] for r in rows] == ["sdpa", "flux 0.9", "flux 0"] * 2
     assert all(float(r["prefill_s"]) > 0 and float(r["decode_ms"]) > 0 and not r["note"] for r in rows)
     assert picture.pictures(tmp_path / f"end_to_end-{DEVICE}.csv")
+
+
+def test_every_mode_of_whole_models(tmp_path: Path) -> None:
+    modes = ["fa-ssa", "fa-ta", "fa-xa", "xa-ssa"]
+    options = ["--runs", "tiny:700x1", "--decode-steps", "1", "--shares", "0.5", "--output", str(tmp_path)]
+    end_to_end.main(["--structured", "--modes", *modes, *options])
+    rows = criteria.read_models(tmp_path / f"end_to_end-{DEVICE}.csv")
+    assert [r["variant"] for r in rows] == ["sdpa", *(f"{mode} 0.5" for mode in modes)]
+    assert all(float(r["prefill_s"]) > 0 and not r["note"] for r in rows)
+    kept = [r["blocks_kept"] for r in rows]
+    assert kept[:3] == ["", "", ""] and 0.3 < float(kept[3]) == float(kept[4]) < 0.9
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--structured", "--runs", "qwen3-8b:64x1", "--output", str(tmp_path)])
+
+
+def test_structured_keys_leave_blocks_out() -> None:
+    """Where random keys keep 90 % of the blocks, these keep what a head looks at: near tokens, the sink, passages."""
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5e5}
+    model = end_to_end.build("tiny", "cpu", torch.float32, 4096, {**shape, "attention_bias": True})
+    ids = structured.structured_tokens(4096, 512, "cpu")
+    assert ids[0, 0] == 0 and int((ids == 0).sum()) == 1 and 64 <= int((ids <= structured.KINDS).sum()) <= 129
+    random_share = end_to_end.blocks_kept(model, ids, "fa-xa")
+    structured.give_structure(model)
+    assert end_to_end.blocks_kept(model, ids, "fa-xa") < 0.5 < 0.8 < random_share
 
 
 def test_whole_models_within_a_budget(tmp_path: Path) -> None:
