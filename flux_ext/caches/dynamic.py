@@ -81,6 +81,7 @@ class FluxCacheLayer(CacheLayerMixin):
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._context: ForwardContext | None = None
+        self._until_trim = 0  # so many more tokens leave nothing to trim
         self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,9 +163,21 @@ class FluxCacheLayer(CacheLayerMixin):
         self.route = normal(route)
         if first or self.waiting:
             self.sparse = self._dropping(route).reshape(-1)
+            self._until_trim = 0
         self._forget(step)
-        if not first and not self.record_past:
+        if not first and not self.record_past and self._until_trim <= 0:
             self._trim()
+        if q_len == 1 and step.whole and not first:
+            self.pages.append_one(k, v)
+        else:
+            self._append(k, v, step, first)
+        self.cumulative_length += q_len
+        self._until_trim -= q_len
+        if first or self.waiting or step.forgotten:
+            self._find_undecided()
+        self._storing = False
+
+    def _append(self, k: Tensor, v: Tensor, step: Step, first: bool) -> None:
         heads = self.pages.num_heads
         begin, count = np.repeat(step.begin, heads), np.repeat(step.tokens, heads)
         if first and not self.record_past:  # of a prompt, what would be trimmed next is never stored
@@ -173,9 +186,6 @@ class FluxCacheLayer(CacheLayerMixin):
             self.dropped = self.dropped + skip
         else:
             self.pages.append(k, v, count, begin)
-        self.cumulative_length += q_len
-        self._find_undecided()
-        self._storing = False
 
     def _dropping(self, route: Tensor) -> np.ndarray:
         """Which sequence heads drop keys, bool ``[B, Hkv]``. Waits for the device where any do, once per layer and
@@ -261,6 +271,8 @@ class FluxCacheLayer(CacheLayerMixin):
         spare = self._superfluous(self.pages.length + self.dropped)
         self.pages.drop(self.layout.sink_pages, spare // self.page_size)
         self.dropped = self.dropped + spare
+        longest = int(self.pages.length.max(where=self.sparse, initial=0))
+        self._until_trim = self.layout.least_trimmed - longest
 
     # --- The contract of transformers' caches
 

@@ -23,6 +23,7 @@ class Step(NamedTuple):
     begin: np.ndarray  # int64 [B], the first of the forward's slots that holds a token
     tokens: np.ndarray  # int64 [B], how many
     forgotten: dict[int, np.ndarray]  # of a sequence, which of its earlier tokens the mask has taken back
+    whole: bool  # whether all of the forward's slots hold tokens
 
 
 def token_rows(mask: np.ndarray | None, batch_size: int, q_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +89,7 @@ class History:
             new = np.ones((batch_size, q_len), bool) if mask is None else mask[:, seen:]
             self.valid = np.concatenate([before, new], 1)
         self.length += q_len
-        self.step = Step(begin, count, forgotten)
+        self.step = Step(begin, count, forgotten, bool((count == q_len).all()))
         return self.step
 
     def _compare(self, mask: np.ndarray | None, seen: int) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:

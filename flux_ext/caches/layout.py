@@ -27,6 +27,7 @@ class PageLayout:
         sink_pages, sink_tokens: what precedes the gap: the sink, rounded up to whole pages.
         unit: tokens are dropped by this many: whole pages, so that the others stay where they are, and a multiple of
             ``pattern.align``, so that the pattern is the same on what is left (see :mod:`flux_ext.caches.dynamic`).
+        least_trimmed: with fewer tokens stored there is no such unit to drop.
     """
 
     def __init__(self, pattern: Streaming, page_size: int) -> None:
@@ -34,6 +35,7 @@ class PageLayout:
         self.sink_pages = -(-pattern.sink // page_size)
         self.sink_tokens = self.sink_pages * page_size
         self.unit = math.lcm(pattern.align, page_size)
+        self.least_trimmed = self.sink_tokens + pattern.window - pattern.align + self.unit
 
     def gap(self, position: Positions) -> Positions:
         """Tokens after ``sink_tokens`` that no query at this position or later sees, rounded down to whole units."""

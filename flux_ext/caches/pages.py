@@ -48,7 +48,9 @@ class PagedKeyValues:
         with torch.inference_mode(False):
             self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
             self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
+        self._room = 0  # every sequence head has pages for so many more tokens, or for more
         self._device_table: Tensor | None = None
+        self._counters: tuple[np.ndarray, Tensor, Tensor] | None = None  # the `length` they are of; see append_one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
@@ -73,6 +75,9 @@ class PagedKeyValues:
 
     def kv_len(self) -> Tensor:
         """int32 ``[B, Hkv]`` on the device: tokens stored."""
+        if self._counters_hold():
+            assert self._counters is not None
+            return self._counters[1][2 * len(self.length) :].view(-1, self.num_heads)
         length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
         return length.to(self.keys.device, non_blocking=True)
 
@@ -98,7 +103,8 @@ class PagedKeyValues:
             k, v: ``[B, Hkv, S, D]``.
             count, begin, skip: int64 ``[B * Hkv]``.
         """
-        first = self.length.copy()
+        first = self.length
+        self._room = 0
         self._allocate(first + count)
         self.length = first + count
         total = int(count.sum())
@@ -123,6 +129,41 @@ class PagedKeyValues:
         for pool, x in ((self.keys, k), (self.values, v)):
             new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
             pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
+
+    def append_one(self, k: Tensor, v: Tensor) -> None:
+        """Stores one new token ``[B, Hkv, 1, D]`` of every sequence head.
+
+        Called for every layer and token, so what counts is how few things the host does. Until a page is full, where
+        the tokens go and how many are stored is on the device, one less than it should be: nothing is sent.
+        """
+        count = len(self.length)
+        if self._room and self._counters_hold():
+            assert self._counters is not None
+            counters, ones = self._counters[1:]
+            counters.add_(ones)
+            self.length = self.length + 1
+        else:
+            place, self.length = self.length, self.length + 1
+            self._allocate(self.length)
+            self._room = int((self.held * self.page_size - place).min())
+            page = self.table[np.arange(count), place // self.page_size]
+            target = page * np.int64(self.page_size) + place % self.page_size
+            # int64 rows of the pool as pairs of int32, then int32 lengths; ones count up the lower halves.
+            sent = np.concatenate([target.view(np.int32), self.length.astype(np.int32)])
+            steps = np.concatenate([np.tile(np.array([1, 0], np.int32), count), np.ones(count, np.int32)])
+            counters, ones = torch.from_numpy(np.stack([sent, steps])).to(self.keys.device, non_blocking=True)
+        self._room -= 1
+        self._counters = self.length, counters, ones
+        target_rows = counters[: 2 * count].view(torch.int64)
+        for pool, x in ((self.keys, k), (self.values, v)):
+            rows = x.detach().reshape(-1, x.shape[-1]).to(pool.dtype)
+            pool.view(-1, pool.shape[-1]).index_copy_(0, target_rows, rows)
+
+    def _counters_hold(self) -> bool:
+        """Whether the counters are of what is stored, and may be used in this mode."""
+        if self._counters is None or self._counters[0] is not self.length:
+            return False
+        return torch.is_inference_mode_enabled() or not self._counters[1].is_inference()
 
     def _allocate(self, length: np.ndarray) -> None:
         """Gives every sequence head the pages for ``length [B * Hkv]`` tokens."""
@@ -196,6 +237,7 @@ class PagedKeyValues:
         self._compact()
 
     def _changed(self) -> None:
+        self._room = 0
         self.table = self.table[:, : int(self.held.max(initial=0))]
         self._device_table = None
         if len(self.free) > len(self.held) + int(self.held.sum()) // 8:
@@ -204,6 +246,7 @@ class PagedKeyValues:
     @torch.inference_mode(False)
     def _compact(self) -> None:
         """New pools of exactly the pages held, each sequence head's in order."""
+        self._room = 0
         self.table = self.table[:, : int(self.held.max(initial=0))]
         used = np.arange(self.table.shape[1]) < self.held[:, None]
         source = torch.from_numpy(self.table[used].astype(np.int64)).to(self.keys.device)
