@@ -166,8 +166,47 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   }
 }
 
+// The same after a prefill kernel that planned for itself: one block per tile and kRowWarps rows, one warp per row.
+template <typename T>
+__global__ void __launch_bounds__(32 * kRowWarps, 4)
+    combine_few_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
+                       const int32_t num_tiles, const int32_t num_workers) {
+  __shared__ int64_t begin[kWarpTiles + 1];
+  __shared__ int32_t workers;
+  __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
+  auto& view = *reinterpret_cast<TileView*>(view_memory);
+  const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = blockIdx.x;
+  if (warp == 0) {
+    TileView own;
+    if (lane < num_tiles) own = view_in_order(p, tile_shape, TileOrder::kInLine, tiles_each(p, tile_shape), lane);
+    if (lane == tile) view = own;
+    const FewTiles few = line_up_few(tile_cost(own), num_tiles, num_workers);
+    if (lane == 0) begin[0] = 0, workers = few.workers;
+    if (lane < num_tiles) begin[lane + 1] = few.end;
+  }
+  __syncthreads();
+  const TilePieces pieces = tile_pieces(begin, num_tiles, tile, workers);
+  const int32_t row = blockIdx.y * kRowWarps + warp;
+  if (pieces.count == 1 || row >= valid_rows(p, view)) {
+    wait_for_previous();  // even so, as above
+    let_next_start();
+    return;
+  }
+  const PieceRow from(partials, pieces, row, 0, 1);
+  const RowWriter<T> to(p, view, row);
+  wait_for_previous();
+  let_next_start();
+  for (int32_t d = 4 * lane; d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
+}
+
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
+  if (c.inline_plan && c.instance->tile_rows > kDecodeRows) {
+    const int32_t num_tiles = tiles_each(p, c.tile) * num_seq_heads(p);
+    const int64_t rows = most_rows(p) < c.instance->tile_rows ? most_rows(p) : c.instance->tile_rows;
+    return cuda::launch(combine_few_kernel<T>, dim3(num_tiles, ceil_div(int32_t(rows), kRowWarps)), 32 * kRowWarps, 0,
+                        stream, c.overlap, p, c.tile, w.partials, num_tiles, c.num_workers);
+  }
   if (c.inline_plan) {
     const dim3 grid(num_seq_heads(p), max_of(int32_t(most_rows(p)), 1));
     return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,

@@ -19,6 +19,7 @@ struct Shared {
   int32_t any_late;
   int32_t costs_differ;
   int32_t no_turns, perhaps_late;
+  int32_t largest_cost;
 };
 
 // Bitonic network; `n` is a power of two.
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Tiles of every sequence head.
   for (int32_t n = tid; n < seq_heads; n += kThreads)
     begin[n] = min_of(tiles_in_seq_head(p, tile, n / p.kv.num_heads, n % p.kv.num_heads), kMaxSeqHeadTiles);
-  if (tid == 0) shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0;
+  if (tid == 0) shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0, shared.largest_cost = 0;
   __syncthreads();
   exclusive_sum<kThreads>(begin, seq_heads, shared.warp_sums);
   if (begin[seq_heads] > tiles_max) {  // only spans that overlap make so many
@@ -68,18 +69,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
+  int32_t largest_cost = 0;
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
     const int32_t seq_head = find_seq_head(begin, seq_heads, t);
     const Tile own = make_tile(p, seq_head, begin[seq_head + 1] - begin[seq_head], t - begin[seq_head]);
     plan.tiles[t] = own;
-    cost[t] = tile_cost(view_tile(p, tile, own));
+    const int32_t own_cost = tile_cost(view_tile(p, tile, own));
+    cost[t] = own_cost;
+    largest_cost = max_of(largest_cost, own_cost);
   }
+  largest_cost = __reduce_max_sync(~0u, largest_cost);
+  if (tid % 32 == 0) atomicMax(&shared.largest_cost, largest_cost);
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
   const int64_t total = cost[num_tiles];
   const bool in_turn = !shared.no_turns;
-  if (in_turn) {
+  largest_cost = shared.largest_cost;
+  if (waves_end_in_time(num_tiles, largest_cost, total, num_workers)) {
+    // Whole tiles, in any order.
+  } else if (in_turn) {
     for (int32_t t = tid; t < num_tiles; t += kThreads)
       if (ends_late(total, cost[t + 1] - cost[t], total, num_workers)) shared.perhaps_late = 1;  // behind all others
     __syncthreads();
@@ -98,7 +107,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const bool whole = !shared.any_late;
-  const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
+  int32_t sharing = sharing_workers(total, num_tiles, num_workers);
+  if (!whole) {
+    const auto share = int32_t(aligned_share<int64_t>(total, largest_cost, num_tiles, sharing, [&](int64_t size) {
+      uint32_t shares = 0;
+      for (int32_t t = tid % 32; t < num_tiles; t += 32)
+        shares += whole_shares(uint32_t(cost[t + 1] - cost[t]), uint32_t(size));
+      return __reduce_add_sync(~0u, shares) <= uint32_t(sharing);
+    }));
+    if (share > 0 && num_tiles <= kThreads) {  // cost, as shared out
+      const auto own = tid < num_tiles ? int32_t(cost[tid + 1] - cost[tid]) : 0;
+      __syncthreads();
+      if (tid < num_tiles) cost[tid] = int64_t(whole_shares(own, share)) * share;
+      __syncthreads();
+      exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
+      sharing = int32_t(cost[num_tiles] / share);
+    }
+  }
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, 0};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
   for (int32_t w = tid; w < num_workers; w += kThreads)
@@ -140,7 +165,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
   if (c.order != TileOrder::kPlanned) {
-    if (max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;  // no block takes a second tile: nobody counts
+    // Nobody counts where no block takes a second tile either.
+    if (c.uncounted || max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;
     return cudaMemsetAsync(&plan.header->next_item, 0, sizeof(plan.header->next_item), stream);
   }
   const auto tiles = int32_t(max_tiles(p, c.tile));

@@ -49,6 +49,7 @@ class PagedKeyValues:
             self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
             self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
         self._device_table: Tensor | None = None
+        self._device_length: tuple[np.ndarray, Tensor] | None = None  # of which `length`, and it on the device
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
@@ -73,6 +74,10 @@ class PagedKeyValues:
 
     def kv_len(self) -> Tensor:
         """int32 ``[B, Hkv]`` on the device: tokens stored."""
+        if self._device_length is not None and self._device_length[0] is self.length:
+            known = self._device_length[1]
+            if torch.is_inference_mode_enabled() or not known.is_inference():
+                return known
         length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
         return length.to(self.keys.device, non_blocking=True)
 
@@ -98,10 +103,13 @@ class PagedKeyValues:
             k, v: ``[B, Hkv, S, D]``.
             count, begin, skip: int64 ``[B * Hkv]``.
         """
-        first = self.length.copy()
+        first = self.length
         self._allocate(first + count)
         self.length = first + count
         total = int(count.sum())
+        if k.shape[2] == 1 and total == len(count) and skip is None:
+            self._append_step(k, v, first)
+            return
         device = self.keys.device if total > HOST_INDICES else torch.device("cpu")
 
         def spread(x: np.ndarray) -> Tensor:
@@ -123,6 +131,22 @@ class PagedKeyValues:
         for pool, x in ((self.keys, k), (self.values, v)):
             new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
             pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
+
+    def _append_step(self, k: Tensor, v: Tensor, place: np.ndarray) -> None:
+        """The new token ``[B, Hkv, 1, D]`` of every sequence head, which goes to ``place [B * Hkv]``.
+
+        Called for every layer and token, so what counts is how few things the host does: one copy brings both where the
+        tokens go and the lengths that attention asks for next.
+        """
+        page = self.table[np.arange(len(place)), place // self.page_size]
+        target = page * np.int64(self.page_size) + place % self.page_size
+        sent = np.concatenate([target.view(np.int32), self.length.astype(np.int32)])
+        on_device = torch.from_numpy(sent).to(self.keys.device, non_blocking=True)
+        target_rows = on_device[: 2 * len(place)].view(torch.int64)
+        for pool, x in ((self.keys, k), (self.values, v)):
+            rows = x.detach().reshape(-1, x.shape[-1])
+            pool.view(-1, pool.shape[-1]).index_copy_(0, target_rows, rows.to(pool.dtype))
+        self._device_length = self.length, on_device[2 * len(place) :].view(-1, self.num_heads)
 
     def _allocate(self, length: np.ndarray) -> None:
         """Gives every sequence head the pages for ``length [B * Hkv]`` tokens."""

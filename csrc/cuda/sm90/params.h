@@ -27,8 +27,10 @@ struct KernelParams {
   AttendParams attend;
   TileShape tile;
   PlanView plan;
-  TileOrder order;  // if it is not the plan's, num_items and tiles_each say it
-  int32_t num_items, tiles_each;
+  TileOrder order;  // if it is not the plan's, num_tiles and tiles_each say it
+  int32_t num_tiles, tiles_each;
+  bool inline_plan;  // of few tiles, see line_up_few
+  bool uncounted;    // see is_uncounted
   Partials partials;
   uint32_t group_inverse;
   int32_t kv_box_rows;  // rows of one K or V box: the key block, or a page that is smaller

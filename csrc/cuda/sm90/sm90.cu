@@ -154,9 +154,11 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->attend = p;
   k->tile = c.tile;
   k->plan = w.plan;
-  k->order = c.order;
-  k->tiles_each = ceil_div(p.q.max_len, c.tile.q_tokens);
-  k->num_items = k->tiles_each * num_seq_heads(p);
+  k->order = c.inline_plan ? TileOrder::kInLine : c.order;
+  k->tiles_each = tiles_each(p, c.tile);
+  k->num_tiles = k->tiles_each * num_seq_heads(p);
+  k->inline_plan = c.inline_plan;
+  k->uncounted = c.uncounted;
   k->partials = w.partials;
   k->group_inverse = inverse_of_group(p.group());
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
@@ -181,6 +183,8 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
   c->order = known_order(p, c->tile, c->num_workers);
+  c->uncounted = is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
+  c->inline_plan = c->order == TileOrder::kPlanned && plans_few(p, c->tile);
   return true;
 }
 
