@@ -29,38 +29,27 @@ struct HostPlan {
   std::vector<WorkRange> ranges;
 };
 
-// The line of work, where every tile has as many whole shares as it needs: one worker each. (Found by walking, not
-// with the functions that are tested.)
-std::vector<WorkRange> cut_into_shares(const std::vector<int32_t>& cost, int64_t share) {
-  std::vector<WorkRange> ranges;
-  for (int32_t t = 0; t < int32_t(cost.size()); ++t)
-    for (int64_t unit = 0; unit < cost[t]; unit += share) {
-      const Position begin = position_in(t, int32_t(unit));
-      const bool last = unit + share >= cost[t];
-      ranges.push_back({t, begin.block, last ? t + 1 : t, last ? 0 : position_in(t, int32_t(unit + share)).block});
-    }
-  return ranges;
-}
-
 int32_t largest(const std::vector<int32_t>& cost) {
   return cost.empty() ? 0 : *std::max_element(cost.begin(), cost.end());
 }
 
-// Into whole shares, if some that are little larger than even ones do; else evenly.
+// Apart, if shares that are little larger than even ones do; else evenly.
 std::vector<WorkRange> cut(const std::vector<int32_t>& cost, int32_t num_workers) {
   const auto num_tiles = int32_t(cost.size());
+  int64_t total = 0;
+  for (const int32_t c : cost) total += c;
+  const int32_t smallest = cost.empty() ? 0 : *std::min_element(cost.begin(), cost.end());
+  const Cut<int64_t> cut = cut_apart<int64_t>(total, smallest, largest(cost), num_tiles,
+                                              sharing_workers(total, num_tiles, num_workers), [&](int64_t share) {
+                                                int64_t shares = 0;
+                                                for (const int32_t c : cost) shares += ceil_div_64(c, share);
+                                                return shares;
+                                              });
   std::vector<int64_t> begin{0};
-  for (const int32_t c : cost) begin.push_back(begin.back() + c);
-  const int32_t workers = sharing_workers(begin.back(), num_tiles, num_workers);
-  const auto fits = [&](int64_t share) {
-    int64_t shares = 0;
-    for (const int32_t c : cost) shares += ceil_div_64(c, share);
-    return shares <= workers;
-  };
-  const int64_t share = aligned_share<int64_t>(begin.back(), largest(cost), num_tiles, workers, fits);
-  if (share > 0) return cut_into_shares(cost, share);
+  for (const int32_t c : cost) begin.push_back(begin.back() + ceil_div_64(c, cut.unit) * cut.unit);
   std::vector<WorkRange> ranges;
-  for (int32_t w = 0; w < workers; ++w) ranges.push_back(work_range(begin.data(), num_tiles, w, workers));
+  for (int32_t w = 0; w < cut.num_workers; ++w)
+    ranges.push_back(work_range(begin.data(), num_tiles, w, cut.num_workers));
   return ranges;
 }
 
@@ -257,6 +246,19 @@ __global__ void share_kernel(const int32_t* cost, int32_t num_tiles, Shared* sha
   if (lane == 0) shared[worker] = {of_warp, of_block};
   for (int32_t t = worker; lane == 0 && t < num_tiles; t += gridDim.x)
     pieces[t] = tile_pieces(line.begin, num_tiles, t, line.workers);
+}
+
+// The line of work, where every tile has as many whole shares as it needs: one worker each. (Found by walking, not
+// with the functions that are tested.)
+std::vector<WorkRange> cut_into_shares(const std::vector<int32_t>& cost, int64_t share) {
+  std::vector<WorkRange> ranges;
+  for (int32_t t = 0; t < int32_t(cost.size()); ++t)
+    for (int64_t unit = 0; unit < cost[t]; unit += share) {
+      const Position begin = position_in(t, int32_t(unit));
+      const bool last = unit + share >= cost[t];
+      ranges.push_back({t, begin.block, last ? t + 1 : t, last ? 0 : position_in(t, int32_t(unit + share)).block});
+    }
+  return ranges;
 }
 
 TEST_F(Plan, OfADecodeStep) {

@@ -376,35 +376,39 @@ TEST(Schedule, UncountedItems) {
   }
 }
 
-// Shares for tiles that are cut: none is larger than allowed, and they fit.
-TEST(Schedule, AlignedShares) {
+// Tiles that are cut apart: no worker has parts of two, each has something, and none has much more than even shares.
+TEST(Schedule, TilesCutApart) {
   Random random(36);
   int found = 0;
-  for (int i = 0; i < 2000; ++i) {
+  for (int i = 0; i < 3000; ++i) {
     const int32_t workers = random.integer(1, 140), most = random.integer(1, 2000);
-    std::vector<int64_t> cost(random.integer(1, 150));
-    int64_t total = 0, largest = 0;
-    const bool alike = random.chance(40);
-    for (int64_t& c : cost) {
-      c = alike ? most : random.integer(1, most);
-      total += c;
-      largest = std::max(largest, c);
-    }
-    const auto shares = [&](int64_t share) {
-      int64_t n = 0;
-      for (const int64_t c : cost) n += ceil_div_64(c, share);
-      return n;
-    };
-    const int64_t share = aligned_share<int64_t>(total, largest, int32_t(cost.size()), workers,
-                                                 [&](int64_t size) { return shares(size) <= workers; });
-    if (share == 0) continue;
+    const auto num_tiles = random.integer(1, 150);
+    const int32_t least = random.chance(40) ? most - most / 50 : 1;
+    std::vector<int64_t> own(num_tiles);
+    int64_t total = 0;
+    for (int64_t& c : own) total += c = random.integer(least, most);
+    const auto [smallest, largest] = std::minmax_element(own.begin(), own.end());
+    const Cut<int64_t> cut = cut_apart<int64_t>(total, *smallest, *largest, num_tiles, workers, [&](int64_t share) {
+      int64_t shares = 0;
+      for (const int64_t c : own) shares += ceil_div_64(c, share);
+      return shares;
+    });
+    ASSERT_LE(cut.num_workers, workers);
+    if (cut.unit == 1 && cut.num_workers == workers) continue;
     ++found;
+    std::vector<int64_t> cost{0};
+    for (const int64_t c : own) cost.push_back(cost.back() + ceil_div_64(c, cut.unit) * cut.unit);
     const int64_t even = ceil_div_64(total, workers);
-    EXPECT_LE(shares(share), workers);
-    EXPECT_GE(share, even);
-    EXPECT_LE(share, even + even / 8 + kTileOverhead);
+    for (int32_t w = 0; w < cut.num_workers; ++w) {
+      const int64_t begin = share_unit(cost.back(), w, cut.num_workers);
+      const int64_t end = share_unit(cost.back(), w + 1, cut.num_workers);
+      const auto tile = int32_t(std::upper_bound(cost.begin(), cost.end(), begin) - cost.begin()) - 1;
+      ASSERT_LE(end, cost[tile + 1]);
+      ASSERT_LT(begin, cost[tile] + own[tile]) << "a share of nothing";
+      ASSERT_LE(end - begin, even + even / 8 + kTileOverhead);
+    }
   }
-  EXPECT_GT(found, 200);
+  EXPECT_GT(found, 300);
 }
 
 // Lengths on the device, lists and many tiles are left to the planner.

@@ -285,7 +285,8 @@ inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32
     if (modes == 1 && heads[1] > 0) break;
     const int64_t all = heads[0] * total[0] + heads[1] * total[1];
     const int64_t largest_of[2] = {heads[0] ? largest_cost[0] : 0, heads[1] ? largest_cost[1] : 0};
-    if (waves_end_in_time(tiles_each * seq_heads, largest_of[largest_of[1] > largest_of[0]], all, num_workers)) continue;
+    if (waves_end_in_time(tiles_each * seq_heads, largest_of[largest_of[1] > largest_of[0]], all, num_workers))
+      continue;
     const auto late = [&](int64_t before, int64_t own) { return ends_after_a_split(before, own, all, num_workers); };
     int64_t done[2] = {};  // of a sequence head, up to a tile and with it
     for (int32_t i = 0; i < tiles_each; ++i) {
@@ -329,21 +330,33 @@ FLUX_HD Int whole_shares(Int tile_cost, Int share) {
   return (tile_cost + share - 1) / share;
 }
 
-// Where a prefill kernel's tiles are cut and there are no more of them than workers, each is given whole shares too, if
-// those need be little larger than even ones. Then no worker has parts of two tiles, and the tiles of a sequence head
-// are cut at the same places: their workers read the same keys at the same time, once from memory.
-// `fits(share)`: do whole shares of that size for all tiles take no more than num_workers? 0: no such size.
+// Where a prefill kernel's tiles are cut and there are no more of them than workers, no worker is given parts of two,
+// if shares need be little larger than even ones for that. Then the tiles of a sequence head are cut at the same
+// places: their workers read the same keys at the same time, once from memory.
+//
+// Every tile's cost is rounded up to a multiple of `unit`, and the line of them cut evenly for so many workers. Of each
+// tile all shares must have something: `smallest_cost` is what tells.
+template <typename Int>
+struct Cut {
+  Int unit;
+  int32_t num_workers;
+};
 constexpr int kShareSteps = 4;
-template <typename Int, typename Fits>
-FLUX_HD Int aligned_share(Int total_cost, Int largest_cost, int32_t num_tiles, int32_t num_workers, Fits fits) {
-  if (num_tiles < 1 || num_tiles > num_workers) return 0;
+template <typename Int, typename Shares>  // shares_of(share): how many of that size hold all tiles, each in its own
+FLUX_HD Cut<Int> cut_apart(Int total_cost, Int smallest_cost, Int largest_cost, int32_t num_tiles, int32_t num_workers,
+                           Shares shares_of) {
+  if (num_tiles < 1 || num_tiles > num_workers) return {1, num_workers};
   const Int even = whole_shares<Int>(total_cost, num_workers), slack = even / 8 + kTileOverhead;
-  const Int alike = whole_shares<Int>(largest_cost, num_workers / num_tiles);  // fits, whatever the others cost
+  // All tiles alike: equally many workers for each.
+  const int32_t each = num_workers / num_tiles;
+  if (whole_shares<Int>(largest_cost, each) <= even + slack &&
+      int64_t(smallest_cost) * each > int64_t(largest_cost) * (each - 1))
+    return {largest_cost, each * num_tiles};
   for (int step = 0; step < kShareSteps; ++step) {
     const Int share = even + slack * step / kShareSteps;
-    if (share < alike && fits(share)) return share;
+    if (const auto shares = int32_t(shares_of(share)); shares <= num_workers) return {share, shares};
   }
-  return alike <= even + slack ? alike : 0;
+  return {1, num_workers};
 }
 
 // Ascending keys put the costliest sequence head first, equal ones in their order.

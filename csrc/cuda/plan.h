@@ -177,20 +177,16 @@ struct FewTiles {
   }
 };
 __device__ inline FewTiles line_up_few(int32_t cost, int32_t num_tiles, int32_t num_workers) {
-  uint32_t own = int32_t(threadIdx.x % 32) < num_tiles ? cost : 0;
+  const bool valid = int32_t(threadIdx.x % 32) < num_tiles;
+  uint32_t own = valid ? cost : 0;
   const uint32_t total = __reduce_add_sync(~0u, own), largest = __reduce_max_sync(~0u, own);
-  const bool whole = waves_end_in_time(num_tiles, largest, total, num_workers) && num_tiles <= num_workers;
-  int32_t workers = sharing_workers(total, num_tiles, num_workers);
-  const uint32_t share = whole ? largest : aligned_share(total, largest, num_tiles, workers, [&](uint32_t size) {
-    return __reduce_add_sync(~0u, whole_shares(own, size)) <= uint32_t(workers);
-  });
-  if (share > 0) {
-    const uint32_t shares = whole_shares(own, share);
-    workers = int32_t(__reduce_add_sync(~0u, shares));
-    own = shares * share;
-  }
-  const uint32_t end = sum_up_to_lane(own);
-  return {end, __shfl_sync(~0u, end, 31), workers};
+  const uint32_t smallest = ~__reduce_max_sync(~0u, valid ? ~own : 0);
+  Cut<uint32_t> cut{largest, num_tiles};  // whole tiles
+  if (num_tiles > num_workers || !waves_end_in_time(num_tiles, largest, total, num_workers))
+    cut = cut_apart(total, smallest, largest, num_tiles, sharing_workers(total, num_tiles, num_workers),
+                    [&](uint32_t share) { return __reduce_add_sync(~0u, whole_shares(own, share)); });
+  const uint32_t end = sum_up_to_lane(whole_shares(own, cut.unit) * cut.unit);
+  return {end, __shfl_sync(~0u, end, 31), cut.num_workers};
 }
 
 // A tile by its number. Every sequence head has as many as the longest: those past the end of a shorter one are empty.
