@@ -191,13 +191,42 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   }
 }
 
+// The same for few tiles of many rows: a warp takes a row, and one piece after the other.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, 5)
+    combine_rows_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
+                        const int32_t num_workers) {
+  __shared__ InlineLine line;
+  __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
+  auto& view = *reinterpret_cast<TileView*>(view_memory);
+  const int32_t num_tiles =
+      line_up_for_combine<true>(p, tile_shape, num_workers, line, [&](const TileView& v) { view = v; });
+  const TilePieces pieces = tile_pieces(line.begin, num_tiles, blockIdx.x, line.workers);
+  const int32_t row = blockIdx.y * kWarps + threadIdx.x / 32;
+  if (pieces.count == 1 || row >= valid_rows(p, view)) {
+    wait_for_previous();  // even so, as above
+    let_next_start();
+    return;
+  }
+  const PieceRow from(partials, pieces, row, 0, 1);
+  const RowWriter<T> to(p, view, row);
+  wait_for_previous();
+  let_next_start();
+  for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
+}
+
+// So many blocks with a row each run at once on the smallest GPU of the Hopper family; more would come in waves.
+constexpr int32_t kRowsAtOnce = 512;
+
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan && c.instance->tile_rows > kDecodeRows) {
     const int32_t num_tiles = tiles_each(p, c.tile) * num_seq_heads(p);
-    const dim3 grid(num_tiles, min_of(p.q.max_len, c.tile.q_tokens) * p.group());
-    return cuda::launch(combine_inline_kernel<T, true>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
-                        c.num_workers);
+    const int32_t rows = min_of(p.q.max_len, c.tile.q_tokens) * p.group();
+    const bool few_rows = num_tiles * rows <= kRowsAtOnce;
+    return cuda::launch(few_rows ? combine_inline_kernel<T, true> : combine_rows_kernel<T>,
+                        dim3(num_tiles, few_rows ? rows : ceil_div(rows, kWarps)), 32 * kWarps, 0, stream, c.overlap, p,
+                        c.tile, w.partials, c.num_workers);
   }
   if (c.inline_plan) {
     const dim3 grid(num_seq_heads(p), max_of(int32_t(most_rows(p)), 1));

@@ -39,7 +39,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
   PlanHeader header{p.num_tiles, p.num_tiles, 1, 0};
   WorkRange range = whole_tile(blockIdx.x);
-  if (p.inline_plan) {
+  if (may_plan(T::kHeadDim, T::kRows) && p.inline_plan) {
     const int32_t lane = cutlass::canonical_lane_idx();
     const int32_t cost = lane < p.num_tiles ? tile_cost(view_of(lane)) : 0;
     header = {p.num_tiles, int32_t(gridDim.x), 0, 0};

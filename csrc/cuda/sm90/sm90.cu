@@ -206,7 +206,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->num_workers = device.num_sms;
   c->order = known_order(p, c->tile, c->num_workers);
   c->uncounted = is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
-  c->inline_plan = c->order == TileOrder::kPlanned && plans_few(p, c->tile);
+  c->inline_plan = c->order == TileOrder::kPlanned && may_plan(i->head_dim, i->tile_rows) && plans_few(p, c->tile);
   return true;
 }
 
