@@ -29,6 +29,30 @@ struct HostPlan {
   std::vector<WorkRange> ranges;
 };
 
+int32_t largest(const std::vector<int32_t>& cost) {
+  return cost.empty() ? 0 : *std::max_element(cost.begin(), cost.end());
+}
+
+// Apart, if shares that are little larger than even ones do; else evenly.
+std::vector<WorkRange> cut(const std::vector<int32_t>& cost, int32_t num_workers) {
+  const auto num_tiles = int32_t(cost.size());
+  int64_t total = 0;
+  for (const int32_t c : cost) total += c;
+  const int32_t smallest = cost.empty() ? 0 : *std::min_element(cost.begin(), cost.end());
+  const Cut<int64_t> cut = cut_apart<int64_t>(total, smallest, largest(cost), num_tiles,
+                                              sharing_workers(total, num_tiles, num_workers), [&](int64_t share) {
+                                                int64_t shares = 0;
+                                                for (const int32_t c : cost) shares += ceil_div_64(c, share);
+                                                return shares;
+                                              });
+  std::vector<int64_t> begin{0};
+  for (const int32_t c : cost) begin.push_back(begin.back() + ceil_div_64(c, cut.unit) * cut.unit);
+  std::vector<WorkRange> ranges;
+  for (int32_t w = 0; w < cut.num_workers; ++w)
+    ranges.push_back(work_range(begin.data(), num_tiles, w, cut.num_workers));
+  return ranges;
+}
+
 HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
   std::vector<int64_t> cost{0}, cost_of(num_seq_heads(problem), 0);
@@ -63,12 +87,15 @@ HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_
     }
     whole &= !ends_late(before, own, cost.back(), num_workers);
   }
-  const int32_t sharing = sharing_workers(cost.back(), num_tiles, num_workers);
-  p.header = {num_tiles, whole ? num_tiles : sharing, whole, num_workers};
+  std::vector<int32_t> own(num_tiles);
+  for (int32_t t = 0; t < num_tiles; ++t) own[t] = int32_t(cost[t + 1] - cost[t]);
+  whole |= waves_end_in_time(num_tiles, largest(own), cost.back(), num_workers);
   if (!whole) {
-    for (int32_t w = 0; w < sharing; ++w) p.ranges.push_back(work_range(cost.data(), num_tiles, w, sharing));
+    p.ranges = cut(own, num_workers);
+    p.header = {num_tiles, int32_t(p.ranges.size()), 0, 0};
     return p;
   }
+  p.header = {num_tiles, num_tiles, 1, 0};
   if (in_turn) {
     p.tiles.clear();
     for (int32_t i = tiles_each - 1; i >= 0; --i)
@@ -285,6 +312,68 @@ TEST_F(Plan, OfADecodeStep) {
   }
   EXPECT_GT(rounded, 18);
   EXPECT_LT(rounded, 162);
+}
+
+__global__ void few_kernel(const int32_t* cost, int32_t num_tiles, WorkRange* ranges, TilePieces* pieces) {
+  __shared__ int64_t begin[kWarpTiles + 1];
+  const int32_t lane = threadIdx.x, worker = blockIdx.x;
+  const FewTiles few = line_up_few(lane < num_tiles ? cost[lane] : 1234, num_tiles, gridDim.x);
+  const WorkRange range = few.range(num_tiles, worker);
+  if (lane == 0) ranges[worker] = range, begin[0] = 0;
+  if (lane < num_tiles) begin[lane + 1] = few.end;
+  __syncwarp();
+  if (worker == 0 && lane < num_tiles) pieces[lane] = tile_pieces(begin, num_tiles, lane, few.workers);
+}
+
+TEST_F(Plan, OfFewTiles) {
+  std::minstd_rand random(2);
+  const auto up_to = [&](int32_t n) { return int32_t(random() % (uint32_t(n) + 1)); };
+  int whole = 0, aligned = 0, even = 0;
+  for (int i = 0; i < 180; ++i) {
+    SCOPED_TRACE(i);
+    const int32_t num_tiles = i % 3 == 0 ? kWarpTiles : 1 + up_to(kWarpTiles - 1);
+    const int32_t num_workers = i % 2 ? 132 : 1 + up_to(200);
+    const int32_t longest = i % 8 == 7 ? (1 << 26) + kTileOverhead : 1 + up_to(i % 8 < 2 ? 12 : 300);
+    std::vector<int32_t> cost(num_tiles, longest);
+    for (int32_t& c : cost) {
+      if (i % 5 == 1) c = up_to(1) ? longest : 1 + up_to(3);  // full and streaming heads
+      if (i % 5 > 2) c = 1 + up_to(longest - 1);
+    }
+    int64_t total = 0;
+    for (const int32_t c : cost) total += c;
+    std::vector<WorkRange> expected;
+    if (num_tiles <= num_workers && waves_end_in_time(num_tiles, largest(cost), total, num_workers)) {
+      ++whole;
+      for (int32_t t = 0; t < num_tiles; ++t) expected.push_back({t, 0, t + 1, 0});
+    } else {
+      expected = cut(cost, num_workers);
+      bool parts_of_two = false;
+      for (const WorkRange& r : expected) parts_of_two |= tiles_end(r) > r.tile + 1;
+      ++(parts_of_two ? even : aligned);
+    }
+    const auto sharing = int32_t(expected.size());
+    expected.resize(num_workers, {num_tiles, 0, num_tiles, 0});
+    std::vector<WorkRange> ranges(num_workers);
+    std::vector<TilePieces> pieces(num_tiles);
+    CUDA_OK(launch(few_kernel, dim3(num_workers), 32, 0, nullptr, false, cost.data(), num_tiles, ranges.data(),
+                   pieces.data()));
+    std::vector<std::vector<int32_t>> slots(num_tiles);
+    for (int32_t w = 0; w < num_workers; ++w) {
+      ASSERT_EQ(ranges[w].tile, expected[w].tile) << w;
+      ASSERT_EQ(ranges[w].block, expected[w].block) << w;
+      ASSERT_EQ(ranges[w].end_tile, expected[w].end_tile) << w;
+      ASSERT_EQ(ranges[w].end_block, expected[w].end_block) << w;
+      for (int32_t t = ranges[w].tile; w < sharing && t < tiles_end(ranges[w]); ++t)
+        slots[t].push_back(partial_slot(ranges[w], w, t));
+    }
+    for (int32_t t = 0; t < num_tiles; ++t) {
+      ASSERT_EQ(size_t(pieces[t].count), slots[t].size()) << t;
+      for (int32_t p = 0; p < pieces[t].count; ++p) ASSERT_EQ(pieces[t].slot(p), slots[t][p]) << t;
+    }
+  }
+  EXPECT_GT(whole, 10);
+  EXPECT_GT(aligned, 30);
+  EXPECT_GT(even, 10);
 }
 #endif
 

@@ -306,6 +306,9 @@ TEST(Schedule, AKnownOrderNeedsNoPlan) {
         const Tile t{n / p.kv.num_heads, n % p.kv.num_heads, tiles_each - 1 - place};
         cost.push_back(cost.back() + tile_cost(view_tile(p, tile, t)));
       }
+    int64_t largest = 0;
+    for (int32_t t = 0; t < num_tiles; ++t) largest = std::max(largest, cost[t + 1] - cost[t]);
+    const bool waves = waves_end_in_time(num_tiles, largest, cost.back(), workers);
     for (int32_t i = 0; i < num_tiles; ++i) {
       const Tile t = tile_at(order, i, seq_heads, p.kv.num_heads, tiles_each);
       const int32_t seq_head = t.seq * p.kv.num_heads + t.kv_head, place = tiles_each - 1 - t.q_block;
@@ -314,13 +317,13 @@ TEST(Schedule, AKnownOrderNeedsNoPlan) {
       if (order == TileOrder::kInLine) {
         const Span siblings{seq_head * tiles_each, (seq_head + 1) * tiles_each};
         const int32_t own = seq_head * tiles_each + place;
-        ASSERT_FALSE(ends_late(work_before(cost.data(), num_tiles, own, siblings), cost[own + 1] - cost[own],
-                               cost.back(), workers));
+        ASSERT_TRUE(waves || !ends_late(work_before(cost.data(), num_tiles, own, siblings), cost[own + 1] - cost[own],
+                                        cost.back(), workers));
       }
     }
     for (int32_t place = 0; order == TileOrder::kInTurn && place < tiles_each; ++place) {
       const Turn turn = turn_of(cost.data(), seq_heads, tiles_each, place);
-      ASSERT_FALSE(ends_late(turn.before, turn.largest, cost.back(), workers));
+      ASSERT_TRUE(waves || !ends_late(turn.before, turn.largest, cost.back(), workers));
     }
     const int64_t end = *std::max_element(free.begin(), free.end()) * workers, total = cost.back();
     EXPECT_LE(end, total + total / 8 + int64_t(kSplitBlocks) * workers);
@@ -328,6 +331,84 @@ TEST(Schedule, AKnownOrderNeedsNoPlan) {
   EXPECT_GT(in_turn, 300);
   EXPECT_GT(in_line, 100);
   EXPECT_GT(planned, 300);
+}
+
+// Waves of tiles that differ end in time too, in any order.
+TEST(Schedule, TilesThatComeInWavesEndInTime) {
+  Random random(34);
+  int in_time = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const int32_t workers = random.integer(1, 140), largest = random.integer(1, 1000);
+    std::vector<int32_t> cost(random.integer(1, 600));
+    int64_t total = 0;
+    for (int32_t& c : cost) total += c = random.integer(random.chance(20) ? 1 : (19 * largest + 19) / 20, largest);
+    if (!waves_end_in_time(int32_t(cost.size()), *std::max_element(cost.begin(), cost.end()), total, workers)) continue;
+    ++in_time;
+    std::vector<int64_t> free(workers, 0);
+    for (const int32_t c : cost) *std::min_element(free.begin(), free.end()) += c;
+    EXPECT_LE(*std::max_element(free.begin(), free.end()) * workers,
+              total + total / 8 + int64_t(kSplitBlocks) * workers);
+  }
+  EXPECT_GT(in_time, 100);
+}
+
+// Tiles that nobody counts: each is one worker's, and if sequence heads are alike, the end is as even as promised.
+TEST(Schedule, UncountedItems) {
+  Random random(35);
+  for (int i = 0; i < 1000; ++i) {
+    const int32_t workers = random.integer(2, 140), seq_heads = random.integer(2, kSeqHeadsInTurn);
+    const int32_t tiles_each = random.integer(1, 64), num_tiles = tiles_each * seq_heads;
+    if (!is_uncounted(TileOrder::kInTurn, num_tiles, workers)) continue;
+    EXPECT_FALSE(is_uncounted(TileOrder::kInLine, num_tiles, workers));
+    std::vector<int> taken(num_tiles, 0);
+    int64_t total = 0, longest = 0;
+    for (int32_t w = 0; w < workers; ++w) {
+      int64_t load = 0;
+      for (int32_t wave = 0, item = w; item < num_tiles; item = item_uncounted(w, ++wave, workers)) {
+        ++taken[item];
+        load += tiles_each - item / seq_heads + kTileOverhead;  // causal tiles, a block longer each
+      }
+      total += load;
+      longest = std::max(longest, load);
+    }
+    EXPECT_EQ(std::count(taken.begin(), taken.end(), 1), num_tiles);
+    EXPECT_LE(longest * workers, total + total / 8 + int64_t(kSplitBlocks + tiles_each) * workers);
+  }
+}
+
+// Tiles that are cut apart: no worker has parts of two, each has something, and none has much more than even shares.
+TEST(Schedule, TilesCutApart) {
+  Random random(36);
+  int found = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const int32_t workers = random.integer(1, 140), most = random.integer(1, 2000);
+    const auto num_tiles = random.integer(1, 150);
+    const int32_t least = random.chance(40) ? most - most / 50 : 1;
+    std::vector<int64_t> own(num_tiles);
+    int64_t total = 0;
+    for (int64_t& c : own) total += c = random.integer(least, most);
+    const auto [smallest, largest] = std::minmax_element(own.begin(), own.end());
+    const Cut<int64_t> cut = cut_apart<int64_t>(total, *smallest, *largest, num_tiles, workers, [&](int64_t share) {
+      int64_t shares = 0;
+      for (const int64_t c : own) shares += ceil_div_64(c, share);
+      return shares;
+    });
+    ASSERT_LE(cut.num_workers, workers);
+    if (cut.unit == 1 && cut.num_workers == workers) continue;
+    ++found;
+    std::vector<int64_t> cost{0};
+    for (const int64_t c : own) cost.push_back(cost.back() + ceil_div_64(c, cut.unit) * cut.unit);
+    const int64_t even = ceil_div_64(total, workers);
+    for (int32_t w = 0; w < cut.num_workers; ++w) {
+      const int64_t begin = share_unit(cost.back(), w, cut.num_workers);
+      const int64_t end = share_unit(cost.back(), w + 1, cut.num_workers);
+      const auto tile = int32_t(std::upper_bound(cost.begin(), cost.end(), begin) - cost.begin()) - 1;
+      ASSERT_LE(end, cost[tile + 1]);
+      ASSERT_LT(begin, cost[tile] + own[tile]) << "a share of nothing";
+      ASSERT_LE(end - begin, even + even / 8 + kTileOverhead);
+    }
+  }
+  EXPECT_GT(found, 300);
 }
 
 // Lengths on the device, lists and many tiles are left to the planner.

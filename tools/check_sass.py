@@ -38,9 +38,11 @@ SM90 = Rule(r"sm90.*attend", need=frozenset({"HGMMA", "UTMALDG"}), forbid=SPILLS
 
 # The first rule that matches counts.
 RULES = (
+    # One warpgroup: 256 threads share the registers.
+    replace(SM90, pattern=SM90.pattern + r".*Li1ELi\d+E", most_registers=240),
     replace(SM90, pattern=SM90.pattern + ".*Li256E"),
     # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
-    replace(SM90, most=(("R2UR", 120),)),
+    replace(SM90, most=(("R2UR", 130),)),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),

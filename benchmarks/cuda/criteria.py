@@ -36,7 +36,7 @@ class Results:
 
 
 def _where(row: Row) -> str:
-    return f"{row.kind} {row.batch} x {row.length}"
+    return f"{row.kind} {row.batch} x {row.length}" + (f" d{row.dim}" if row.dim not in (0, 128) else "")
 
 
 def _of(rows: Iterable[Row], value: str) -> Seen:
@@ -175,6 +175,11 @@ CRITERIA: tuple[Criterion, ...] = (
     _at_least("dense D 128, 8K to 128K, fastest peer's time over ours", None, 1.0,
               partial(value, "dense", "ratio", least=8 * K)),
     _at_least("dense D 64, fastest peer's time over ours", None, 1.0, partial(value, "dense-64", "ratio", least=8 * K)),
+    _at_least("dense D 256, fastest peer's time over ours", None, 1.0, partial(value, "dense-256", "ratio")),
+    _at_least("dense, short or in batches, fastest peer's time over ours", None, 1.0,
+              partial(value, "dense-short", "ratio")),
+    _at_least("a few queries over a cache, fastest peer's time over ours", None, 1.0,
+              partial(value, "few-queries", "ratio")),
     _at_least("streaming 128K, share of the matrix rate on visible work", 0.60, None,
               partial(value, "streaming", "share", least=128 * K, most=128 * K)),
     _at_least("streaming, rate over dense 32K", None, 0.75, partial(rate_of_dense, "streaming")),

@@ -11,7 +11,7 @@ from flux_ext.operators.patterns import Q_BLOCK, Pattern
 
 from . import peers
 from .decode import K, M
-from .problems import OURS, SHARES, Group, Problem, Setting, Spec, attend, routes, visible_pairs
+from .problems import CACHE_BYTES, OURS, SHARES, Group, Problem, Setting, Spec, attend, routes, visible_pairs
 
 MIXED_LENGTHS = tuple((128 * K) >> i for i in range(8))
 """Lengths of the eight packed sequences, every second one sparse."""
@@ -43,6 +43,30 @@ def build_prefill(spec: Spec, setting: Setting) -> Problem:
     elif setting.peers and spec.kind == "streaming":  # theirs has no sink: a little less work
         calls, missing = peers.optional(inputs, True, setting.sparse.window - 1)
         problem.add({f"{name} (window)": c for name, c in calls.items()}, missing)
+    return problem
+
+
+def build_few(spec: Spec, setting: Setting) -> Problem:
+    """A few queries over a cache, as speculative decoding, short turns and chunks of a prompt make them.
+
+    ``kind``: how many queries, and how the heads are routed. Keys and values rotate through more than the L2 cache.
+    """
+    count, routing = spec.kind.split()
+    q_len = min(int(count), spec.length)
+    route = routes(spec, setting, routing)
+    pairs = [visible_pairs(p, q_len, spec.length) for p in (Full(), setting.sparse)]
+    sparse = round(SHARES[routing] * spec.kv_heads)
+    visible = sparse * pairs[1] + (spec.kv_heads - sparse) * pairs[0]
+    problem = Problem(flops=4.0 * spec.dim * spec.batch * (spec.heads // spec.kv_heads) * visible)
+    num_bytes = 4 * spec.batch * spec.length * spec.kv_heads * spec.dim
+    sets = 2 if setting.tiny else max(1, min(8, CACHE_BYTES // num_bytes))
+    inputs = [states(spec, setting, q_len) for _ in range(sets)]
+    problem.contenders[OURS] = [lambda s=s: attend(*s, route, setting.sparse) for s in inputs]
+    if routing == "full" and setting.peers:
+        calls, missing = peers.optional(inputs, True)
+        problem.add(calls, missing)
+        if q_len == 1:
+            problem.add(*peers.dense(inputs, False))
     return problem
 
 
@@ -166,18 +190,30 @@ def groups() -> list[Group]:
     lengths = (32 * K, 8 * K, 128 * K, 16 * K, 64 * K, 4 * K)
     dense = [Spec("dense", "dense", 1, n) for n in lengths]
     narrow = [Spec("dense-64", "dense", 1, n, dim=64) for n in lengths]
+    of_short = ((1, K), (1, 2 * K), (4, 4 * K), (16, K))
+    brief = [Spec("dense-short", "dense", b, n, dim=d) for d in (128, 64) for b, n in of_short]
+    wide = [Spec("dense-256", "dense", 1, n, 256, 16, 4) for n in (K, 2 * K, 4 * K, 8 * K, 32 * K)]
     streaming = [Spec("streaming", "streaming", 1, n) for n in (128 * K, 32 * K, M, 8 * K)]
     mixed = [Spec("mixed-heads", kind, 1, n) for n in (32 * K, 128 * K, 8 * K) for kind in ("half", "quarter")]
+    few = [
+        Spec("few-queries", f"{n} {kind}", 1, 32 * K) for kind in ("full", "half") for n in (1, 2, 4, 8, 16, 64, 256)
+    ]
+    few += [Spec("few-queries", f"{n} full", 1, 128 * K) for n in (8, 16, 64, 256, 2048)]
+    few += [Spec("few-queries", f"{n} full", 16, 8 * K) for n in (8, 16, 64, 256)]
+    few += [Spec("few-queries", f"{n} half", 1, 128 * K) for n in (16, 2048)]
     short = [Spec("short", "prefill", 1, 128 << i) for i in range(7)]
     short += [Spec("short", "decode", 1, 128 << i) for i in range(0, 7, 2)]
     blocks = [Spec("block-sparse", f"{d}%", 1, 32 * K) for d in (25, 10, 50, 95)]
     flex = [Spec("flex", kind, 1, 32 * K) for kind in ("half", "25%")]
     return [
         Group("dense", dense, build_prefill),
+        Group("dense-short", brief, build_prefill),
+        Group("dense-256", wide, build_prefill),
         Group("streaming", streaming, build_prefill),
         Group("mixed-heads", mixed, build_prefill),
         Group("mixed-sequences", [Spec("mixed-sequences", "packed", 8, 128 * K)], build_sequences),
         Group("short", short, build_short),
+        Group("few-queries", few, build_few),
         Group("dense-64", narrow, build_prefill),
         Group("block-sparse", blocks, build_blocks),
         Group("host", [Spec("host", "half", 1, K)], build_host),

@@ -195,6 +195,12 @@ FLUX_HD bool ends_late(int64_t before, int64_t tile_cost, int64_t total_cost, in
          ends_after_a_split(before, tile_cost, total_cost, num_workers);
 }
 
+// Nor does a tile end later than if all were as large as the largest and came in waves, one for every worker.
+FLUX_HD bool waves_end_in_time(int32_t num_tiles, int64_t largest_cost, int64_t total_cost, int32_t num_workers) {
+  const int64_t waves = ceil_div(num_tiles, num_workers);
+  return !ends_after_a_split((waves - 1) * num_workers * largest_cost, largest_cost, total_cost, num_workers);
+}
+
 // Whole tiles are handed out one sequence head after the other; what comes before a tile is then at most all other
 // sequence heads and the tiles before it in its own. `siblings`: the tiles of its sequence head.
 FLUX_HD int64_t work_before(const int64_t* cost, int32_t num_tiles, int32_t tile, Span siblings) {
@@ -231,6 +237,16 @@ enum class TileOrder : int32_t {
   kInTurn,   // sequence heads take turns
   kInLine,   // one sequence head after the other
 };
+// Sequence heads that take turns end evenly enough without a counter, if they have few tiles: worker w does the w-th of
+// one wave and the w-th from behind of the next, a short one after a long one.
+constexpr int32_t kWavesUncounted = 4;
+inline bool is_uncounted(TileOrder order, int64_t num_tiles, int32_t num_workers) {
+  return order == TileOrder::kInTurn && num_tiles <= int64_t(kWavesUncounted) * num_workers;
+}
+FLUX_HD int32_t item_uncounted(int32_t worker, int32_t wave, int32_t num_workers) {
+  return wave * num_workers + (wave % 2 ? num_workers - 1 - worker : worker);
+}
+
 FLUX_HD Tile tile_at(TileOrder order, int32_t t, int32_t num_seq_heads, int32_t num_kv_heads, int32_t tiles_each) {
   const bool in_turn = order == TileOrder::kInTurn;
   const int32_t seq_head = in_turn ? t % num_seq_heads : t / tiles_each;
@@ -251,7 +267,7 @@ inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32
     return TileOrder::kPlanned;
   const bool in_turn = takes_turns(seq_heads, p.kv.rows.capacity, p.head_dim);
   int32_t cost[2][kTilesKnown];  // by mode and place
-  int64_t total[2] = {};
+  int64_t total[2] = {}, largest_cost[2] = {};
   const int modes = p.routing.route ? 2 : 1;
   AttendParams one = p;
   one.routing.route = nullptr;
@@ -260,6 +276,7 @@ inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32
     for (int32_t i = 0; i < tiles_each; ++i) {
       cost[mode][i] = tile_cost(view_tile(one, tile, {0, 0, tiles_each - 1 - i}));
       total[mode] += cost[mode][i];
+      if (cost[mode][i] > largest_cost[mode]) largest_cost[mode] = cost[mode][i];
     }
   }
   const int32_t counts[] = {seq_heads, seq_heads - 1, 1, 0};
@@ -267,6 +284,9 @@ inline TileOrder known_order(const AttendParams& p, const TileShape& tile, int32
     const int32_t heads[2] = {full, seq_heads - full};
     if (modes == 1 && heads[1] > 0) break;
     const int64_t all = heads[0] * total[0] + heads[1] * total[1];
+    const int64_t largest_of[2] = {heads[0] ? largest_cost[0] : 0, heads[1] ? largest_cost[1] : 0};
+    if (waves_end_in_time(tiles_each * seq_heads, largest_of[largest_of[1] > largest_of[0]], all, num_workers))
+      continue;
     const auto late = [&](int64_t before, int64_t own) { return ends_after_a_split(before, own, all, num_workers); };
     int64_t done[2] = {};  // of a sequence head, up to a tile and with it
     for (int32_t i = 0; i < tiles_each; ++i) {
@@ -308,6 +328,35 @@ FLUX_HD bool tiles_differ(Int largest_cost, Int total_cost, int32_t num_tiles) {
 template <typename Int>
 FLUX_HD Int whole_shares(Int tile_cost, Int share) {
   return (tile_cost + share - 1) / share;
+}
+
+// Where a prefill kernel's tiles are cut and there are no more of them than workers, no worker is given parts of two,
+// if shares need be little larger than even ones for that. Then the tiles of a sequence head are cut at the same
+// places: their workers read the same keys at the same time, once from memory.
+//
+// Every tile's cost is rounded up to a multiple of `unit`, and the line of them cut evenly for so many workers. Of each
+// tile all shares must have something: `smallest_cost` is what tells.
+template <typename Int>
+struct Cut {
+  Int unit;
+  int32_t num_workers;
+};
+constexpr int kShareSteps = 4;
+template <typename Int, typename Shares>  // shares_of(share): how many of that size hold all tiles, each in its own
+FLUX_HD Cut<Int> cut_apart(Int total_cost, Int smallest_cost, Int largest_cost, int32_t num_tiles, int32_t num_workers,
+                           Shares shares_of) {
+  if (num_tiles < 1 || num_tiles > num_workers) return {1, num_workers};
+  const Int even = whole_shares<Int>(total_cost, num_workers), slack = even / 8 + kTileOverhead;
+  // All tiles alike: equally many workers for each.
+  const int32_t each = num_workers / num_tiles;
+  if (whole_shares<Int>(largest_cost, each) <= even + slack &&
+      int64_t(smallest_cost) * each > int64_t(largest_cost) * (each - 1))
+    return {largest_cost, each * num_tiles};
+  for (int step = 0; step < kShareSteps; ++step) {
+    const Int share = even + slack * step / kShareSteps;
+    if (const auto shares = int32_t(shares_of(share)); shares <= num_workers) return {share, shares};
+  }
+  return {1, num_workers};
 }
 
 // Ascending keys put the costliest sequence head first, equal ones in their order.

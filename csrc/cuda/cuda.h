@@ -68,8 +68,9 @@ struct AttendConfig {
   const Instance* instance = nullptr;
   TileShape tile;                         // q_tokens: as many queries as a tile of the instance holds
   int32_t num_workers = 0;                // blocks of the attend kernel: all that fit on the device at once
-  bool inline_plan = false;               // the attend kernel plans for itself; see plans_inline
+  bool inline_plan = false;               // the attend kernel plans for itself; see plans_inline, plans_few
   TileOrder order = TileOrder::kPlanned;  // of whole tiles, where no plan is needed; see known_order
+  bool uncounted = false;                 // and workers need no counter to take them; see is_uncounted
   bool overlap = false;                   // kernels may be launched as dependent_launch.h describes
 };
 
@@ -81,6 +82,15 @@ constexpr int32_t kMaxSeqHeadTiles = 1 << 20;
 constexpr int32_t kInlineTiles = 256;
 inline bool plans_inline(const AttendParams& p, const AttendConfig& c) {
   return p.q.max_len <= c.tile.q_tokens && int64_t(p.batch) * p.kv.num_heads <= kInlineTiles;
+}
+
+// The same for a prefill kernel, where a warp plans: a tile a lane. It is split if that pays.
+constexpr int32_t kWarpTiles = 32;
+FLUX_HD int32_t tiles_each(const AttendParams& p, const TileShape& tile) {
+  return ceil_div(p.q.max_len, tile.q_tokens);
+}
+inline bool plans_few(const AttendParams& p, const TileShape& tile) {
+  return int64_t(tiles_each(p, tile)) * p.batch * p.kv.num_heads <= kWarpTiles;
 }
 
 // A tile of no more rows than this is bound by memory; kernels for it are called decode.

@@ -19,6 +19,7 @@ struct Shared {
   int32_t any_late;
   int32_t costs_differ;
   int32_t no_turns, perhaps_late;
+  int32_t largest_cost, minus_smallest_cost;
 };
 
 // Bitonic network; `n` is a power of two.
@@ -52,7 +53,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Tiles of every sequence head.
   for (int32_t n = tid; n < seq_heads; n += kThreads)
     begin[n] = min_of(tiles_in_seq_head(p, tile, n / p.kv.num_heads, n % p.kv.num_heads), kMaxSeqHeadTiles);
-  if (tid == 0) shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0;
+  if (tid == 0)
+    shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0, shared.largest_cost = 0,
+    shared.minus_smallest_cost = INT_MIN;
   __syncthreads();
   exclusive_sum<kThreads>(begin, seq_heads, shared.warp_sums);
   if (begin[seq_heads] > tiles_max) {  // only spans that overlap make so many
@@ -68,18 +71,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
   // Cost of every tile, and of all before it.
+  int32_t largest_cost = 0, minus_smallest_cost = INT_MIN;
   for (int32_t t = tid; t < num_tiles; t += kThreads) {
     const int32_t seq_head = find_seq_head(begin, seq_heads, t);
     const Tile own = make_tile(p, seq_head, begin[seq_head + 1] - begin[seq_head], t - begin[seq_head]);
     plan.tiles[t] = own;
-    cost[t] = tile_cost(view_tile(p, tile, own));
+    const int32_t own_cost = tile_cost(view_tile(p, tile, own));
+    cost[t] = own_cost;
+    largest_cost = max_of(largest_cost, own_cost);
+    minus_smallest_cost = max_of(minus_smallest_cost, -own_cost);
+  }
+  largest_cost = __reduce_max_sync(~0u, largest_cost);
+  minus_smallest_cost = __reduce_max_sync(~0u, minus_smallest_cost);
+  if (tid % 32 == 0) {
+    atomicMax(&shared.largest_cost, largest_cost);
+    atomicMax(&shared.minus_smallest_cost, minus_smallest_cost);
   }
   __syncthreads();
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
   const int64_t total = cost[num_tiles];
   const bool in_turn = !shared.no_turns;
-  if (in_turn) {
+  largest_cost = shared.largest_cost;
+  if (waves_end_in_time(num_tiles, largest_cost, total, num_workers)) {
+    // Whole tiles, in any order.
+  } else if (in_turn) {
     for (int32_t t = tid; t < num_tiles; t += kThreads)
       if (ends_late(total, cost[t + 1] - cost[t], total, num_workers)) shared.perhaps_late = 1;  // behind all others
     __syncthreads();
@@ -98,7 +114,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   const bool whole = !shared.any_late;
-  const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
+  int32_t sharing = sharing_workers(total, num_tiles, num_workers);
+  if (!whole && num_tiles <= kThreads) {
+    const auto shares_of = [&](int64_t share) {
+      uint32_t shares = 0;
+      for (int32_t t = tid % 32; t < num_tiles; t += 32)
+        shares += whole_shares(uint32_t(cost[t + 1] - cost[t]), uint32_t(share));
+      return __reduce_add_sync(~0u, shares);
+    };
+    const int64_t smallest_cost = -int64_t(shared.minus_smallest_cost);
+    const Cut<int64_t> cut = cut_apart<int64_t>(total, smallest_cost, largest_cost, num_tiles, sharing, shares_of);
+    if (cut.unit > 1) {  // from now on costs are those shared out
+      const auto unit = int32_t(cut.unit), own = tid < num_tiles ? int32_t(cost[tid + 1] - cost[tid]) : 0;
+      __syncthreads();
+      if (tid < num_tiles) cost[tid] = int64_t(whole_shares(own, unit)) * unit;
+      __syncthreads();
+      exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
+    }
+    sharing = cut.num_workers;
+  }
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, 0};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
   for (int32_t w = tid; w < num_workers; w += kThreads)
@@ -140,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
   if (c.order != TileOrder::kPlanned) {
-    if (max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;  // no block takes a second tile: nobody counts
+    // Nobody counts where no block takes a second tile either.
+    if (c.uncounted || max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;
     return cudaMemsetAsync(&plan.header->next_item, 0, sizeof(plan.header->next_item), stream);
   }
   const auto tiles = int32_t(max_tiles(p, c.tile));

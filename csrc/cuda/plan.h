@@ -132,9 +132,14 @@ __device__ inline WorkRange share_of(const InlineLine& line, int32_t num_tiles, 
           __shfl_sync(~0u, p.block, 1)};
 }
 
+// The unit of a line that every warp has in registers: `end` is where the lane's tile ends.
+__device__ inline Position position_of_warp(uint32_t end, int32_t num_tiles, uint32_t unit) {
+  const bool before = int32_t(threadIdx.x % 32) < num_tiles && end <= unit;
+  return position_in(__popc(__ballot_sync(~0u, before)), unit - __reduce_max_sync(~0u, before ? end : 0));
+}
+
 // share_out and share_of for a line so short that every warp has it in registers, a tile a lane. It stands beside them
 // for speed: no barrier, no search, 32-bit divisions.
-constexpr int32_t kWarpTiles = 32;
 __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32_t worker, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32;
   uint32_t own = lane < num_tiles ? cost : 0;
@@ -151,12 +156,45 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   const uint32_t end = sum_up_to_lane(own);
   const auto position = [&](uint32_t w) {
     if (w > workers) w = workers;
-    const uint32_t unit = share * w + rest * w / workers;
-    const bool before = lane < num_tiles && end <= unit;
-    return position_in(__popc(__ballot_sync(~0u, before)), unit - __reduce_max_sync(~0u, before ? end : 0));
+    return position_of_warp(end, num_tiles, share * w + rest * w / workers);
   };
   const Position first = position(worker), last = position(worker + 1);
   return {first.tile, first.block, last.tile, last.block};
+}
+
+// The line of a prefill kernel that plans for itself (`plans_few`), a tile a lane of every warp. As the plan kernel
+// does, it leaves tiles whole, gives them whole shares or cuts them evenly; a whole tile is one share.
+struct FewTiles {
+  uint32_t end;    // on which unit the lane's tile ends
+  uint32_t total;  // units
+  int32_t workers;
+
+  __device__ WorkRange range(int32_t num_tiles, int32_t worker) const {
+    if (worker >= workers) return {num_tiles, 0, num_tiles, 0};
+    const Position first = position_of_warp(end, num_tiles, uint32_t(share_unit(total, worker, workers)));
+    const Position last = position_of_warp(end, num_tiles, uint32_t(share_unit(total, worker + 1, workers)));
+    return {first.tile, first.block, last.tile, last.block};
+  }
+};
+__device__ inline FewTiles line_up_few(int32_t cost, int32_t num_tiles, int32_t num_workers) {
+  const bool valid = int32_t(threadIdx.x % 32) < num_tiles;
+  uint32_t own = valid ? cost : 0;
+  const uint32_t total = __reduce_add_sync(~0u, own), largest = __reduce_max_sync(~0u, own);
+  const uint32_t smallest = ~__reduce_max_sync(~0u, valid ? ~own : 0);
+  Cut<uint32_t> cut{largest, num_tiles};  // whole tiles
+  if (num_tiles > num_workers || !waves_end_in_time(num_tiles, largest, total, num_workers))
+    cut = cut_apart(total, smallest, largest, num_tiles, sharing_workers(total, num_tiles, num_workers),
+                    [&](uint32_t share) { return __reduce_add_sync(~0u, whole_shares(own, share)); });
+  const uint32_t end = sum_up_to_lane(whole_shares(own, cut.unit) * cut.unit);
+  return {end, __shfl_sync(~0u, end, 31), cut.num_workers};
+}
+
+// A tile by its number. Every sequence head has as many as the longest: those past the end of a shorter one are empty.
+__device__ inline TileView view_in_order(const AttendParams& p, const TileShape& tile, TileOrder order,
+                                         int32_t tiles_each, int32_t t) {
+  TileView view = view_tile(p, tile, tile_at(order, t, p.batch * p.kv.num_heads, p.kv.num_heads, tiles_each));
+  view.q_rows.end = max_of(view.q_rows.end, view.q_rows.begin);
+  return view;
 }
 
 }  // namespace flux::cuda

@@ -7,5 +7,7 @@ template cudaError_t launch_instance<DType::kBFloat16, 256, 80, 2>(const KernelP
                                                                    cudaStream_t);
 template cudaError_t launch_instance<DType::kBFloat16, 256, 64, 2>(const KernelParams&, const AttendConfig&,
                                                                    cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 256, 64, 1>(const KernelParams&, const AttendConfig&,
+                                                                   cudaStream_t);
 
 }  // namespace flux::cuda::sm90

@@ -8,5 +8,7 @@ template cudaError_t launch_instance<DType::kBFloat16, 64, 128, 3>(const KernelP
                                                                    cudaStream_t);
 template cudaError_t launch_instance<DType::kBFloat16, 64, 64, 2>(const KernelParams&, const AttendConfig&,
                                                                   cudaStream_t);
+template cudaError_t launch_instance<DType::kBFloat16, 64, 128, 1>(const KernelParams&, const AttendConfig&,
+                                                                   cudaStream_t);
 
 }  // namespace flux::cuda::sm90

@@ -4,6 +4,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "cuda/dependent_launch.h"
+#include "cuda/plan.h"
 #include "cuda/sm90/epilogue.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/traits.h"
@@ -31,20 +32,31 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   wait_for_previous();
   let_next_start();
   const bool planned = p.order == TileOrder::kPlanned;
+  constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
+  const auto view_of = [&](int32_t t) {
+    if constexpr (kSpare)
+      if (p.inline_plan) return view_in_order(p.attend, p.tile, p.order, p.tiles_each, t);
+    const int32_t heads = p.attend.kv.num_heads;
+    const Tile tile = planned ? p.plan.tiles[t] : tile_at(p.order, t, p.attend.batch * heads, heads, p.tiles_each);
+    return view_tile(p.attend, p.tile, tile);
+  };
   const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
-  PlanHeader header{p.num_items, p.num_items, 1, 0};
+  PlanHeader header{p.num_tiles, p.num_tiles, 1, 0};
   WorkRange range = whole_tile(blockIdx.x);
-  if (planned) {
+  if (kSpare && p.inline_plan) {
+    const int32_t lane = cutlass::canonical_lane_idx();
+    const int32_t cost = lane < p.num_tiles ? tile_cost(view_of(lane)) : 0;
+    header = {p.num_tiles, int32_t(gridDim.x), 0, 0};
+    range = line_up_few(cost, p.num_tiles, int32_t(gridDim.x)).range(p.num_tiles, int32_t(blockIdx.x));
+  } else if (planned) {
     header = *p.plan.header;
     range = first_range(p.plan, header);
   }
+  int32_t wave = 0;
   for (int32_t item = blockIdx.x; item < header.num_items;
        range = header.whole_tiles ? whole_tile(item) : item_range(p.plan, item)) {
     for (int32_t t = range.tile; t < tiles_end(range); ++t) {
-      const Tile tile =
-          planned ? p.plan.tiles[t]
-                  : tile_at(p.order, t, p.attend.batch * p.attend.kv.num_heads, p.attend.kv.num_heads, p.tiles_each);
-      const Piece piece = piece_of(view_tile(p.attend, p.tile, tile), range, item, t);
+      const Piece piece = piece_of(view_of(t), range, item, t);
       if (piece.span.begin < piece.span.end) {
         publish(piece);
         if (!header.whole_tiles) continue;
@@ -55,7 +67,8 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
       }
     }
     if (!header.whole_tiles || header.num_items <= int32_t(gridDim.x)) break;  // one item per thread block
-    item = __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
+    item = kSpare && p.uncounted ? item_uncounted(int32_t(blockIdx.x), ++wave, int32_t(gridDim.x))
+                                 : __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
     if (item >= header.num_items) break;
   }
   Piece end;

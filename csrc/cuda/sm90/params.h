@@ -20,6 +20,10 @@ constexpr bool token_of_row_is_exact() {
 }
 static_assert(token_of_row_is_exact());
 
+// Whether an instance's producers have registers for more than the plan's items: beside two large consumer warpgroups
+// they have 24 each.
+constexpr bool has_spare_registers(int32_t head_dim, int32_t tile_rows) { return head_dim <= 128 || tile_rows == 64; }
+
 struct KernelParams {
   // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,
   // kv_rows}.
@@ -27,8 +31,10 @@ struct KernelParams {
   AttendParams attend;
   TileShape tile;
   PlanView plan;
-  TileOrder order;  // if it is not the plan's, num_items and tiles_each say it
-  int32_t num_items, tiles_each;
+  TileOrder order;  // if it is not the plan's, num_tiles and tiles_each say it
+  int32_t num_tiles, tiles_each;
+  bool inline_plan;  // of few tiles, see line_up_few
+  bool uncounted;    // see is_uncounted
   Partials partials;
   uint32_t group_inverse;
   int32_t kv_box_rows;  // rows of one K or V box: the key block, or a page that is smaller

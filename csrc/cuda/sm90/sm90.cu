@@ -24,17 +24,33 @@ constexpr Instance instance() {
 // By type and head dimension. 64 keys at a time: for block lists as narrow, and where 80, which registers and shared
 // memory hold at head dimension 256, do not divide what they must.
 constexpr Instance kInstances[] = {
-    instance<DType::kBFloat16, 64, 128>(),   instance<DType::kBFloat16, 64, 128, 3>(),
-    instance<DType::kBFloat16, 96, 128>(),   instance<DType::kBFloat16, 128, 128>(),
-    instance<DType::kBFloat16, 64, 64>(),    instance<DType::kBFloat16, 96, 64>(),
-    instance<DType::kBFloat16, 128, 64>(),   instance<DType::kBFloat16, 256, 80>(),
-    instance<DType::kBFloat16, 256, 64>(),   instance<DType::kFloat16, 64, 128>(),
-    instance<DType::kFloat16, 64, 128, 3>(), instance<DType::kFloat16, 96, 128>(),
-    instance<DType::kFloat16, 128, 128>(),   instance<DType::kFloat16, 64, 64>(),
-    instance<DType::kFloat16, 96, 64>(),     instance<DType::kFloat16, 128, 64>(),
-    instance<DType::kFloat16, 256, 80>(),    instance<DType::kFloat16, 256, 64>(),
+    instance<DType::kBFloat16, 64, 128>(),
+    instance<DType::kBFloat16, 64, 128, 3>(),
+    instance<DType::kBFloat16, 96, 128>(),
+    instance<DType::kBFloat16, 128, 128>(),
+    instance<DType::kBFloat16, 64, 64>(),
+    instance<DType::kBFloat16, 96, 64>(),
+    instance<DType::kBFloat16, 128, 64>(),
+    instance<DType::kBFloat16, 256, 80>(),
+    instance<DType::kBFloat16, 256, 64>(),
+    instance<DType::kFloat16, 64, 128>(),
+    instance<DType::kFloat16, 64, 128, 3>(),
+    instance<DType::kFloat16, 96, 128>(),
+    instance<DType::kFloat16, 128, 128>(),
+    instance<DType::kFloat16, 64, 64>(),
+    instance<DType::kFloat16, 96, 64>(),
+    instance<DType::kFloat16, 128, 64>(),
+    instance<DType::kFloat16, 256, 80>(),
+    instance<DType::kFloat16, 256, 64>(),
+    // One warpgroup, for a few queries over a cache.
+    instance<DType::kBFloat16, 64, 128, 1>(),
+    instance<DType::kBFloat16, 128, 64, 1>(),
+    instance<DType::kBFloat16, 256, 64, 1>(),
+    instance<DType::kFloat16, 64, 128, 1>(),
+    instance<DType::kFloat16, 128, 64, 1>(),
+    instance<DType::kFloat16, 256, 64, 1>(),
 };
-constexpr int32_t kRows = 128, kWideRows = 192;
+constexpr int32_t kFewRows = 64, kRows = 128, kWideRows = 192;
 
 int32_t slab_columns(const Instance& i) { return i.head_dim % 64 == 0 ? 64 : 32; }
 
@@ -66,16 +82,22 @@ bool lists_fit(const AttendParams& p, int32_t kv_block) {
 }
 
 // The smallest head dimension that holds the problem's, and the most keys that lists and pages can be cut into.
-const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
-  if (const Instance* wide = find_wide(p, num_sms); wide && pages_fit(p, wide->kv_block)) return wide;
+const Instance* find_instance(const AttendParams& p, int32_t tile_rows) {
   const Instance* best = nullptr;
   for (const Instance& i : kInstances) {
-    if (i.dtype != p.dtype || i.head_dim < p.head_dim || i.tile_rows != kRows) continue;
+    if (i.dtype != p.dtype || i.head_dim < p.head_dim || i.tile_rows != tile_rows) continue;
     if (!lists_fit(p, i.kv_block) || !pages_fit(p, i.kv_block)) continue;
     const bool same_dim = best && i.head_dim == best->head_dim;
     if (!best || i.head_dim < best->head_dim || (same_dim && i.kv_block > best->kv_block)) best = &i;
   }
   return best;
+}
+
+// A few queries are bound by memory: what counts is how many keys are under way, and how soon a buffer is free again.
+const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
+  if (const Instance* few = most_rows(p) <= kFewRows ? find_instance(p, kFewRows) : nullptr) return few;
+  if (const Instance* wide = find_wide(p, num_sms); wide && pages_fit(p, wide->kv_block)) return wide;
+  return find_instance(p, kRows);
 }
 
 // ---- tensor maps ----
@@ -154,9 +176,11 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->attend = p;
   k->tile = c.tile;
   k->plan = w.plan;
-  k->order = c.order;
-  k->tiles_each = ceil_div(p.q.max_len, c.tile.q_tokens);
-  k->num_items = k->tiles_each * num_seq_heads(p);
+  k->order = c.inline_plan ? TileOrder::kInLine : c.order;
+  k->tiles_each = tiles_each(p, c.tile);
+  k->num_tiles = k->tiles_each * num_seq_heads(p);
+  k->inline_plan = c.inline_plan;
+  k->uncounted = c.uncounted;
   k->partials = w.partials;
   k->group_inverse = inverse_of_group(p.group());
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
@@ -181,6 +205,9 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
   c->order = known_order(p, c->tile, c->num_workers);
+  const bool spare = has_spare_registers(i->head_dim, i->tile_rows);
+  c->uncounted = spare && is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
+  c->inline_plan = c->order == TileOrder::kPlanned && spare && plans_few(p, c->tile);
   return true;
 }
 

@@ -47,7 +47,7 @@ struct Traits {
   // thread alike; asking for more than that sum would wait for ever.
   static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = 128 + kMathThreads;
   static constexpr int kLaunchRegs = kWarpgroups == 1 ? 224 : 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : kHeadDim > 128 ? 24 : 56;
+  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : kHeadDim > 128 && kWarpgroups == 2 ? 24 : 56;
   static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : kHeadDim > 128 ? 240 : 224;
   static_assert(kProducerRegs + kWarpgroups * kMathRegs <= (1 + kWarpgroups) * kLaunchRegs);
 
