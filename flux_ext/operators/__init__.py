@@ -3,10 +3,22 @@
 Nothing here knows transformers.
 """
 
+from .block_selection import select_blocks
 from .cache_append import append
 from .explanation import Explanation, explain
 from .operands import KeyValues, Routing
 from .routed_attention import attend, attention
 from .router_scoring import decide, route
 
-__all__ = ["Explanation", "KeyValues", "Routing", "append", "attend", "attention", "decide", "explain", "route"]
+__all__ = [
+    "Explanation",
+    "KeyValues",
+    "Routing",
+    "append",
+    "attend",
+    "attention",
+    "decide",
+    "explain",
+    "route",
+    "select_blocks",
+]

@@ -32,13 +32,12 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, with the bounds of every sequence as tensors: the operator without conveniences.
 
-    Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32, and the patterns may be
-    block lists by threshold where there are no bounds. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]``
-    (packed ``[Hq, T]``).
+    Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32. Returns ``out`` like ``q``
+    and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
 
     Raises:
         TypeError, ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may
-            share), or a threshold meets bounds.
+            share).
         RuntimeError: in the backward pass, as for :func:`attention`.
     """
     if not isinstance(kv, KeyValues):
@@ -72,7 +71,7 @@ def operator_arguments(
 
     Raises:
         TypeError, ValueError: something is no pattern, the route is neither integers nor booleans, the scale is no
-            number, or a threshold meets bounds.
+            number, or as for :func:`select_blocks` where a pattern has a threshold.
     """
     if type(scale) is not float:
         scale = to_float("scale", scale)
@@ -87,15 +86,22 @@ def operator_arguments(
         route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
     patterns: list[int] = []
     lists: list[Tensor | None] = []
-    for name, pattern in (("full", full), ("sparse", sparse)):
+    for mode, name, pattern in ((0, "full", full), (1, "sparse", sparse)):
         if isinstance(pattern, BlockSparse):
             if pattern.threshold is not None:
-                if any(x is not None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
-                    raise ValueError(
-                        "BlockSparse(threshold=...) scores plain batches [B, S, H, D] only: "
-                        "for packed, padded or cached keys give it blocks"
-                    )
-                pattern = select_blocks(pattern, q, k)
+                pattern = select_blocks(
+                    pattern,
+                    q,
+                    k,
+                    scale,
+                    route=route,
+                    mode=mode,
+                    q_begin=q_begin,
+                    q_end=q_end,
+                    kv_begin=kv_begin,
+                    kv_end=kv_end,
+                    page_table=page_table,
+                )
             patterns += [*pattern.numbers(), pattern.width]
             lists += [pattern.blocks, pattern.full_counts()]
         elif isinstance(pattern, PATTERNS):
