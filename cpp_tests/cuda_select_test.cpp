@@ -8,7 +8,7 @@ namespace {
 
 using test::Layout;
 
-void select_on_device(test::SelectCase& c) {
+void select_on_device(test::SelectCase& c, const SelectInstance* instance) {
   test::Copies copy;
   SelectParams p = c.params;
   const test::Problem& host = c.attend.problem;
@@ -19,6 +19,7 @@ void select_on_device(test::SelectCase& c) {
   if (p.routing.route) p.routing.route = copy(host.route);
   p.blocks = copy(c.blocks), p.counts = copy(c.counts);
   SelectConfig config;
+  config.instance = instance;
   const Status chosen = configure(p, &config);
   ASSERT_TRUE(chosen.ok()) << chosen.what;
   const test::DeviceArray<char> memory(std::vector<char>(config.bytes, char(0xff)));
@@ -46,9 +47,16 @@ TEST_P(Select, KeepsTheFewestBlocks) {
     test::SelectCase c;
     test::random_select(random, dtype, kind, dim, 8, o, c);
     if (c.counts.empty()) continue;
-    select_on_device(c);
-    test::expect_selected(c);
-    if (HasFailure()) return;
+    for (const SelectInstance* instance : {&sm80::kSelect, static_cast<const SelectInstance*>(nullptr)}) {
+      SCOPED_TRACE(instance ? "every GPU's kernel" : "this GPU's kernel");
+      std::fill(c.blocks.begin(), c.blocks.end(), -7);
+      select_on_device(c, instance);
+      test::expect_selected(c);
+      if (HasFailure()) return;
+#ifdef FLUX_SIMT
+      break;
+#endif
+    }
   }
 }
 

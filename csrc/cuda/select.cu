@@ -17,10 +17,9 @@ Status configure(const SelectParams& p, SelectConfig* c) {
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
 #ifdef FLUX_SM90
-  c->instance = device.capability == 90 ? &sm90::kSelect : &sm80::kSelect;
-#else
-  c->instance = &sm80::kSelect;
+  if (!c->instance && device.capability == 90) c->instance = &sm90::kSelect;
 #endif
+  if (!c->instance) c->instance = &sm80::kSelect;
   const int blocks = c->instance->blocks_per_multiprocessor(p.dtype);
   if (blocks <= 0) return {"asking how many thread blocks fit", cudaGetLastError()};
   const SelectTiling tiling(p, c->instance->columns);

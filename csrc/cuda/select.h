@@ -325,11 +325,4 @@ struct SelectInstance {
   int (*blocks_per_multiprocessor)(DType dtype);  // 0: an error
   cudaError_t (*launch)(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream);
 };
-namespace sm80 {
-extern const SelectInstance kSelect;
-}
-namespace sm90 {
-extern const SelectInstance kSelect;
-}
-
 }  // namespace flux::cuda

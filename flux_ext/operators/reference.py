@@ -124,9 +124,10 @@ def attend(
     found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else q.shape[0]))]
     for b, h, first, queries, keys, values in _sequence_heads(q, kv, q_begin, q_end):
         pattern = sparse if _entry(routing.route, b, h, 0) else full
-        mask = dense_mask(pattern, len(queries), len(keys), q.device)
         if isinstance(pattern, BlockSparse):
-            mask = mask[b, h]
+            mask = dense_mask(_lists_of(pattern, b, h), len(queries), len(keys), q.device)[0, 0]
+        else:
+            mask = dense_mask(pattern, len(queries), len(keys), q.device)
         for g in range(queries.shape[1]):
             head = h * queries.shape[1] + g
             row = head if packed else b * num_q_heads + head
@@ -136,6 +137,13 @@ def attend(
     outs, lses = zip(*(_in_place(pieces, q.shape[-3], q.new_zeros(q.shape[-1])) for pieces in found), strict=True)
     out = torch.stack(outs).view(*q.shape[:-3], num_q_heads, *q.shape[-3::2]).transpose(-3, -2)
     return out, torch.stack(lses).view(*q.shape[:-3], num_q_heads, q.shape[-3])
+
+
+def _lists_of(pattern: BlockSparse, b: int, h: int) -> BlockSparse:
+    """Of one KV head of one sequence: another one's lists may reach beyond its keys."""
+    assert pattern.blocks is not None
+    counts = pattern.full_counts()[b : b + 1, h : h + 1]
+    return BlockSparse(pattern.blocks[b : b + 1, h : h + 1], counts, pattern.width)
 
 
 def _has_threshold(pattern: Pattern) -> bool:
