@@ -61,7 +61,14 @@ def test_of_equal_shares_the_earlier_is_kept():
     assert kept[9].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 9]
     keys = torch.ones(1, 1280, 1, 16)
     pattern = select_blocks(BlockSparse(threshold=0.5), torch.zeros(1, 1280, 1, 16), keys)
-    assert pattern.blocks[0, 0, 9, : pattern.counts[0, 0, 9]].tolist() == [0, 1, 2, 3, 4, 9]  # the last has a share of 9.4
+    assert pattern.blocks[0, 0, 9, : pattern.counts[0, 0, 9]].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        9,
+    ]
 
 
 # ---- the operator against the twin ----
@@ -86,7 +93,9 @@ def spread(*shape, dtype=torch.float32):
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
-    "lens", [(0, 0), (0, 9), (1, 1), (1, 300), (127, 127), (128, 128), (129, 129), (129, 500), (300, 129), (520, 520)], ids=str
+    "lens",
+    [(0, 0), (0, 9), (1, 1), (1, 300), (127, 127), (128, 128), (129, 129), (129, 500), (300, 129), (520, 520)],
+    ids=str,
 )
 def test_lists(dtype, stride, width, lens):
     q, k = spread(2, lens[0], 6, 24, dtype=dtype), spread(2, lens[1], 2, 24, dtype=dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import call, check_devices, check_tensors, described, to_float
-from .autograd import below, one_by_one
+from .autograd import one_by_one
 from .patterns import Q_BLOCK, BlockSparse
 
 _ops = torch.ops.flux_ext

@@ -117,10 +117,7 @@ def attend(
         0 and ``-inf`` where a query sees no key and in rows that belong to no sequence.
     """
     packed, num_q_heads = q.dim() == 3, q.shape[-2]
-    full, sparse = (
-        select_blocks(x, q, kv.k, scale, q_begin=q_begin, q_end=q_end, **_bounds(kv)) if _has_threshold(x) else x
-        for x in (routing.full, routing.sparse)
-    )
+    full, sparse = (_with_lists(x, q, kv, scale, q_begin, q_end) for x in (routing.full, routing.sparse))
     found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else q.shape[0]))]
     for b, h, first, queries, keys, values in _sequence_heads(q, kv, q_begin, q_end):
         pattern = sparse if _entry(routing.route, b, h, 0) else full
@@ -146,12 +143,22 @@ def _lists_of(pattern: BlockSparse, b: int, h: int) -> BlockSparse:
     return BlockSparse(pattern.blocks[b : b + 1, h : h + 1], counts, pattern.width)
 
 
-def _has_threshold(pattern: Pattern) -> bool:
-    return isinstance(pattern, BlockSparse) and pattern.threshold is not None
-
-
-def _bounds(kv: KeyValues) -> dict[str, Tensor | None]:
-    return {"kv_begin": kv.begin, "kv_end": kv.end, "page_table": kv.page_table}
+def _with_lists(
+    pattern: Pattern, q: Tensor, kv: KeyValues, scale: float, q_begin: Tensor | None, q_end: Tensor | None
+) -> Pattern:
+    if not isinstance(pattern, BlockSparse):
+        return pattern
+    return select_blocks(
+        pattern,
+        q,
+        kv.k,
+        scale,
+        q_begin=q_begin,
+        q_end=q_end,
+        kv_begin=kv.begin,
+        kv_end=kv.end,
+        page_table=kv.page_table,
+    )
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, stride: int, width: int) -> Tensor:
@@ -185,7 +192,8 @@ def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, stride: int, width: 
     mass = scores.masked_fill(~seen, -math.inf).softmax(-1)
     mass = mass.where(seen.any(-1, keepdim=True), 0).sum(0)  # a row before the first key has none
     mass = F.pad(mass, (0, -mass.shape[1] % (width // stride), 0, -mass.shape[0] % (Q_BLOCK // stride)))
-    return mass.unflatten(1, (-1, width // stride)).sum(-1).unflatten(0, (-1, Q_BLOCK // stride)).sum(1)
+    q_blocks, kv_blocks = mass.shape[0] * stride // Q_BLOCK, mass.shape[1] * stride // width
+    return mass.view(q_blocks, Q_BLOCK // stride, kv_blocks, width // stride).sum((1, 3))
 
 
 def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: int) -> Tensor:
