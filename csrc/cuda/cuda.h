@@ -151,21 +151,16 @@ struct Status {
 cudaError_t route(const RouteParams& p, cudaStream_t stream);
 cudaError_t append(const AppendParams& p, cudaStream_t stream);
 
-// One compiled kernel of block selection, see select.h.
-struct SelectInstance;
-namespace sm80 {
-extern const SelectInstance kSelect;  // every GPU
-}
-namespace sm90 {
-extern const SelectInstance kSelect;  // compute capability 9.0
-}
+struct SelectInstance;  // one compiled kernel of block selection, see select.h
 struct SelectConfig {
   const SelectInstance* instance = nullptr;
   int32_t blocks = 0;  // of the grid
   size_t bytes = 0;    // of memory that the call works in
 };
-// Fills the rest of `c`; the instance too, where it is null.
+// Fills the rest of `c`; the instance too, where it is null: the best.
 Status configure(const SelectParams& p, SelectConfig* c);
+// The kernels that the current device has for a call, the best first; null past the last.
+const SelectInstance* select_instance(const SelectParams& p, int index);
 // `memory` is 256-byte aligned device memory of c.bytes.
 Status select(const SelectParams& p, const SelectConfig& c, void* memory, cudaStream_t stream);
 

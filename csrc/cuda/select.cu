@@ -9,31 +9,40 @@ namespace {
 // At the start of the memory of a call: the counter, in a line of its own.
 constexpr size_t kCounterBytes = 256;
 
+int32_t num_seq_heads(const SelectParams& p) { return p.batch * p.kv.num_heads; }
+
 }  // namespace
+
+const SelectInstance* select_instance(const SelectParams& p, int index) {
+  Device device{};
+  if (current_device(&device) != cudaSuccess) return nullptr;
+#ifdef FLUX_SM90
+  for (const SelectInstance* i : {&sm90::kSelectByTma, &sm90::kSelect})
+    if (device.capability == 90 && i->fits(p) && index-- == 0) return i;
+#endif
+  return index == 0 ? &sm80::kSelect : nullptr;
+}
 
 Status configure(const SelectParams& p, SelectConfig* c) {
   Device device{};
   if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
-#ifdef FLUX_SM90
-  if (!c->instance && device.capability == 90) c->instance = &sm90::kSelect;
-#endif
-  if (!c->instance) c->instance = &sm80::kSelect;
-  const int blocks = c->instance->blocks_per_multiprocessor(p.dtype);
-  if (blocks <= 0) return {"asking how many thread blocks fit", cudaGetLastError()};
-  const SelectTiling tiling(p, c->instance->columns);
-  const int64_t items = int64_t(p.batch) * p.kv.num_heads * tiling.tiles, most = int64_t(blocks) * device.num_sms;
-  if (items > INT_MAX) return {"q must have at most 2^31 tiles in all: split the batch", cudaSuccess};
-  c->blocks = int32_t(items < most ? items : most);
+  if (!c->instance) c->instance = select_instance(p, 0);
+  const SelectInstance& i = *c->instance;
+  const int most = i.most_blocks(p, device);
+  if (most <= 0) return {"asking how many thread blocks fit", cudaGetLastError()};
+  const SelectTiling tiling(p, i.columns, i.cluster);
+  const int64_t items = int64_t(num_seq_heads(p)) * tiling.items_each;
+  if (items > INT_MAX / i.cluster) return {"q must have at most 2^30 tiles in all: split the batch", cudaSuccess};
+  c->blocks = items * i.cluster < most ? int32_t(items) * i.cluster : most;
   c->bytes = kCounterBytes + size_t(c->blocks) * size_t(tiling.floats(p)) * sizeof(float);
   return {};
 }
 
 Status select(const SelectParams& p, const SelectConfig& c, void* memory, cudaStream_t stream) {
-  const SelectTiling tiling(p, c.instance->columns);
-  if (cudaError_t e = cudaMemsetAsync(memory, 0, sizeof(int32_t), stream)) return {"select", e};
-  const SelectKernelParams k{p, tiling, int64_t(p.batch) * p.kv.num_heads * tiling.tiles,
+  const SelectTiling tiling(p, c.instance->columns, c.instance->cluster);
+  const SelectKernelParams k{p, tiling, num_seq_heads(p) * tiling.items_each,
                              reinterpret_cast<float*>(static_cast<char*>(memory) + kCounterBytes),
                              static_cast<int32_t*>(memory)};
   if (cudaError_t e = c.instance->launch(k, c.blocks, stream)) return {"select", e};

@@ -25,15 +25,16 @@ struct SelectTiling {
   int32_t block_rows;   // of one query block, all heads of the group
   int32_t q_blocks;     // of a tile
   int32_t passes;       // of kSelectRows rows each, to go through a tile
-  int32_t tiles;        // of each sequence head
+  int32_t cluster;      // tiles of an item: thread blocks that go through the columns together
+  int32_t items_each;   // of a sequence head
   int32_t sums_stride;  // key blocks of all steps
   int32_t steps;
 
-  FLUX_HD SelectTiling(const SelectParams& p, int32_t columns) {
+  FLUX_HD SelectTiling(const SelectParams& p, int32_t columns, int32_t cluster) : cluster(cluster) {
     block_rows = p.rows_per_block() * p.group();
     q_blocks = max_of(kSelectRows / block_rows, 1);
     passes = ceil_div(q_blocks * block_rows, kSelectRows);
-    tiles = ceil_div(p.q_blocks, q_blocks);
+    items_each = ceil_div(p.q_blocks, q_blocks * cluster);
     steps = max_of(ceil_div(ceil_div(p.kv.rows.capacity, p.stride), columns), 1);
     sums_stride = steps * columns / p.columns_per_block();
   }
@@ -45,7 +46,7 @@ struct SelectTiling {
 struct SelectKernelParams {
   SelectParams select;
   SelectTiling tiling;
-  int64_t items;       // tiles of all sequence heads
+  int32_t items;       // of all sequence heads
   float* scratch;      // [blocks of the grid, tiling.floats]
   int32_t* next_item;  // handed out beyond those that blocks start with; starts at 0
 };
@@ -64,24 +65,27 @@ struct SelectScratch {
         units(reinterpret_cast<int32_t*>(mass + int64_t(k.tiling.q_blocks) * k.select.max_count)) {}
 };
 
-// One pass over a tile.
 struct SelectTile {
   Tile at;            // q_block: the first
   StridedView view;
   int32_t first_row;  // of the tile, among the rows of the sequence
-  int32_t columns;    // that its last row sees
+  int32_t columns;    // that the last row of the item sees
 
-  __device__ SelectTile(const SelectKernelParams& k, int32_t item)
-      : at(tile_at(k, item)), view(k.select, at.seq, at.kv_head), first_row(at.q_block * k.select.rows_per_block()) {
-    const int32_t last = min_of(first_row + k.tiling.q_blocks * k.select.rows_per_block(), view.rows()) - 1;
-    columns = last < first_row ? 0 : view.columns_of(last);
+  // Tile `rank` of an item.
+  __device__ SelectTile(const SelectKernelParams& k, int32_t item, int32_t rank = 0)
+      : at(tile_at(k, item, rank)),
+        view(k.select, at.seq, at.kv_head),
+        first_row(at.q_block * k.select.rows_per_block()) {
+    const int32_t last = (at.q_block + (k.tiling.cluster - rank) * k.tiling.q_blocks) * k.select.rows_per_block();
+    columns = view.rows() == 0 ? 0 : view.columns_of(min_of(last, view.rows()) - 1);
+    if (first_row - rank * k.tiling.q_blocks * k.select.rows_per_block() >= view.rows()) columns = 0;
   }
 
   // The longest tiles of all sequence heads come first.
-  static __device__ Tile tile_at(const SelectKernelParams& k, int32_t item) {
-    const int32_t heads = k.select.kv.num_heads, seq_heads = k.select.batch * heads;
-    const int32_t tile = k.tiling.tiles - 1 - item / seq_heads, seq_head = item % seq_heads;
-    return {seq_head / heads, seq_head % heads, tile * k.tiling.q_blocks};
+  static __device__ Tile tile_at(const SelectKernelParams& k, int32_t item, int32_t rank) {
+    const int32_t heads = k.select.kv.num_heads, seq_heads = k.select.batch * heads, seq_head = item % seq_heads;
+    const int32_t index = k.tiling.items_each - 1 - item / seq_heads;
+    return {seq_head / heads, seq_head % heads, (index * k.tiling.cluster + rank) * k.tiling.q_blocks};
   }
 
   // Columns that row `row` of a pass sees; 0 in padding.
@@ -241,19 +245,19 @@ __device__ void add_masses(const SelectKernelParams& k, const SelectTile& t, int
   }
   sync();
   const int32_t real = (t.view.rows() - t.first_row) * k.select.group() - pass * kSelectRows;  // rows of the pass
-  for (int32_t b = 0; b < tiling.q_blocks; ++b) {
+  const int32_t most = t.view.blocks_seen(t.at.q_block + tiling.q_blocks - 1);
+  for (int32_t i = thread; i < tiling.q_blocks * most; i += kThreads) {
+    const int32_t b = i / most, j = i - b * most;
     const int32_t begin = max_of(b * tiling.block_rows - pass * kSelectRows, 0);
     const int32_t end = min_of(min_of((b + 1) * tiling.block_rows - pass * kSelectRows, kSelectRows), real);
-    if (begin >= end) continue;
-    float* mass = scratch.mass + int64_t(b) * k.select.max_count;
-    for (int32_t j = thread; j < t.view.blocks_seen(t.at.q_block + b); j += kThreads) {
-      const float* sums = scratch.sums + j;
-      const float* weight = scratch.maxima + j / step_blocks * kSelectRows;
-      float sum = 0.f;
-#pragma unroll 8
-      for (int32_t row = begin; row < end; ++row) sum += sums[int64_t(row) * tiling.sums_stride] * weight[row];
-      mass[j] = pass == 0 ? sum : mass[j] + sum;
-    }
+    if (begin >= end || j >= t.view.blocks_seen(t.at.q_block + b)) continue;
+    const float* sums = scratch.sums + int64_t(begin) * tiling.sums_stride + j;
+    const float* weight = scratch.maxima + j / step_blocks * kSelectRows + begin;
+    float sum = 0.f;
+#pragma unroll 16
+    for (int32_t row = 0; row < end - begin; ++row) sum += sums[int64_t(row) * tiling.sums_stride] * weight[row];
+    float& mass = scratch.mass[int64_t(b) * k.select.max_count + j];
+    mass = pass == 0 ? sum : mass + sum;
   }
 }
 
@@ -277,18 +281,26 @@ __device__ inline void keep_fewest(const SelectParams& p, const SelectTile& t, i
   const bool all = keeps_all(total, p.threshold);
   int32_t cutoff = -1, ties = 0;  // of units
   if (!all && seen > 0) {
-    int32_t every = 0, always = 0;
-    for (int32_t j = lane; j < seen; j += 32) {
-      units[j] = share_units(mass[j], total);
-      every += units[j];
-      if (t.view.always(q_block, j)) always += units[j], units[j] = -1;
-    }
-    const auto needed = int32_t(units_needed(sum_of_warp(every), p.threshold) - sum_of_warp(always));
+    constexpr int kHeld = 8;  // of each lane, in registers; beyond, in memory
+    int32_t held[kHeld], every = 0, always = 0;
+    const auto to_units = [&](int32_t j) {
+      int32_t x = j < seen ? share_units(mass[j], total) : -1;
+      every += max_of(x, 0);
+      if (j < seen && t.view.always(q_block, j)) always += x, x = -1;
+      if (j < seen) units[j] = x;
+      return x;
+    };
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) held[i] = to_units(32 * i + lane);
+    for (int32_t j = 32 * kHeld + lane; j < seen; j += 32) to_units(j);
     const auto sum_from = [&](int32_t least) {
       int32_t sum = 0;
-      for (int32_t j = lane; j < seen; j += 32) sum += units[j] >= least ? units[j] : 0;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) sum += held[i] >= least ? held[i] : 0;
+      for (int32_t j = 32 * kHeld + lane; j < seen; j += 32) sum += units[j] >= least ? units[j] : 0;
       return sum_of_warp(sum);
     };
+    const auto needed = int32_t(units_needed(sum_of_warp(every), p.threshold) - sum_of_warp(always));
     cutoff = needed > 0 ? 0 : int32_t(kShareUnits) + 1;
     for (int32_t bit = int32_t(kShareUnits); needed > 0 && bit > 0; bit /= 2)
       if (sum_from(cutoff + bit) >= needed) cutoff += bit;
@@ -319,10 +331,19 @@ __device__ void write_lists(const SelectKernelParams& k, const SelectTile& t, co
   }
 }
 
-// A compiled kernel, with so many columns a step.
+// A compiled kernel.
 struct SelectInstance {
-  int32_t columns;
-  int (*blocks_per_multiprocessor)(DType dtype);  // 0: an error
+  int32_t columns;  // of a step
+  int32_t cluster;  // thread blocks of a cluster, with one tile of an item each
+  bool (*fits)(const SelectParams& p);
+  int (*most_blocks)(const SelectParams& p, const Device& device);  // that run at once; 0: an error
   cudaError_t (*launch)(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream);
 };
+namespace sm80 {
+extern const SelectInstance kSelect;
+}
+namespace sm90 {
+extern const SelectInstance kSelectByTma, kSelect;
+}
+
 }  // namespace flux::cuda

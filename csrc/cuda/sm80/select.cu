@@ -89,39 +89,38 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   __shared__ SelectRowStates states;
   __shared__ int32_t next;
   const SelectScratch scratch(k);
-  for (int64_t item = blockIdx.x; item < k.items;) {
-    const SelectTile t(k, int32_t(item));
+  for (int32_t item = blockIdx.x; item < k.items;) {
+    const SelectTile t(k, item);
     if (t.columns > 0)
       for (int32_t pass = 0; pass < k.tiling.passes; ++pass) run_pass<T>(k, t, pass, scratch, states);
     write_lists<kThreads>(k, t, scratch, threadIdx.x);
-    if (threadIdx.x == 0) next = atomicAdd(k.next_item, 1);
+    if (threadIdx.x == 0) next = int32_t(gridDim.x) + atomicAdd(k.next_item, 1);
     __syncthreads();
-    item = int64_t(gridDim.x) + next;
+    item = next;
     __syncthreads();
   }
 }
 
-template <typename T>
-int blocks_that_fit() {
+auto kernel_of(const SelectParams& p) {
+  return p.dtype == DType::kFloat16 ? select_kernel<__half> : select_kernel<__nv_bfloat16>;
+}
+
+int most_blocks(const SelectParams& p, const Device& device) {
   int blocks = 0;
-  const auto kernel = select_kernel<T>;
+  const auto kernel = kernel_of(p);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes) != cudaSuccess ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, kSmemBytes) != cudaSuccess)
     return 0;
-  return blocks;
-}
-
-int blocks_per_multiprocessor(DType dtype) {
-  return dtype == DType::kFloat16 ? blocks_that_fit<__half>() : blocks_that_fit<__nv_bfloat16>();
+  return blocks * device.num_sms;
 }
 
 cudaError_t launch_select(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream) {
-  const auto kernel = k.select.dtype == DType::kFloat16 ? select_kernel<__half> : select_kernel<__nv_bfloat16>;
-  return launch(kernel, dim3(blocks), kThreads, kSmemBytes, stream, false, k);
+  if (cudaError_t e = cudaMemsetAsync(k.next_item, 0, sizeof(int32_t), stream)) return e;
+  return launch(kernel_of(k.select), dim3(blocks), kThreads, kSmemBytes, stream, false, k);
 }
 
 }  // namespace
 
-const SelectInstance kSelect = {kColumns, blocks_per_multiprocessor, launch_select};
+const SelectInstance kSelect = {kColumns, 1, [](const SelectParams&) { return true; }, most_blocks, launch_select};
 
 }  // namespace flux::cuda::sm80
