@@ -58,13 +58,17 @@ struct SelectScratch {
   float* mass;     // [q_blocks, max_count]
   int32_t* units;  // [q_blocks, max_count]
 
-  __device__ explicit SelectScratch(const SelectKernelParams& k)
+  // Masses and units stand in `shared`, of so many numbers, where they fit.
+  __device__ SelectScratch(const SelectKernelParams& k, float* shared, int32_t room)
       : sums(k.scratch + blockIdx.x * k.tiling.floats(k.select)),
-        maxima(sums + int64_t(kSelectRows) * k.tiling.sums_stride),
-        mass(maxima + int64_t(kSelectRows) * k.tiling.steps),
-        units(reinterpret_cast<int32_t*>(mass + int64_t(k.tiling.q_blocks) * k.select.max_count)) {}
+        maxima(sums + int64_t(kSelectRows) * k.tiling.sums_stride) {
+    const int64_t masses = int64_t(k.tiling.q_blocks) * k.select.max_count;
+    mass = 2 * masses <= room ? shared : maxima + int64_t(kSelectRows) * k.tiling.steps;
+    units = reinterpret_cast<int32_t*>(mass + masses);
+  }
 };
 
+// A tile and the columns that it meets.
 struct SelectTile {
   Tile at;            // q_block: the first
   StridedView view;
@@ -133,7 +137,7 @@ class SelectLoader {
     if (!keys_.pages) {
       const T* at = key_data_ + keys_.offset(key) + within;
       const int64_t bytes = int64_t(step) * keys_.row_stride;
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < kColumns / kStep; ++i) {
         const bool exists = key + i * step < keys_.count;
         sm80::cp_async16(columns.at(row_ + i * kStep, piece_), exists ? at + i * bytes : key_data_, exists ? 16 : 0);

@@ -88,7 +88,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectKernelParams k) {
   __shared__ SelectRowStates states;
   __shared__ int32_t next;
-  const SelectScratch scratch(k);
+  const SelectScratch scratch(k, nullptr, 0);
   for (int32_t item = blockIdx.x; item < k.items;) {
     const SelectTile t(k, item);
     if (t.columns > 0)
