@@ -23,9 +23,9 @@ struct SelectParams {
   double threshold = 1.;          // share of the mass to keep, in (0, 1]
   int32_t stride = 16, width = 128;
   Queries q;
-  KeyValues kv;       // v is not looked at
-  Routing routing;    // the route alone is looked at
-  int32_t mode = 1;   // where the route is another one, no block is kept; no route: selected everywhere
+  KeyValues kv;               // v is not looked at
+  Routing routing;            // the route alone is looked at
+  int32_t mode = 1;           // where the route is another one, no block is kept; no route: selected everywhere
   int32_t* blocks = nullptr;  // [B, Hkv, q_blocks, max_count]
   int32_t* counts = nullptr;  // [B, Hkv, q_blocks]
   int32_t q_blocks = 0, max_count = 0;
@@ -76,9 +76,7 @@ constexpr float kShareUnits = float(1 << 30);
 FLUX_HD int32_t share_units(float mass, float total) { return int32_t(rintf(mass / total * kShareUnits)); }
 
 // Masses that are not finite say nothing, and a share of 1 is all of them: every block seen is kept.
-FLUX_HD bool keeps_all(float total, double threshold) {
-  return !(total > 0.f && total < INFINITY) || threshold >= 1.;
-}
+FLUX_HD bool keeps_all(float total, double threshold) { return !(total > 0.f && total < INFINITY) || threshold >= 1.; }
 
 // How many units the kept blocks must have together.
 FLUX_HD int64_t units_needed(int64_t total_units, double threshold) {

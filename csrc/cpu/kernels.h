@@ -56,11 +56,11 @@ inline size_t backward_scratch(const AttendParams& p) {
 
 inline size_t select_scratch(const SelectParams& p) {
   const size_t units = size_t(p.stride) * p.head_dim, columns = ceil_div(p.kv.rows.capacity, p.stride);
-  return units * kPad                    // q, transposed
-         + kPad * (p.head_dim + kPad)    // rows on their way to q
-         + kPad * (units + kPad)         // columns of a step
-         + (columns + kPad) * kPad       // scores
-         + kPad;                         // columns that a row sees
+  return units * kPad                  // q, transposed
+         + kPad * (p.head_dim + kPad)  // rows on their way to q
+         + kPad * (units + kPad)       // columns of a step
+         + (columns + kPad) * kPad     // scores
+         + kPad;                       // columns that a row sees
 }
 
 struct Kernels {

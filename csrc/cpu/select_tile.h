@@ -52,9 +52,9 @@ void select_tile(const SelectParams& p, const Tile& t, float* scratch, float* ma
         const int32_t row = panel + i, query = (first_row + row / group) * p.stride + p.stride - 1 - a;
         Unit* to = staging + int64_t(i) * (dim_units + kLanes);
         if (row < rows && query < view.q_rows.size())
-          Op::pack_keys(row_of<T>(View{p.q.data, p.q.stride}, t.seq, view.q_rows.begin + query,
-                                  t.kv_head * group + row % group),
-                        p.head_dim, to);
+          Op::pack_keys(
+              row_of<T>(View{p.q.data, p.q.stride}, t.seq, view.q_rows.begin + query, t.kv_head * group + row % group),
+              p.head_dim, to);
         else
           clear_rows(to, 0, dim_units, 0, 1);
       }

@@ -1,7 +1,7 @@
 // Block selection on CUDA: the choice of the kernel, its scratch memory and its launch.
-#include "cuda/select.h"
-
 #include <climits>
+
+#include "cuda/select.h"
 
 namespace flux::cuda {
 namespace {

@@ -17,7 +17,7 @@
 namespace flux::cuda {
 
 constexpr int kSelectRows = 128;
-constexpr int kSelectInner = 64;       // elements of the inner dimension that are loaded at a time
+constexpr int kSelectInner = 64;                  // elements of the inner dimension that are loaded at a time
 using SelectSlab = sm80::SmemTile<kSelectInner>;  // WGMMA's 128-byte swizzle is the same
 
 // How the rows of a tile are query blocks, and the scratch memory of one thread block.
@@ -58,19 +58,16 @@ struct SelectScratch {
   float* mass;     // [q_blocks, max_count]
   int32_t* units;  // [q_blocks, max_count]
 
-  // Masses and units stand in `shared`, of so many numbers, where they fit.
-  __device__ SelectScratch(const SelectKernelParams& k, float* shared, int32_t room)
+  __device__ explicit SelectScratch(const SelectKernelParams& k)
       : sums(k.scratch + blockIdx.x * k.tiling.floats(k.select)),
-        maxima(sums + int64_t(kSelectRows) * k.tiling.sums_stride) {
-    const int64_t masses = int64_t(k.tiling.q_blocks) * k.select.max_count;
-    mass = 2 * masses <= room ? shared : maxima + int64_t(kSelectRows) * k.tiling.steps;
-    units = reinterpret_cast<int32_t*>(mass + masses);
-  }
+        maxima(sums + int64_t(kSelectRows) * k.tiling.sums_stride),
+        mass(maxima + int64_t(kSelectRows) * k.tiling.steps),
+        units(reinterpret_cast<int32_t*>(mass + int64_t(k.tiling.q_blocks) * k.select.max_count)) {}
 };
 
 // A tile and the columns that it meets.
 struct SelectTile {
-  Tile at;            // q_block: the first
+  Tile at;  // q_block: the first
   StridedView view;
   int32_t first_row;  // of the tile, among the rows of the sequence
   int32_t columns;    // that the last row of the item sees
@@ -100,8 +97,9 @@ struct SelectTile {
   }
 };
 
-// Loads kRows rows of queries, or columns of keys, kSelectInner elements of the inner dimension at a time: eight threads
-// to a row, each with one piece of 16 bytes of it. Zeros stand where there is no query or key. By kThreads threads.
+// Loads kRows rows of queries, or columns of keys, kSelectInner elements of the inner dimension at a time: eight
+// threads to a row, each with one piece of 16 bytes of it. Zeros stand where there is no query or key. By kThreads
+// threads.
 template <typename T, int kThreads>
 class SelectLoader {
  public:
@@ -137,7 +135,7 @@ class SelectLoader {
     if (!keys_.pages) {
       const T* at = key_data_ + keys_.offset(key) + within;
       const int64_t bytes = int64_t(step) * keys_.row_stride;
-#pragma unroll 4
+#pragma unroll
       for (int i = 0; i < kColumns / kStep; ++i) {
         const bool exists = key + i * step < keys_.count;
         sm80::cp_async16(columns.at(row_ + i * kStep, piece_), exists ? at + i * bytes : key_data_, exists ? 16 : 0);
@@ -178,8 +176,8 @@ __device__ inline float sum_of_quad(const float (&x)[4]) {
   return (high ? b : a) + __shfl_xor_sync(~0u, high ? a : b, 2);
 }
 
-// A step's scores of one row become sums per key block. score(j, i): columns 8 j + 2 (lane % 4) + i, for j < kOctets, as
-// the four lanes that share a row hold them. `seen`: columns from the step's first on.
+// A step's scores of one row become sums per key block. score(j, i): columns 8 j + 2 (lane % 4) + i, for j < kOctets,
+// as the four lanes that share a row hold them. `seen`: columns from the step's first on.
 template <int kOctets, int kRows, typename Score>
 __device__ void absorb_row(OnlineSoftmax<kRows>& softmax, int r, Score score, float scale, int32_t seen,
                            int32_t columns_per_block, float* sums, float* maximum) {
@@ -212,8 +210,8 @@ __device__ void absorb_row(OnlineSoftmax<kRows>& softmax, int r, Score score, fl
 #pragma unroll
     for (int j = 0; j < kOctets; j += 2) {
       const bool odd = lane & 1;
-      const float x = (odd ? score(j + 1, 0) : score(j, 0)) +
-                      __shfl_xor_sync(~0u, odd ? score(j, 0) : score(j + 1, 0), 1);
+      const float x =
+          (odd ? score(j + 1, 0) : score(j, 0)) + __shfl_xor_sync(~0u, odd ? score(j, 0) : score(j + 1, 0), 1);
       sums[2 * j + 2 * (lane & 1) + lane / 2] = x;
     }
   } else if (columns_per_block == 8) {
@@ -223,9 +221,8 @@ __device__ void absorb_row(OnlineSoftmax<kRows>& softmax, int r, Score score, fl
   } else {
 #pragma unroll
     for (int j = 0; j < kOctets; j += 8)
-      sums[j / 2 + lane] =
-          sum_of_quad({score(j, 0) + score(j + 1, 0), score(j + 2, 0) + score(j + 3, 0),
-                       score(j + 4, 0) + score(j + 5, 0), score(j + 6, 0) + score(j + 7, 0)});
+      sums[j / 2 + lane] = sum_of_quad({score(j, 0) + score(j + 1, 0), score(j + 2, 0) + score(j + 3, 0),
+                                        score(j + 4, 0) + score(j + 5, 0), score(j + 6, 0) + score(j + 7, 0)});
   }
 }
 
@@ -328,7 +325,8 @@ __device__ inline void keep_fewest(const SelectParams& p, const SelectTile& t, i
 
 // The lists of a tile, one warp each; after the masses of all passes.
 template <int kThreads>
-__device__ void write_lists(const SelectKernelParams& k, const SelectTile& t, const SelectScratch& scratch, int thread) {
+__device__ void write_lists(const SelectKernelParams& k, const SelectTile& t, const SelectScratch& scratch,
+                            int thread) {
   for (int32_t b = thread / 32; b < k.tiling.q_blocks && t.at.q_block + b < k.select.q_blocks; b += kThreads / 32) {
     const int64_t at = int64_t(b) * k.select.max_count;
     keep_fewest(k.select, t, t.at.q_block + b, scratch.mass + at, scratch.units + at);

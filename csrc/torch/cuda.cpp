@@ -62,7 +62,8 @@ Tensor aligned(const Tensor& t, const char* op, const char* name, std::atomic_fl
   if (is_aligned(t)) return t;
   if (!said.test_and_set()) {
     std::ostringstream s;
-    s << "flux_ext::" << op << " copies " << name << " at every call, as its rows do not start at multiples of 16 bytes: "
+    s << "flux_ext::" << op << " copies " << name
+      << " at every call, as its rows do not start at multiples of 16 bytes: "
       << "storage offset " << t.storage_offset() << ", strides [";
     for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.stride(d);
     s << "]. Make the storage offset and all strides but the last multiples of " << 16 / int64_t(t.element_size())

@@ -63,8 +63,7 @@ inline SelectParams to_select_params(const SelectArgs& s, AttendParams& bounds) 
 
 // blocks and counts, allocated and put into the parameters; every entry is written by the operator.
 inline std::tuple<Tensor, Tensor> make_lists(SelectParams& p, const Tensor& q) {
-  Tensor blocks =
-      torch::stable::new_empty(q, {p.batch, p.kv.num_heads, p.q_blocks, p.max_count}, ScalarType::Int);
+  Tensor blocks = torch::stable::new_empty(q, {p.batch, p.kv.num_heads, p.q_blocks, p.max_count}, ScalarType::Int);
   Tensor counts = torch::stable::new_empty(q, {p.batch, p.kv.num_heads, p.q_blocks}, ScalarType::Int);
   p.blocks = blocks.mutable_data_ptr<int32_t>();
   p.counts = counts.mutable_data_ptr<int32_t>();

@@ -1,7 +1,7 @@
 // Block selection by mma.sync: each of eight warps has 16 rows of a tile, and all columns of a step.
 #include "cuda/dependent_launch.h"
-#include "cuda/sm80/fragments.h"
 #include "cuda/select.h"
+#include "cuda/sm80/fragments.h"
 
 namespace flux::cuda::sm80 {
 namespace {
@@ -88,7 +88,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectKernelParams k) {
   __shared__ SelectRowStates states;
   __shared__ int32_t next;
-  const SelectScratch scratch(k, nullptr, 0);
+  const SelectScratch scratch(k);
   for (int32_t item = blockIdx.x; item < k.items;) {
     const SelectTile t(k, item);
     if (t.columns > 0)

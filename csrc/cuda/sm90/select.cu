@@ -1,9 +1,9 @@
-// Block selection on Hopper: a producer warpgroup loads slabs of queries and keys, two consumer warpgroups multiply them
-// by WGMMA, 64 rows each, and turn the scores of a step into sums while the next step's slabs arrive.
+// Block selection on Hopper: a producer warpgroup loads slabs of queries and keys, two consumer warpgroups multiply
+// them by WGMMA, 64 rows each, and turn the scores of a step into sums while the next step's slabs arrive.
 //
-// kSelectByTma loads by TMA. What bounds it is how much the L2 cache gives, so two thread blocks, with neighbouring tiles,
-// go through the columns together: each loads half of a slab's columns, into the shared memory of both. kSelect, for
-// pages and shapes that are no boxes, loads by cp.async.
+// kSelectByTma loads by TMA. What bounds it is how much the L2 cache gives, so two thread blocks, with neighbouring
+// tiles, go through the columns together: each loads half of a slab's columns, into the shared memory of both. kSelect,
+// for pages and shapes that are no boxes, loads by cp.async.
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <cute/arch/cluster_sm90.hpp>
@@ -21,13 +21,12 @@ template <bool kTma>
 struct SelectCall {
   SelectKernelParams k;
 };
-// A row of a slab is every stride-th token, so tokens are two dimensions: within a stride, and strides. What lies beyond
-// the last whole stride of the tensor is in no box.
+// A row of a slab is every stride-th token, so tokens are two dimensions: within a stride, and strides. What lies
+// beyond the last whole stride of the tensor is in no box.
 template <>
 struct SelectCall<true> {
   CUtensorMap q_map;  // {D, Hq, stride, S / stride, B} in boxes {64, group, 1, rows of a tile}
-  CUtensorMap k_map;  // {D, stride, S / stride, Hkv, B} in boxes {64, 1, columns that a block loads of a step}
-  CUtensorMap k_part_map;  // the same in boxes {64, 1, kPart}, for steps of fewer columns
+  CUtensorMap k_map;  // {D, stride, S / stride, Hkv, B} in boxes {64, 1, half a step}
   SelectKernelParams k;
 };
 
@@ -39,10 +38,8 @@ struct SelectTraits {
   // cp.async needs registers for addresses, so there a step has fewer columns.
   static constexpr int kColumns = kTma ? 256 : 192;
   static constexpr int kCluster = kTma ? 2 : 1, kMathThreads = 256, kThreads = 128 + kMathThreads;
-  static constexpr int kPart = 32;  // a step of fewer columns than kColumns has a multiple of this in each block
   static constexpr int kSlots = 4;  // slabs in shared memory
   static constexpr int kItems = 2;
-  static constexpr int kMasses = 8192;  // what shared memory has room for
   // Of 168 registers for each thread of the launch.
   static constexpr int kProducerRegs = kTma ? 56 : 136, kMathRegs = kTma ? 224 : 184;
 
@@ -61,16 +58,10 @@ struct SelectTraits {
   template <int kUsed>
   using LayoutScores = Layout<Shape<Shape<_2, _2, Int<kUsed / 8>>, _1, _1>>;
 
-  // Of the columns that are left, those that a step multiplies.
-  static CUTLASS_DEVICE int32_t columns_used(int32_t left) {
-    return !kTma || left > kColumns ? kColumns : ceil_div(left, 2 * kPart) * 2 * kPart;
-  }
-
   struct Shared {
     alignas(1024) Element rows[kSlots * kRowElements];
     alignas(1024) Element columns[kSlots * kColumnElements];
     SelectRowStates states;
-    float masses[kMasses];  // and units, see SelectScratch
     int32_t item[kItems];  // negative: no more
     Barrier full[kSlots], empty[kSlots];
     Barrier item_full[kItems], item_empty[kItems];
@@ -113,7 +104,7 @@ CUTLASS_DEVICE void produce_by_tma(const SelectCall<true>& call, typename T::Sha
   const SelectParams& p = k.select;
   const int32_t slabs_of_token = p.head_dim / kSelectInner, slabs = p.stride * slabs_of_token;
   constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  constexpr uint32_t kRowBytes = kSelectInner * sizeof(typename T::Element);
+  constexpr uint32_t kBytes = (T::kRowElements + T::kColumnElements) * sizeof(typename T::Element);
   Ring<T::kSlots> ring;
   DealtItems items;
   for (int32_t item = items.next(k); item >= 0; item = items.next(k)) {
@@ -121,22 +112,19 @@ CUTLASS_DEVICE void produce_by_tma(const SelectCall<true>& call, typename T::Sha
     const int32_t q_seq = p.q.stride.b == 0 ? 0 : t.at.seq, k_seq = p.kv.k.stride.b == 0 ? 0 : t.at.seq;
     const int32_t first_query = t.view.q_rows.begin + t.first_row * p.stride + p.stride - 1;
     for (int32_t first = 0; first < t.columns; first += T::kColumns) {
-      const int32_t used = T::columns_used(t.columns - first), mine = used / 2;  // half of them by each block
+      const int32_t first_key = t.view.kv_rows.begin + (first + rank * (T::kColumns / 2)) * p.stride;
       for (int32_t slab = 0; slab < slabs; ++slab) {
         const int32_t token = slab / slabs_of_token, within = (slab - token * slabs_of_token) * kSelectInner;
-        const int32_t query = first_query - token;
-        const int32_t key = t.view.kv_rows.begin + (first + rank * mine) * p.stride + token;
+        const int32_t query = first_query - token, key = first_key + token;
         Barrier& full = shared.full[ring.index];
-        typename T::Element* columns = shared.columns + ring.index * T::kColumnElements + rank * mine * kSelectInner;
         shared.empty[ring.index].wait(ring.phase ^ 1);
-        full.arrive_and_expect((kSelectRows + used) * kRowBytes);
+        full.arrive_and_expect(kBytes);
         cute::SM90_TMA_LOAD_5D::copy(&call.q_map, full.pointer(), kHint, shared.rows + ring.index * T::kRowElements,
                                      within, t.at.kv_head * p.group(), query % p.stride, query / p.stride, q_seq);
-        const CUtensorMap& map = used == T::kColumns ? call.k_map : call.k_part_map;
-        const int32_t box = used == T::kColumns ? mine : T::kPart;
-        for (int32_t i = 0; i < mine; i += box)
-          cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, full.pointer(), uint16_t(3), kHint, columns + i * kSelectInner,
-                                                 within, key % p.stride, key / p.stride + i, t.at.kv_head, k_seq);
+        cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
+            &call.k_map, full.pointer(), uint16_t(3), kHint,
+            shared.columns + ring.index * T::kColumnElements + rank * (T::kColumnElements / 2), within, key % p.stride,
+            key / p.stride, t.at.kv_head, k_seq);
         ring.advance();
       }
     }
@@ -200,7 +188,7 @@ class SelectConsumer {
       : k_(k), shared_(shared), rank_(rank), thread_(threadIdx.x - 128) {}
 
   CUTLASS_DEVICE void run() {
-    const SelectScratch scratch(k_, shared_.masses, T::kMasses);
+    const SelectScratch scratch(k_);
     DealtItems dealt;
     SharedItems<T> handed_out;
     for (;;) {
@@ -221,31 +209,34 @@ class SelectConsumer {
     const int32_t c = p.columns_per_block(), warpgroup = thread_ / 128;
     OnlineSoftmax<kThreadRows> softmax;
     cute::Tensor s = cute::make_tensor<float>(typename T::template LayoutScores<T::kColumns>{});
+    int32_t seen[kThreadRows], row[kThreadRows];
+    for (int r = 0; r < kThreadRows; ++r) {
+      row[r] = thread_row(warpgroup, r);
+      seen[r] = t.seen(k_, pass, row[r]);
+    }
     for (int32_t first = 0, step = 0; first < t.columns; first += T::kColumns, ++step) {
       cute::clear(s);  // also says that no score has to be kept from before
-      const int32_t used = T::columns_used(t.columns - first);
-      if (used == T::kColumns) multiply<T::kColumns>(s, t, first);
-      if constexpr (T::kTma) {
-        if (used == 64) multiply<64>(s, t, first);
-        if (used == 128) multiply<128>(s, t, first);
-        if (used == 192) multiply<192>(s, t, first);
-      }
+      const int32_t used = t.columns - first;
+      if (!T::kTma || used > 192)
+        multiply<T::kColumns>(s, t, first);
+      else if (used > 128)
+        multiply<192>(s, t, first);
+      else if (used > 64)
+        multiply<128>(s, t, first);
+      else
+        multiply<64>(s, t, first);
       CUTE_UNROLL
-      for (int r = 0; r < kThreadRows; ++r) {
-        int32_t row = thread_row(warpgroup, r);
-        forget(row);
+      for (int r = 0; r < kThreadRows; ++r)
         absorb_row<T::kColumns / 8>(
-            softmax, r, [&](int j, int i) -> float& { return s(4 * j + 2 * r + i); }, p.log2_scale(),
-            t.seen(k_, pass, row) - first, c, scratch.sums + int64_t(row) * k_.tiling.sums_stride + first / c,
-            scratch.maxima + int64_t(step) * kSelectRows + row);
-      }
+            softmax, r, [&](int j, int i) -> float& { return s(4 * j + 2 * r + i); }, p.log2_scale(), seen[r] - first,
+            c, scratch.sums + int64_t(row[r]) * k_.tiling.sums_stride + first / c,
+            scratch.maxima + int64_t(step) * kSelectRows + row[r]);
     }
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       const SoftmaxState state = softmax.state(r, 1.f);
-      const int32_t row = thread_row(warpgroup, r);
-      shared_.states.max[row] = state.max;
-      shared_.states.factor[row] = t.seen(k_, pass, row) > 0 ? 1.f / state.sum : 0.f;
+      shared_.states.max[row[r]] = state.max;
+      shared_.states.factor[row[r]] = seen[r] > 0 ? 1.f / state.sum : 0.f;
     }
     sync();
     add_masses<T::kMathThreads, T::kColumns>(k_, t, pass, scratch, shared_.states, thread_, sync);
@@ -293,8 +284,8 @@ class SelectConsumer {
 
   // ---- what TMA leaves out ----
 
-  // Rows, counted in a sequence, that reach past its end or past the boxes of the tensor: of the `count` rows that begin
-  // at token `begin`, the last few.
+  // Rows, counted in a sequence, that reach past its end or past the boxes of the tensor: of the `count` rows that
+  // begin at token `begin`, the last few.
   CUTLASS_DEVICE Span in_no_box(const Span& tokens, int32_t capacity) const {
     const int32_t stride = k_.select.stride, end = min_of(tokens.end, capacity / stride * stride);
     return {max_of(end - tokens.begin, 0) / stride, ceil_div(tokens.size(), stride)};
@@ -352,7 +343,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) select_kernel(const __grid_con
   extern __shared__ __align__(1024) char raw[];
   auto& shared = *reinterpret_cast<typename T::Shared*>(raw);
   if (threadIdx.x == 0) {
-    const uint32_t loaders = T::kTma ? 1 : 128, consumers = T::kTma ? T::kCluster * T::kMathThreads / 32 : T::kMathThreads;
+    const uint32_t loaders = T::kTma ? 1 : 128,
+                   consumers = T::kTma ? T::kCluster * T::kMathThreads / 32 : T::kMathThreads;
     for (int i = 0; i < T::kSlots; ++i) shared.full[i].init(loaders), shared.empty[i].init(consumers);
     for (int i = 0; i < T::kItems; ++i) shared.item_full[i].init(1), shared.item_empty[i].init(T::kThreads);
     cutlass::arch::fence_barrier_init();
@@ -441,11 +433,10 @@ bool fits_tma(const SelectParams& p) {
 cudaError_t launch_by_tma(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream) {
   using T = SelectTraits<cutlass::half_t, true>;
   const SelectParams& p = k.select;
-  SelectCall<true> call{{}, {}, {}, k};
+  SelectCall<true> call{{}, {}, k};
   const int32_t group = p.group();
   if (cudaError_t e = encode(q_shape(p), p.dtype, {kSelectInner, group, 1, kSelectRows / group}, &call.q_map)) return e;
   if (cudaError_t e = encode(k_shape(p), p.dtype, {kSelectInner, 1, T::kColumns / 2}, &call.k_map)) return e;
-  if (cudaError_t e = encode(k_shape(p), p.dtype, {kSelectInner, 1, T::kPart}, &call.k_part_map)) return e;
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = config_of<true>(blocks, stream, cluster);
   return cudaLaunchKernelEx(&config, kernel_of<true>(p.dtype), call);
@@ -460,7 +451,8 @@ cudaError_t launch_by_copies(const SelectKernelParams& k, int32_t blocks, cudaSt
 
 }  // namespace
 
-const SelectInstance kSelectByTma = {SelectTraits<cutlass::half_t, true>::kColumns, 2, fits_tma, most_blocks<true>, launch_by_tma};
+const SelectInstance kSelectByTma = {SelectTraits<cutlass::half_t, true>::kColumns, 2, fits_tma, most_blocks<true>,
+                                     launch_by_tma};
 const SelectInstance kSelect = {SelectTraits<cutlass::half_t, false>::kColumns, 1,
                                 [](const SelectParams&) { return true; }, most_blocks<false>, launch_by_copies};
 
