@@ -64,7 +64,7 @@ run_memcheck() { # each dimension, tile shape and layout once
 }
 run_key() {
   step key 30 240 python3 -m benchmarks cuda ${TINY:+--tiny} --out "$out" --minutes "$(left_minutes 3)" \
-    --groups decode,decode-streaming,decode-mixed,router,dense,streaming,mixed-heads
+    --groups decode,decode-streaming,decode-mixed,router,dense,streaming,mixed-heads,selection
 }
 run_bench() { step bench 30 480 python3 -m benchmarks cuda ${TINY:+--tiny} --out "$out" --minutes "$(left_minutes 7)"; }
 run_models() { step models 24 600 python3 -m benchmarks end_to_end ${TINY:+--runs tiny:128x1 tiny:64x4} --output "$out" --minutes "$(left_minutes 30)"; }

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "attend_case.h"
+#include "select_case.h"
 
 namespace flux {
 namespace {
@@ -180,6 +181,31 @@ TEST(Cpu, LargeScoresAndInfinities) {
     }
   }
 }
+
+class Select : public testing::TestWithParam<std::tuple<DType, Layout>> {};
+
+TEST_P(Select, KeepsTheFewestBlocks) {
+  const auto [dtype, kind] = GetParam();
+  Random random(201 + 10 * int(dtype) + int(kind));
+  const int32_t dims[] = {8, 24, 64, 72, 128, 64};
+  test::ProblemOptions options;
+  options.max_batch = 2;
+  options.max_q_len = 280;
+  options.max_kv_len = 700;
+  for (int i = 0; i < 6; ++i) {
+    test::SelectCase c;
+    test::random_select(random, dtype, kind, dims[i], 1, options, c);
+    SCOPED_TRACE("case " + std::to_string(i) + ", " + cpu::isa());
+    cpu::select(c.params, Workers(random.integer(1, 5), i % 2 == 1));
+    test::expect_selected(c);
+    if (HasFatalFailure()) return;
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Cpu, Select,
+                         testing::Combine(testing::Values(DType::kFloat32, DType::kFloat16, DType::kBFloat16),
+                                          testing::Values(Layout::kBatched, Layout::kPacked, Layout::kPaged,
+                                                          Layout::kPagedPerHead)),
+                         name_of);
 
 TEST(Cpu, Route) {
   Random random(61);

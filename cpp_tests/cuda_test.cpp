@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <deque>
 #include <numeric>
 #include <random>
 #include <type_traits>
@@ -13,6 +12,7 @@
 
 #include "attend_case.h"
 #include "cpu/cpu.h"
+#include "on_device.h"
 #ifdef FLUX_SIMT
 #include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
@@ -21,7 +21,10 @@
 namespace flux::cuda {
 namespace {
 
-#define CUDA_OK(call) ASSERT_EQ(call, cudaSuccess)
+using test::Copies;
+using test::DeviceArray;
+using test::has_gpu;
+using test::to_host;
 
 struct HostPlan {
   PlanHeader header{};
@@ -111,28 +114,6 @@ HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_
   return p;
 }
 
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) {
-    EXPECT_EQ(cudaMalloc(&data_, std::max<size_t>(host.size(), 1) * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  DeviceArray(const DeviceArray&) = delete;
-  ~DeviceArray() { cudaFree(data_); }
-  T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-template <typename T>
-std::vector<T> to_host(const T* device, size_t count) {
-  std::vector<T> host(count);
-  EXPECT_EQ(cudaMemcpy(host.data(), device, count * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-  return host;
-}
-
 void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t max_kv, TileShape tile,
                         int32_t num_workers, uint32_t seed, bool equal_q = false) {
   SCOPED_TRACE(testing::Message() << "batch " << batch << ", heads " << kv_heads << ", q " << max_q << ", kv " << max_kv
@@ -192,11 +173,6 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
     ASSERT_EQ(ranges[i].end_tile, expected.ranges[i].end_tile) << i;
     ASSERT_EQ(ranges[i].end_block, expected.ranges[i].end_block) << i;
   }
-}
-
-bool has_gpu() {
-  int devices = 0;
-  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
 class Plan : public testing::Test {
@@ -383,26 +359,6 @@ class OneWorker : public cpu::Executor {
   void run(int64_t n, const std::function<void(int64_t)>& body) const override {
     for (int64_t i = 0; i < n; ++i) body(i);
   }
-};
-
-// Copies on the device of what parameters point to.
-class Copies {
- public:
-  template <typename T>
-  T* operator()(T* host, size_t count) {
-    if (!host) return nullptr;
-    const auto* bytes = reinterpret_cast<const char*>(host);
-    arrays_.emplace_back(std::vector<char>(bytes, bytes + count * sizeof(T)));
-    return reinterpret_cast<T*>(arrays_.back().get());
-  }
-  void* operator()(test::Data& d) { return (*this)(d.bytes.data(), d.bytes.size()); }
-  template <typename T>
-  T* operator()(const std::vector<T>& v) {
-    return const_cast<T*>((*this)(v.data(), v.size()));
-  }
-
- private:
-  std::deque<DeviceArray<char>> arrays_;
 };
 
 // Runs plan, attend and combine on `c`, and brings out and lse back.

@@ -105,6 +105,26 @@ def block_lists(device: str) -> None:
     compare(device, q, k, v, route, sparse=BlockSparse(blocks=lists, width=64))
 
 
+def selected_blocks(device: str) -> None:
+    """Lists in every layout, by each kernel there is for them."""
+
+    def compare_lists(pattern: BlockSparse, q: Tensor, k: Tensor, **bounds: Tensor) -> None:
+        there = {name: x.to(device) for name, x in bounds.items()}
+        got = operators.select_blocks(pattern, q.to(device), k.to(device), **there)
+        want = reference.select_blocks(pattern, q.double(), k.double(), **bounds)
+        assert torch.equal(got.counts.cpu(), want.counts) and torch.equal(got.blocks.cpu(), want.blocks)
+
+    for stride, width, head_dim, heads in ((16, 128, 128, 8), (8, 64, 64, 4), (16, 64, 40, 6), (8, 128, 64, 36)):
+        pattern = BlockSparse(threshold=0.7, stride=stride, width=width)
+        compare_lists(pattern, 2 * random(2, 301, heads, head_dim), 2 * random(2, 333, 2, head_dim))
+    bounds = int32([0, 5, 5, 70, 211])
+    pattern = BlockSparse(threshold=0.7)
+    compare_lists(pattern, 2 * random(213, 8, 128), 2 * random(213, 2, 128), q_begin=bounds, kv_begin=bounds)
+    table = torch.randperm(45, dtype=torch.int32)[:44].view(2, 22)
+    ends = int32([149, 20])
+    compare_lists(pattern, 2 * random(2, 13, 6, 128), 2 * random(45, 7, 3, 128), kv_end=ends, page_table=table)
+
+
 def misaligned(device: str) -> None:
     q, k, v = random(2, 77, 6, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2]
     compare(device, q, k, v, int32([0, 1]), sparse=SPARSE)
@@ -152,6 +172,7 @@ CALLS: dict[str, Callable[[str], None]] = {
         paged,
         packed,
         block_lists,
+        selected_blocks,
         misaligned,
         route,
         append,

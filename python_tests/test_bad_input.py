@@ -283,7 +283,7 @@ def test_other_kinds_elsewhere(make, message) -> None:
         (lambda: flux_ext.BlockSparse(), "either blocks or a threshold"),
         (lambda: flux_ext.BlockSparse(threshold=1.5), r"threshold must be in \(0, 1\], got 1.5"),
         (lambda: flux_ext.BlockSparse(threshold=0.9, width=100), "width must be 64 or 128, got 100"),
-        (lambda: flux_ext.BlockSparse(threshold=0.9, stride=7), r"stride must divide width \(128\), got 7"),
+        (lambda: flux_ext.BlockSparse(threshold=0.9, stride=7), "stride must be 8 or 16, got 7"),
         (lambda: LayerRouter(0), "head_dim must be >= 1, got 0"),
         (lambda: HeadRouter(16, pool_size=0), "pool_size must be >= 1, got 0"),
     ],

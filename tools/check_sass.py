@@ -43,6 +43,9 @@ RULES = (
     replace(SM90, pattern=SM90.pattern + ".*Li256E"),
     # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
     replace(SM90, most=(("R2UR", 130),)),
+    Rule(r"sm90.*select_kernel.*Lb1E", need=frozenset({"HGMMA", "UTMALDG"}), most_registers=168),  # by TMA
+    Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
+    Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),

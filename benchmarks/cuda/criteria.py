@@ -89,10 +89,17 @@ def over_dense(results: Results) -> Seen:
     return {_where(r): r.us / dense[r.length] for r in results.all("mixed-heads") if r.length in dense}
 
 
-def over(group: str, twin: str, results: Results, **fields: object) -> Seen:
+def over(group: str, twin: str, results: Results, *, ours: str = OURS, least: int = 0, **fields: object) -> Seen:
     """Our time over that of another of our contenders in the same case."""
     twins = {r.case: r.us for r in results.all(group, f"{OURS}, {twin}", **fields)}
-    return {_where(r): r.us / twins[r.case] for r in results.all(group, **fields) if r.case in twins}
+    rows = (r for r in results.all(group, ours, **fields) if r.length >= least)
+    return {_where(r): r.us / twins[r.case] for r in rows if r.case in twins}
+
+
+def with_selection(results: Results) -> Seen:
+    """Block selection and the attention to 95 % of the blocks over the dense prompt."""
+    ours = f"{OURS}, and then 95 % of the blocks"
+    return over("selection", "dense prompt", results, ours=ours, least=32 * K, kind="stride 16")
 
 
 def half_over_full(results: Results) -> Seen:
@@ -193,6 +200,9 @@ CRITERIA: tuple[Criterion, ...] = (
     _at_most("block-sparse, 95 % of the blocks over dense", None, 1.0,
              partial(over, "block-sparse", "full", kind="95%")),
     _at_most("block-sparse, choosing over what is saved", None, 0.10, scoring),
+    _at_most("block selection by strides of 16 over a dense prompt, 16K on", None, 0.05,
+             partial(over, "selection", "dense prompt", kind="stride 16", least=16 * K)),
+    _at_most("selection and 95 % of the blocks over a dense prompt, 32K on", None, 1.0, with_selection),
     *(
         _at_least(f"decode attention of 32 layers at 256K, {share} sparse, speedup", None, aim, partial(layers, share))
         for share, aim in (("0.5", 1.9), ("0.75", 3.7), ("0.9", 8.5))
@@ -208,7 +218,8 @@ HEADER = ("criterion", "bound", "worst", "case", "met", "cases")
 
 def everything(groups: Iterable[Group]) -> Results:
     """What a table looks like that lacks nothing: how many cases each criterion has."""
-    twins = ("", ", full", ", half", ", one by one", ", choosing blocks")
+    twins = ("", ", full", ", half", ", one by one", ", choosing blocks", ", dense prompt")
+    twins += (", and then 95 % of the blocks",)
     rows = [
         Row(**vars(spec), contender=contender, us=1.0, rate=1.0, share=1.0, ratio=1.0)
         for group in groups

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, criteria, decode, prefill
+from . import compare, criteria, decode, prefill, selection
 from .measure import DeviceLost, Timing, first_line, host_us, race, release
 from .problems import OURS, Group, Problem, Setting, Spec
 from .table import Ceilings, Row, Table, line, read, rows_of
@@ -29,10 +29,10 @@ from .table import Ceilings, Row, Table, line, read, rows_of
 # Bytes first, then the matrix units, then what combines them.
 ORDER = (
     "decode", "decode-streaming", "decode-mixed", "router", "dense", "streaming", "mixed-heads", "mixed-sequences",
-    "few-queries", "dense-short", "short", "dense-64", "dense-256", "decode-paged", "block-sparse", "decode-layers",
-    "decode-wide", "append", "host", "flex",
+    "few-queries", "dense-short", "short", "dense-64", "dense-256", "decode-paged", "block-sparse", "selection",
+    "decode-layers", "decode-wide", "append", "host", "flex",
 )  # fmt: skip
-GROUPS: dict[str, Group] = {g.name: g for g in (*decode.groups(), *prefill.groups())}
+GROUPS: dict[str, Group] = {g.name: g for g in (*decode.groups(), *prefill.groups(), *selection.groups())}
 UNITS = {decode.build_decode: "TB/s", decode.build_layers: "TB/s"}
 
 

@@ -9,6 +9,7 @@
 #include "core/explanation.h"
 #include "core/params.h"
 #include "core/schedule.h"
+#include "core/selection.h"
 
 namespace flux::cpu {
 
@@ -34,6 +35,7 @@ void attend(const AttendParams& p, const Executor& executor);
 Explanation explain(const AttendParams& p, const Executor& executor);
 void attend_backward(const AttendBackwardParams& p, const Executor& executor);
 void append(const AppendParams& p, const Executor& executor);
+void select(const SelectParams& p, const Executor& executor);
 
 constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 // What the kernels in use were compiled for: one of these names.

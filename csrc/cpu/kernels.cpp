@@ -3,6 +3,7 @@
 
 #include "cpu/attend_tile.h"
 #include "cpu/backward_tile.h"
+#include "cpu/select_tile.h"
 
 #define FLUX_STRING_OF(x) #x
 #define FLUX_STRING(x) FLUX_STRING_OF(x)
@@ -23,6 +24,7 @@ const Kernels table = {
      queries_backward<ProductOfBFloat16, BFloat16>},
     {keys_backward<Float32Product, float>, keys_backward<Float32Product, Half>,
      keys_backward<ProductOfBFloat16, BFloat16>},
+    {select_tile<Float32Product, float>, select_tile<Float32Product, Half>, select_tile<ProductOfBFloat16, BFloat16>},
 };
 
 }  // namespace flux::cpu::FLUX_ISA

@@ -6,6 +6,7 @@
 
 #include "core/params.h"
 #include "core/schedule.h"
+#include "core/selection.h"
 #include "core/softmax_state.h"
 
 namespace flux::cpu {
@@ -53,6 +54,15 @@ inline size_t backward_scratch(const AttendParams& p) {
   return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
 }
 
+inline size_t select_scratch(const SelectParams& p) {
+  const size_t units = size_t(p.stride) * p.head_dim, columns = ceil_div(p.kv.rows.capacity, p.stride);
+  return units * kPad                  // q, transposed
+         + kPad * (p.head_dim + kPad)  // rows on their way to q
+         + kPad * (units + kPad)       // columns of a step
+         + (columns + kPad) * kPad     // scores
+         + kPad;                       // columns that a row sees
+}
+
 struct Kernels {
   const char* isa;
   // Key blocks [begin, end) of a tile: writes all of `state`. One function per DType.
@@ -61,6 +71,8 @@ struct Kernels {
   void (*queries_backward[3])(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats);
   void (*keys_backward[3])(const AttendBackwardParams& b, const TileView* views, const RowStats* stats,
                            int32_t num_views, int32_t block, float* scratch);
+  // Writes the masses of the blocks that a block of queries sees; t.q_block is of kQueryBlock queries.
+  void (*select[3])(const SelectParams& p, const Tile& t, float* scratch, float* mass);
 };
 
 // The best of what was built and what the processor has.

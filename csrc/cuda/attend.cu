@@ -1,45 +1,9 @@
 // Attention on CUDA: the choice of the kernel, and the stages one after the other.
 #include <climits>
-#include <mutex>
 
 #include "cuda/cuda.h"
-#include "cuda/dependent_launch.h"
 
 namespace flux::cuda {
-namespace {
-
-constexpr int kMaxDevices = 64;
-
-__global__ void probe_kernel() { wait_for_previous(); }  // compiled as all others are
-
-cudaError_t ask(int index, Device* d) {
-  int major = 0, minor = 0;
-  if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&d->num_sms, cudaDevAttrMultiProcessorCount, index)) return e;
-  cudaFuncAttributes attributes;
-  if (cudaError_t e = cudaFuncGetAttributes(&attributes, probe_kernel)) return e;
-  d->index = index;
-  d->overlap = attributes.ptxVersion >= 90;
-  d->capability = 10 * major + minor;
-  return cudaSuccess;
-}
-
-// Asked once per device: the driver takes microseconds to answer.
-cudaError_t current_device(Device* d) {
-  static Device known[kMaxDevices];
-  static std::once_flag asked[kMaxDevices];
-  int index = 0;
-  if (cudaError_t e = cudaGetDevice(&index)) return e;
-  if (index >= kMaxDevices) return ask(index, d);
-  std::call_once(asked[index], [&] {
-    if (ask(index, d) == cudaSuccess) known[index] = *d;
-  });
-  *d = known[index];
-  return d->capability ? cudaSuccess : ask(index, d);  // an error is not remembered
-}
-
-}  // namespace
 
 Status configure(const AttendParams& p, AttendConfig* c) {
   Device device{};

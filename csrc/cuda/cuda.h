@@ -12,6 +12,7 @@
 #include "core/explanation.h"
 #include "core/params.h"
 #include "core/schedule.h"
+#include "core/selection.h"
 #include "core/softmax_state.h"
 
 namespace flux::cuda {
@@ -123,6 +124,9 @@ inline int32_t q_tokens_of(const AttendParams& p, int32_t tile_rows) {
 
 inline int32_t num_seq_heads(const AttendParams& p) { return p.batch * p.kv.num_heads; }
 
+// Asked once per device.
+cudaError_t current_device(Device* d);
+
 // Lays the workspace out from `base` (null: only its size counts).
 inline Workspace lay_out(const AttendParams& p, const AttendConfig& c, void* base) {
   Workspace w;
@@ -156,6 +160,19 @@ struct Status {
 
 cudaError_t route(const RouteParams& p, cudaStream_t stream);
 cudaError_t append(const AppendParams& p, cudaStream_t stream);
+
+struct SelectInstance;  // one compiled kernel of block selection, see select.h
+struct SelectConfig {
+  const SelectInstance* instance = nullptr;
+  int32_t blocks = 0;  // of the grid
+  size_t bytes = 0;    // of memory that the call works in
+};
+// Fills the rest of `c`; the instance too, where it is null: the best.
+Status configure(const SelectParams& p, SelectConfig* c);
+// The kernels that the current device has for a call, the best first; null past the last.
+const SelectInstance* select_instance(const SelectParams& p, int index);
+// `memory` is 256-byte aligned device memory of c.bytes.
+Status select(const SelectParams& p, const SelectConfig& c, void* memory, cudaStream_t stream);
 
 // Picks the attend kernel, tiles and workers for the current device. Fails with a clear message where nothing fits.
 Status configure(const AttendParams& p, AttendConfig* c);

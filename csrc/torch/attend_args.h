@@ -188,7 +188,7 @@ inline KeyValues to_key_values(const AttendArgs& a, const Layout& x) {
 }
 
 // `p` has all but the routing.
-inline Routing to_routing(const AttendArgs& a, const AttendParams& p) {
+inline Routing to_route(const AttendArgs& a, const AttendParams& p) {
   Routing routing;
   if (a.route) {
     const Tensor& r = *a.route;
@@ -200,6 +200,11 @@ inline Routing to_routing(const AttendArgs& a, const AttendParams& p) {
     routing.stride_b = int32_t(r.stride(0));
     routing.stride_h = r.dim() == 2 ? int32_t(r.stride(1)) : 0;
   }
+  return routing;
+}
+
+inline Routing to_routing(const AttendArgs& a, const AttendParams& p) {
+  Routing routing = to_route(a, p);
   FLUX_CHECK(a.patterns.size() == 2 * kPatternNumbers, "patterns must hold ", 2 * kPatternNumbers, " integers, got ",
              a.patterns.size());
   const int64_t *full = a.patterns.data(), *sparse = full + kPatternNumbers;

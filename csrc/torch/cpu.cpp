@@ -7,6 +7,7 @@
 #include "torch/append_args.h"
 #include "torch/attend_args.h"
 #include "torch/route_args.h"
+#include "torch/select_args.h"
 #include "torch/values.h"
 
 namespace flux::torch_ops {
@@ -67,6 +68,15 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   return outputs;
 }
 
+std::tuple<Tensor, Tensor> select_blocks(const SelectArgs& s) {
+  AttendParams bounds;
+  SelectParams p = to_select_params(s, bounds);
+  check_values(bounds, s.attend);
+  auto lists = make_lists(p, s.attend.q);
+  cpu::select(p, TorchThreads());
+  return lists;
+}
+
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
             const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
             std::vector<int64_t> pattern, int64_t max_cache_len, OptionalTensor active) {
@@ -84,5 +94,6 @@ STABLE_TORCH_LIBRARY_IMPL(flux_ext, CPU, m) {
   m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::with_backward_args<flux::torch_ops::attend_backward>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+  m.impl("select_blocks", TORCH_BOX(&flux::torch_ops::with_select_args<flux::torch_ops::select_blocks>));
   m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

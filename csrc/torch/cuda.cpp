@@ -15,6 +15,7 @@
 #include "torch/append_args.h"
 #include "torch/attend_args.h"
 #include "torch/route_args.h"
+#include "torch/select_args.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
@@ -57,11 +58,12 @@ bool is_aligned(const Tensor& t) {
 
 // A tensor that is not aligned is copied first, which of a cache costs more than the attention to it. Said once for
 // each argument.
-Tensor aligned(const Tensor& t, const char* name, std::atomic_flag& said) {
+Tensor aligned(const Tensor& t, const char* op, const char* name, std::atomic_flag& said) {
   if (is_aligned(t)) return t;
   if (!said.test_and_set()) {
     std::ostringstream s;
-    s << "flux_ext::attend copies " << name << " at every call, as its rows do not start at multiples of 16 bytes: "
+    s << "flux_ext::" << op << " copies " << name
+      << " at every call, as its rows do not start at multiples of 16 bytes: "
       << "storage offset " << t.storage_offset() << ", strides [";
     for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.stride(d);
     s << "]. Make the storage offset and all strides but the last multiples of " << 16 / int64_t(t.element_size())
@@ -89,7 +91,8 @@ std::tuple<Tensor, Tensor> attend(const AttendArgs& a) {
   const DeviceGuard guard(a.q.get_device_index());
   AttendParams p = to_cuda_params(a);
   static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
-  const Tensor q = aligned(a.q, "q", said_q), k = aligned(a.k, "k", said_k), v = aligned(a.v, "v", said_v);
+  const Tensor q = aligned(a.q, "attend", "q", said_q), k = aligned(a.k, "attend", "k", said_k),
+               v = aligned(a.v, "attend", "v", said_v);
   p.q.data = q.const_data_ptr(), p.q.stride = strides_of(q);
   p.kv.k = view_of(k), p.kv.v = view_of(v);
   auto [out, lse] = make_outputs(q, a.q_begin || a.q_end);
@@ -146,6 +149,28 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> we
   return outputs;
 }
 
+std::tuple<Tensor, Tensor> select_blocks(const SelectArgs& s) {
+  const AttendArgs& a = s.attend;
+  check_on_cuda(a.q, "q");
+  const DeviceGuard guard(a.q.get_device_index());
+  AttendParams bounds;
+  SelectParams p = to_select_params(s, bounds);
+  FLUX_CHECK(p.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
+  if (p.kv.page_table && p.kv.num_pages == 0) p.kv.rows.capacity = 0;
+  static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT;
+  const Tensor q = aligned(a.q, "select_blocks", "q", said_q), k = aligned(a.k, "select_blocks", "k", said_k);
+  p.q.data = q.const_data_ptr(), p.q.stride = strides_of(q);
+  p.kv.k = view_of(k);
+  auto lists = make_lists(p, q);
+  if (p.batch == 0 || p.q_blocks == 0) return lists;
+
+  cuda::SelectConfig config;
+  check_status(cuda::configure(p, &config));
+  const Tensor memory = torch::stable::new_empty(q, {int64_t(config.bytes)}, ScalarType::Byte);
+  check_status(cuda::select(p, config, memory.mutable_data_ptr(), current_stream(q)));
+  return lists;
+}
+
 void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor& v_pool, const Tensor& base,
             const Tensor& ring, const Tensor& page_table, const Tensor& kv_len, const Tensor& seen, const Tensor& slots,
             std::vector<int64_t> pattern, int64_t max_cache_len, OptionalTensor active) {
@@ -163,5 +188,6 @@ STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
   m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
+  m.impl("select_blocks", TORCH_BOX(&flux::torch_ops::with_select_args<flux::torch_ops::select_blocks>));
   m.impl("append", TORCH_BOX(&flux::torch_ops::append));
 }

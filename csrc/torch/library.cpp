@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
   m.def(
       "route(Tensor x, Tensor[] weights, int pool_size, bool per_head, Tensor? begin, Tensor? end) -> "
       "(Tensor, Tensor, Tensor)");
+  // Which key blocks each block of 128 queries keeps: q and k as `attend` takes them -> blocks, int32 [B, Hkv,
+  // q_blocks, kv_blocks], ascending, 0 from the count on, and counts, int32 [B, Hkv, q_blocks]. Where the route is not
+  // `mode`, counts are 0. stride: 8 or 16, width: keys per block, 64 or 128, scale: of attention's scores.
+  m.def(
+      "select_blocks(Tensor q, Tensor k, float threshold, int stride, int width, float scale, Tensor? route, int mode, "
+      "Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, Tensor? kv_end, Tensor? page_table) -> (Tensor, Tensor)");
   // One more token, k and v [B, Hkv, 1, D], for every KV head of every sequence of a cache with fixed addresses.
   // pattern: sink, window, last_q, align. active [B]: 1 a token, 0 none, -1 NaN in its place.
   m.def(

@@ -3,6 +3,7 @@
 Nothing here knows transformers.
 """
 
+from .block_selection import select_blocks
 from .cache_append import append
 from .explanation import Explanation, explain
 from .operands import KeyValues, Routing
@@ -21,4 +22,5 @@ __all__ = [
     "decide",
     "explain",
     "route",
+    "select_blocks",
 ]

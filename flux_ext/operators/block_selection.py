@@ -1,103 +1,95 @@
-"""Which key blocks a block-sparse pattern keeps: antidiagonal scoring (XAttention, arXiv 2503.16428).
+"""Which key blocks a block-sparse pattern keeps: the operator and its shape function.
 
-In every ``stride x stride`` sub-block of the score matrix only the antidiagonal is summed, which touches every row and
-every column once; the sums, soft-maxed along the strided keys, estimate how much of a query block's attention
-falls into each key block.
+The schema is in ``csrc/torch/library.cpp``; what is computed, in plain PyTorch, in :mod:`flux_ext.operators.reference`.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import call, check_devices, check_tensors, described, to_float
+from .autograd import one_by_one
 from .patterns import Q_BLOCK, BlockSparse
 
-
-def antidiagonal_scores(q: Tensor, k: Tensor, stride: int, width: int) -> Tensor:
-    """Estimated attention mass of each (128-query block, key block) pair.
-
-    Args:
-        q: ``[B, S, Hq, D]``; k: ``[B, Skv, Hkv, D]``, the queries aligned to the end of the keys.
-        stride: sub-block size; divides ``width`` and 128.
-        width: keys per block.
-
-    Returns:
-        fp32 ``[B, Hkv, q_blocks, kv_blocks]``: the mean over the group's query heads of the soft-maxed
-        antidiagonal sums, scaled by ``1 / (sqrt(D) * stride)``; 0 beyond the diagonal.
-
-    Raises:
-        ValueError: more queries than keys.
-    """
-    _, q_len, heads, dim = q.shape
-    kv_len, kv_heads = k.shape[1], k.shape[2]
-    offset = kv_len - q_len
-    if offset < 0:
-        raise ValueError(f"block selection needs no more queries ({q_len}) than keys ({kv_len})")
-    # The sum over an antidiagonal, where query a of a sub-block meets key stride - 1 - a, is one dot product of length
-    # stride * D: of the sub-block's queries in reverse with its keys.
-    rows = F.pad(q, (0, 0, 0, 0, 0, -q_len % stride)).unflatten(1, (-1, stride)).flip(2)
-    columns = F.pad(k, (0, 0, 0, 0, 0, -kv_len % stride)).unflatten(1, (-1, stride))
-    rows = rows.permute(0, 3, 1, 2, 4).flatten(3)  # [B, Hq, S / stride, stride * D]
-    columns = columns.permute(0, 3, 1, 2, 4).flatten(3).repeat_interleave(heads // kv_heads, 1)
-    scores = (rows @ columns.transpose(-1, -2)).float() / (math.sqrt(dim) * stride)
-    last = offset + (torch.arange(rows.shape[2], device=q.device) + 1) * stride - 1
-    first_key = torch.arange(columns.shape[2], device=q.device) * stride
-    mass = scores.masked_fill(first_key[None] > last[:, None].clamp(max=kv_len - 1), -math.inf).softmax(-1)
-    real = torch.arange(rows.shape[2], device=q.device) * stride < q_len
-    mass = mass * real[:, None]
-    per_block = F.pad(mass, (0, -mass.shape[-1] % (width // stride), 0, -mass.shape[-2] % (Q_BLOCK // stride)))
-    per_block = per_block.unflatten(-1, (-1, width // stride)).sum(-1)
-    per_block = per_block.unflatten(-2, (-1, Q_BLOCK // stride)).sum(-2)
-    return per_block.unflatten(1, (kv_heads, -1)).mean(2)
+_ops = torch.ops.flux_ext
 
 
-def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: int) -> tuple[Tensor, Tensor]:
-    """The smallest set of key blocks per query block whose share of the scores reaches ``threshold``.
-
-    The first block (the sink) and the diagonal ones are always kept.
-
-    Args:
-        scores: fp32 ``[B, H, q_blocks, kv_blocks]``, see :func:`antidiagonal_scores`.
-        threshold: share of the scores, in (0, 1].
-        q_len, kv_len: tokens, the queries aligned to the end of the keys.
-        width: keys per block.
-
-    Returns:
-        int32 ``blocks [B, H, q_blocks, kv_blocks]``, ascending, and ``counts [B, H, q_blocks]``.
-    """
-    q_blocks, kv_blocks = scores.shape[-2:]
-    device = scores.device
-    ends = (torch.arange(q_blocks, device=device) + 1).mul(Q_BLOCK).clamp(max=q_len) + kv_len - q_len
-    begins = torch.arange(q_blocks, device=device) * Q_BLOCK + kv_len - q_len
-    index = torch.arange(kv_blocks, device=device)
-    allowed = index * width < ends[:, None]
-    diagonal = allowed & ((index + 1) * width > begins[:, None])
-    always = diagonal | (index == 0)
-    scores = scores.masked_fill(~allowed, 0)
-    share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
-    order = torch.sort(share.masked_fill(always, math.inf), dim=-1, descending=True, stable=True).indices
-    mass = share.gather(-1, order)
-    needed = mass.cumsum(-1) - mass < threshold  # until the blocks before this one reach the threshold
-    needed |= always.expand_as(share).gather(-1, order)
-    keep = torch.zeros_like(needed).scatter(-1, order, needed) & allowed
-    counts = keep.sum(-1, dtype=torch.int32)
-    blocks = torch.where(keep, index, kv_blocks).sort(-1).values
-    return blocks.clamp(max=max(kv_blocks - 1, 0)).int().contiguous(), counts.contiguous()
-
-
-def select_blocks(pattern: BlockSparse, q: Tensor, k: Tensor) -> BlockSparse:
+def select_blocks(
+    pattern: BlockSparse,
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    *,
+    route: Tensor | None = None,
+    mode: int = 1,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+    kv_begin: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> BlockSparse:
     """A :class:`BlockSparse` with a threshold, turned into one with lists for these queries and keys.
 
-    ``q [B, S, Hq, D]``, ``k [B, Skv, Hkv, D]``; a pattern that has lists comes back as it is.
+    Antidiagonal scoring (XAttention, arXiv 2503.16428): in every ``stride x stride`` sub-block of the score matrix the
+    scores of the antidiagonal are summed and divided by ``stride``, the sums soft-maxed along the strided keys, and
+    added up per pair of a block of 128 queries (and the query heads of a KV head) and a block of ``width`` keys. Each
+    query block keeps the fewest key blocks whose share of its mass reaches the threshold; its first and its diagonal
+    blocks always. Of equal shares (multiples of 2^-30) the earlier block is kept first. Every block up to the diagonal
+    is kept where the threshold is 1, and where the scores of a query block are not finite. Nothing is differentiated.
+
+    Queries, keys and bounds as for :func:`flux_ext.operators.attend`. Memory besides the lists: on CUDA 512 bytes for
+    each key block and thread block.
+
+    Args:
+        pattern: with a threshold; one that has lists comes back as it is.
+        q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
+        k: ``[B, Skv, Hkv, D]``, packed ``[T, Hkv, D]``, or pages.
+        scale: of the scores; default ``D ** -0.5``.
+        route, mode: int32 ``[B]`` or ``[B, Hkv]``: lists are made where the route is ``mode``, elsewhere counts are 0.
+            None: everywhere.
+        q_begin, q_end: int32 ``[B]``, see :func:`flux_ext.operators.attend`.
+        kv_begin, kv_end, page_table: see :class:`flux_ext.operators.KeyValues`.
+
+    Returns:
+        ``blocks`` int32 ``[B, Hkv, q_blocks, kv_blocks]``, 0 from the count on, and ``counts [B, Hkv, q_blocks]``;
+        ``q_blocks`` and ``kv_blocks`` for as many rows as ``q`` and ``k`` have room for.
+
+    Raises:
+        TypeError: something else where a tensor, a pattern or a number belongs.
+        ValueError: an argument breaks a rule; the message names argument, rule and value.
     """
+    if not isinstance(pattern, BlockSparse):
+        raise TypeError(f"pattern must be BlockSparse, got {described(pattern)}")
     if pattern.threshold is None:
         return pattern
-    if q.shape[1] == 0:
-        empty = torch.zeros(q.shape[0], k.shape[2], 0, 0, dtype=torch.int32, device=q.device)
-        return BlockSparse(blocks=empty, counts=empty[..., 0], width=pattern.width)
-    scores = antidiagonal_scores(q.detach(), k.detach(), pattern.stride, pattern.width)
-    blocks, counts = keep_mass(scores, pattern.threshold, q.shape[1], k.shape[1], pattern.width)
+    optional = {
+        "route": route,
+        "q_begin": q_begin,
+        "q_end": q_end,
+        "kv_begin": kv_begin,
+        "kv_end": kv_end,
+        "page_table": page_table,
+    }
+    check_tensors({"q": q, "k": k}, optional)
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else to_float("scale", scale)
+    threshold = to_float("threshold", pattern.threshold)
+    bounds = (q_begin, q_end, kv_begin, kv_end, page_table)
+    arguments = (q.detach(), k.detach(), threshold, pattern.stride, pattern.width, scale, route, mode, *bounds)
+    blocks, counts = call(_ops.select_blocks, *arguments)
     return BlockSparse(blocks=blocks, counts=counts, width=pattern.width)
+
+
+@torch.library.register_fake("flux_ext::select_blocks")
+def _(q, k, threshold, stride, width, scale, route, mode, q_begin, q_end, kv_begin, kv_end, page_table):
+    check_devices("q", q, k=k, route=route, q_begin=q_begin, q_end=q_end, kv_begin=kv_begin, kv_len=kv_end)
+    check_devices("q", q, page_table=page_table)
+    batch = q.shape[0] if q.dim() == 4 else q_begin.shape[0] - (q_end is None)
+    heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
+    rows = k.shape[-3] if page_table is None else page_table.shape[-1] * k.shape[1]
+    q_blocks, kv_blocks = -(-q.shape[-3] // Q_BLOCK), torch.sym_max(-(-rows // width), 1)
+    counts = q.new_empty((batch, heads, q_blocks), dtype=torch.int32)
+    return q.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.int32), counts
+
+
+torch.library.register_vmap(_ops.select_blocks.default, one_by_one(_ops.select_blocks.default))

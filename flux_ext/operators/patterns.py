@@ -133,7 +133,7 @@ class BlockSparse:
         counts: int32 ``[B, Hkv, q_blocks]``, contiguous, from 0 to ``max_count``; None: every list is full.
         width: keys per block, 128 or 64.
         threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this, in (0, 1].
-        stride: sub-block size of the antidiagonal scoring, in tokens; divides ``width``.
+        stride: sub-block size of the antidiagonal scoring, in tokens, 8 or 16.
 
     Raises:
         TypeError: something else where a tensor or a number belongs.
@@ -156,8 +156,8 @@ class BlockSparse:
             raise ValueError(f"width must be 64 or 128, got {self.width}")
         if self.threshold is not None and not 0.0 < to_float("threshold", self.threshold) <= 1.0:
             raise ValueError(f"threshold must be in (0, 1], got {self.threshold}")
-        if self.stride < 1 or self.width % self.stride:
-            raise ValueError(f"stride must divide width ({self.width}), got {self.stride}")
+        if self.stride not in (8, 16):
+            raise ValueError(f"stride must be 8 or 16, got {self.stride}")
         self._check_lists()
 
     def _check_lists(self) -> None:

@@ -8,7 +8,7 @@ taken from elsewhere, but for the patterns (``dense_mask``) and for what becomes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from typing import Literal, TypeAlias, overload
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .mixture import attend_or_mix
 from .operands import KeyValues, Routing, bound_rows
-from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
+from .patterns import Q_BLOCK, BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
 def _gather_pages(cache: Tensor, pages: Tensor, head: int, length: int) -> Tensor:
@@ -26,6 +26,44 @@ def _gather_pages(cache: Tensor, pages: Tensor, head: int, length: int) -> Tenso
     count = -(-length // cache.shape[1])
     head = head if cache.shape[2] > 1 else 0
     return cache[pages[:count].long(), :, head].reshape(-1, cache.shape[-1])[:length]
+
+
+_SequenceHead: TypeAlias = tuple[int, int, int, Tensor, Tensor, Tensor]
+
+
+def _sequence_heads(q: Tensor, kv: KeyValues, q_begin: Tensor | None, q_end: Tensor | None) -> Iterator[_SequenceHead]:
+    """Each KV head of each sequence: ``(b, h, first row of q, queries [S, group, D], keys [T, D], values [T, D])``."""
+    k, v, kv_begin, kv_end, page_table = kv
+    packed = q.dim() == 3
+    num_kv_heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
+    group = q.shape[-2] // num_kv_heads
+    if packed and q_end is None:  # cu_seqlens
+        assert q_begin is not None
+        q_begin, q_end = q_begin[:-1], q_begin[1:]
+    if k.dim() == 3 and kv_end is None:
+        assert kv_begin is not None
+        kv_begin, kv_end = kv_begin[:-1], kv_begin[1:]
+    batch = len(q_begin) if packed else q.shape[0]  # type: ignore[arg-type]
+    capacity = page_table.shape[-1] * k.shape[1] if page_table is not None else k.shape[-3]
+    for b, h in product(range(batch), range(num_kv_heads)):
+        q0, q1 = _entry(q_begin, b, 0, 0), _entry(q_end, b, 0, q.shape[-3])
+        k0, k1 = _entry(kv_begin, b, h, 0), _entry(kv_end, b, h, capacity)
+        if page_table is not None:
+            pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
+            keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
+        elif k.dim() == 3:
+            keys, values = k[k0:k1, h], v[k0:k1, h]
+        else:
+            keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
+        queries = (q if packed else q[b])[q0:q1, h * group : (h + 1) * group]
+        yield b, h, q0, queries, keys, values
+
+
+def _entry(t: Tensor | None, b: int, h: int, default: int) -> int:
+    """Of a tensor ``[B]`` or ``[B, Hkv]``; the default where there is none."""
+    if t is None:
+        return default
+    return int(t[b, h] if t.dim() == 2 else t[b])
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -69,7 +107,7 @@ def attend(
     Args:
         q: ``[B, S, Hq, D]``, or packed ``[T, Hq, D]``.
         kv: keys and values. Packed ones go with a packed q only, a contiguous or paged cache with any q.
-        routing: the route and its two patterns; block lists, not a threshold.
+        routing: the route and its two patterns.
         scale: softmax scale.
         q_begin, q_end: ``[B]``, rows ``[q_begin, q_end)`` of q belong to the sequence; None: all. Of a packed q they
             must be given: both, or ``cu_seqlens [B + 1]`` as the first alone.
@@ -78,51 +116,156 @@ def attend(
         ``out`` like ``q``, and ``lse`` ``[B, Hq, S]`` (packed ``[Hq, T]``) in the dtype of ``q``, natural logarithm:
         0 and ``-inf`` where a query sees no key and in rows that belong to no sequence.
     """
-    k, v, kv_begin, kv_end, page_table = kv
-    packed = q.dim() == 3
-    num_q_heads = q.shape[-2]
-    num_kv_heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
-    group = num_q_heads // num_kv_heads
-    if packed and q_end is None:  # cu_seqlens
-        assert q_begin is not None
-        q_begin, q_end = q_begin[:-1], q_begin[1:]
-    if k.dim() == 3 and kv_end is None:
-        assert kv_begin is not None
-        kv_begin, kv_end = kv_begin[:-1], kv_begin[1:]
-    batch = len(q_begin) if packed else q.shape[0]  # type: ignore[arg-type]
-    capacity = page_table.shape[-1] * k.shape[1] if page_table is not None else k.shape[-3]
-    device = q.device
-
-    def entry(t: Tensor | None, b: int, h: int, default: int) -> int:
-        if t is None:
-            return default
-        return int(t[b, h] if t.dim() == 2 else t[b])
-
-    found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else batch))]
-    for b in range(batch):
-        q0, q1 = entry(q_begin, b, 0, 0), entry(q_end, b, 0, q.shape[-3])
-        for h in range(num_kv_heads):
-            k0, k1 = entry(kv_begin, b, h, 0), entry(kv_end, b, h, capacity)
-            if page_table is not None:
-                pages = page_table[b, h] if page_table.dim() == 3 else page_table[b]
-                keys, values = (_gather_pages(c, pages, h, k1)[k0:] for c in (k, v))
-            elif k.dim() == 3:
-                keys, values = k[k0:k1, h], v[k0:k1, h]
-            else:
-                keys, values = k[b, k0:k1, h], v[b, k0:k1, h]
-            pattern = routing.sparse if entry(routing.route, b, h, 0) else routing.full
-            mask = dense_mask(pattern, q1 - q0, k1 - k0, device)
-            if isinstance(pattern, BlockSparse):
-                mask = mask[b, h]
-            for g in range(h * group, (h + 1) * group):
-                rows = q[q0:q1, g] if packed else q[b, q0:q1, g]
-                row = g if packed else b * num_q_heads + g
-                found[row].append((q0, *_attend_one(rows, keys, values, mask, scale)))
+    packed, num_q_heads = q.dim() == 3, q.shape[-2]
+    full, sparse = (_with_lists(x, q, kv, scale, q_begin, q_end) for x in (routing.full, routing.sparse))
+    found: list[list[_Piece]] = [[] for _ in range(num_q_heads * (1 if packed else q.shape[0]))]
+    for b, h, first, queries, keys, values in _sequence_heads(q, kv, q_begin, q_end):
+        pattern = sparse if _entry(routing.route, b, h, 0) else full
+        if isinstance(pattern, BlockSparse):
+            mask = dense_mask(_lists_of(pattern, b, h), len(queries), len(keys), q.device)[0, 0]
+        else:
+            mask = dense_mask(pattern, len(queries), len(keys), q.device)
+        for g in range(queries.shape[1]):
+            head = h * queries.shape[1] + g
+            row = head if packed else b * num_q_heads + head
+            found[row].append((first, *_attend_one(queries[:, g], keys, values, mask, scale)))
     if not found:
         return torch.zeros_like(q), q.new_zeros((*q.shape[:-3], num_q_heads, q.shape[-3]))
     outs, lses = zip(*(_in_place(pieces, q.shape[-3], q.new_zeros(q.shape[-1])) for pieces in found), strict=True)
     out = torch.stack(outs).view(*q.shape[:-3], num_q_heads, *q.shape[-3::2]).transpose(-3, -2)
     return out, torch.stack(lses).view(*q.shape[:-3], num_q_heads, q.shape[-3])
+
+
+def _lists_of(pattern: BlockSparse, b: int, h: int) -> BlockSparse:
+    """Of one KV head of one sequence: another one's lists may reach beyond its keys."""
+    assert pattern.blocks is not None
+    counts = pattern.full_counts()[b : b + 1, h : h + 1]
+    return BlockSparse(pattern.blocks[b : b + 1, h : h + 1], counts, pattern.width)
+
+
+def _with_lists(
+    pattern: Pattern, q: Tensor, kv: KeyValues, scale: float, q_begin: Tensor | None, q_end: Tensor | None
+) -> Pattern:
+    if not isinstance(pattern, BlockSparse):
+        return pattern
+    return select_blocks(
+        pattern,
+        q,
+        kv.k,
+        scale,
+        q_begin=q_begin,
+        q_end=q_end,
+        kv_begin=kv.begin,
+        kv_end=kv.end,
+        page_table=kv.page_table,
+    )
+
+
+def antidiagonal_scores(q: Tensor, k: Tensor, scale: float, stride: int, width: int) -> Tensor:
+    """The estimated attention mass of each pair of a block of 128 queries and a key block, of one KV head.
+
+    In every ``stride x stride`` sub-block of the score matrix only the antidiagonal is summed, which touches every row
+    and every column once (XAttention, arXiv 2503.16428). The sums, divided by ``stride`` and soft-maxed along the
+    strided keys, estimate how much of a query block's attention falls into each key block.
+
+    Args:
+        q: ``[S, group, D]``, k: ``[T, D]``, the queries aligned to the end of the keys.
+        scale: of the scores of attention.
+        stride: tokens; divides ``width`` and 128.
+        width: keys per block.
+
+    Returns:
+        ``[q_blocks, kv_blocks]`` in the dtype of q, at least fp32: the sum over a block's queries and the group's
+        heads; 0 beyond the diagonal.
+    """
+    q_len, kv_len = len(q), len(k)
+    offset = kv_len - q_len
+    # The sum over an antidiagonal, where query a of a sub-block meets key stride - 1 - a, is one dot product of length
+    # stride * D: of the sub-block's queries in reverse with its keys.
+    rows = F.pad(q, (0, 0, 0, 0, 0, -q_len % stride)).unflatten(0, (-1, stride)).flip(1)
+    columns = F.pad(k, (0, 0, 0, -kv_len % stride)).unflatten(0, (-1, stride))
+    rows = rows.permute(2, 0, 1, 3).flatten(2)  # [group, S / stride, stride * D]
+    columns = columns.flatten(1)  # [T / stride, stride * D]
+    scores = (rows @ columns.T).to(torch.promote_types(q.dtype, torch.float32)) * (scale / stride)
+    last = (offset + (torch.arange(rows.shape[1], device=q.device) + 1) * stride - 1).clamp(max=kv_len - 1)
+    seen = torch.arange(len(columns), device=q.device) * stride <= last[:, None]
+    mass = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    mass = mass.where(seen.any(-1, keepdim=True), 0).sum(0)  # a row before the first key has none
+    mass = F.pad(mass, (0, -mass.shape[1] % (width // stride), 0, -mass.shape[0] % (Q_BLOCK // stride)))
+    q_blocks, kv_blocks = mass.shape[0] * stride // Q_BLOCK, mass.shape[1] * stride // width
+    return mass.view(q_blocks, Q_BLOCK // stride, kv_blocks, width // stride).sum((1, 3))
+
+
+def keep_mass(scores: Tensor, threshold: float, q_len: int, kv_len: int, width: int) -> Tensor:
+    """The smallest set of key blocks per query block whose share of the scores reaches ``threshold``.
+
+    The first block (the sink) and the diagonal ones are always kept and count. Shares are rounded to multiples of
+    2^-30, so that they add up alike in any order; of equal shares the earlier block comes first. All blocks up to the
+    diagonal are kept where ``threshold`` is 1, or where the scores of a query block are not finite.
+
+    Args:
+        scores: ``[q_blocks, kv_blocks]``, see :func:`antidiagonal_scores`.
+        threshold: share of the scores, in (0, 1].
+        q_len, kv_len: tokens, the queries aligned to the end of the keys.
+        width: keys per block.
+
+    Returns:
+        bool ``[q_blocks, kv_blocks]``.
+    """
+    q_blocks, kv_blocks = scores.shape
+    begins = torch.arange(q_blocks, device=scores.device) * Q_BLOCK
+    ends = (begins + Q_BLOCK).clamp(max=q_len) + kv_len - q_len
+    begins = begins + kv_len - q_len
+    index = torch.arange(kv_blocks, device=scores.device)
+    allowed = index * width < ends[:, None]
+    always = allowed & (((index + 1) * width > begins[:, None]) | (index == 0))
+    scores = scores.float().masked_fill(~allowed, 0)
+    total = scores.sum(-1, keepdim=True)
+    everything = ~(total > 0) | (total == math.inf) | (threshold >= 1)
+    units = (scores / total * 2**30).nan_to_num().round().long()
+    order = torch.sort(units.masked_fill(always, 2**31), dim=-1, descending=True, stable=True).indices
+    units = units.gather(-1, order)
+    needed = (units.sum(-1, keepdim=True).double() * threshold).ceil().long()
+    kept = units.cumsum(-1) - units < needed  # until the blocks before this one reach the threshold
+    kept |= always.gather(-1, order)
+    return (torch.zeros_like(kept).scatter(-1, order, kept) | everything) & allowed
+
+
+def select_blocks(
+    pattern: BlockSparse,
+    q: Tensor,
+    k: Tensor,
+    scale: float | None = None,
+    *,
+    route: Tensor | None = None,
+    mode: int = 1,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+    kv_begin: Tensor | None = None,
+    kv_end: Tensor | None = None,
+    page_table: Tensor | None = None,
+) -> BlockSparse:
+    """As :func:`flux_ext.operators.select_blocks`, one KV head of one sequence after the other."""
+    if pattern.threshold is None:
+        return pattern
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    capacity = k.shape[-3] if page_table is None else page_table.shape[-1] * k.shape[1]
+    heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
+    batch = q.shape[0] if q.dim() == 4 else len(q_begin) - (q_end is None)  # type: ignore[arg-type]
+    shape = (batch, heads, -(-q.shape[-3] // Q_BLOCK), max(-(-capacity // pattern.width), 1))
+    blocks = torch.zeros(shape, dtype=torch.int32, device=q.device)
+    counts = torch.zeros(shape[:-1], dtype=torch.int32, device=q.device)
+    kv = KeyValues(k, k, kv_begin, kv_end, page_table)
+    for b, h, _, queries, keys, _ in _sequence_heads(q, kv, q_begin, q_end):
+        if route is not None and _entry(route, b, h, 0) != mode:
+            continue
+        scores = antidiagonal_scores(queries, keys, scale, pattern.stride, pattern.width)
+        kept = keep_mass(scores, pattern.threshold, len(queries), len(keys), pattern.width)
+        for i, row in enumerate(kept):
+            found = row.nonzero()[:, 0]
+            blocks[b, h, i, : len(found)] = found.int()
+            counts[b, h, i] = len(found)
+    return BlockSparse(blocks=blocks, counts=counts, width=pattern.width)
 
 
 def _place(page: int, sink_pages: int, ring: int) -> int:

@@ -17,7 +17,6 @@ from .block_selection import select_blocks
 from .mixture import attend_or_mix
 from .operands import AttendArguments, KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
-from .selection_by_sequence import select_by_sequence
 
 _ops = torch.ops.flux_ext
 _CHOICES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -33,8 +32,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention by hard routes, with the bounds of every sequence as tensors: the operator without conveniences.
 
-    Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32, and the patterns may be
-    block lists by threshold. Returns ``out`` like ``q`` and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
+    Arguments as for :func:`flux_ext.operators.reference.attend`, but the bounds are int32. Returns ``out`` like ``q``
+    and ``lse``, fp32 ``[B, Hq, S]`` (packed ``[Hq, T]``).
 
     Raises:
         TypeError, ValueError: as for :func:`attention`; also where packed sequences share rows of q (keys they may
@@ -72,7 +71,7 @@ def operator_arguments(
 
     Raises:
         TypeError, ValueError: something is no pattern, the route is neither integers nor booleans, the scale is no
-            number, or what a threshold is to score breaks a rule.
+            number, or as for :func:`select_blocks` where a pattern has a threshold.
     """
     if type(scale) is not float:
         scale = to_float("scale", scale)
@@ -87,15 +86,22 @@ def operator_arguments(
         route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
     patterns: list[int] = []
     lists: list[Tensor | None] = []
-    for name, pattern in (("full", full), ("sparse", sparse)):
+    for mode, name, pattern in ((0, "full", full), (1, "sparse", sparse)):
         if isinstance(pattern, BlockSparse):
             if pattern.threshold is not None:
-                if all(x is None for x in (q_begin, q_end, kv_begin, kv_end, page_table)):
-                    pattern = select_blocks(pattern, q, k)
-                else:
-                    plain = operator_arguments(q, kv, Routing(route, Full(), Full()), scale, q_begin, q_end)
-                    call(_ops.explain, *plain)  # checks shapes and dtypes
-                    pattern = select_by_sequence(pattern, q, kv, q_begin, q_end)
+                pattern = select_blocks(
+                    pattern,
+                    q,
+                    k,
+                    scale,
+                    route=route,
+                    mode=mode,
+                    q_begin=q_begin,
+                    q_end=q_end,
+                    kv_begin=kv_begin,
+                    kv_end=kv_end,
+                    page_table=page_table,
+                )
             patterns += [*pattern.numbers(), pattern.width]
             lists += [pattern.blocks, pattern.full_counts()]
         elif isinstance(pattern, PATTERNS):

@@ -1,7 +1,6 @@
 // Chooses the instance for a problem, and describes its tensors to TMA.
-#include <initializer_list>
-
 #include "cuda/sm90/instances.h"
+#include "cuda/sm90/tensor_map.h"
 
 namespace flux::cuda::sm90 {
 namespace {
@@ -102,68 +101,21 @@ const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
 
 // ---- tensor maps ----
 
-constexpr int kRank = 4;
-constexpr int kElementBytes = 2;
-
-// Dimensions from the innermost (head_dim) outwards; strides in elements.
-struct TensorShape {
-  const void* data;
-  int64_t size[kRank], stride[kRank];
-
-  // What TMA asks of a tensor.
-  bool describable() const {
-    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
-    for (int i = 0; i < kRank; ++i) {
-      if (size[i] < 1 || size[i] > (int64_t(1) << 32)) return false;
-      if (i == 0 || size[i] == 1) continue;
-      const int64_t bytes = stride[i] * kElementBytes;
-      if (bytes <= 0 || bytes % 16 != 0 || bytes >= int64_t(1) << 40) return false;
-    }
-    return true;
-  }
-};
+using Shape4 = TensorShape<4>;
 
 // A batch stride of 0 is a packed tensor, or one sequence shared by all: one entry.
-TensorShape q_shape(const AttendParams& p) {
+Shape4 q_shape(const AttendParams& p) {
   const Strides& t = p.q.stride;
   return {p.q.data, {p.head_dim, p.q.num_heads, p.q.rows.capacity, t.b == 0 ? 1 : p.batch}, {1, t.h, t.s, t.b}};
 }
 
-TensorShape kv_shape(const AttendParams& p, const View& x) {
+Shape4 kv_shape(const AttendParams& p, const View& x) {
   const Strides& t = x.stride;
   if (p.kv.page_table)
     return {x.data,
             {p.head_dim, p.kv.page_size, p.kv.pages_per_head ? 1 : p.kv.num_heads, p.kv.num_pages},
             {1, t.s, t.h, t.b}};
   return {x.data, {p.head_dim, p.kv.rows.capacity, p.kv.num_heads, t.b == 0 ? 1 : p.batch}, {1, t.s, t.h, t.b}};
-}
-
-cudaError_t encode(const TensorShape& t, DType dtype, std::initializer_list<int32_t> box, CUtensorMap* map) {
-  static const auto encode_tiled = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t e =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
-        e == cudaSuccess && found == cudaDriverEntryPointSuccess ? f : nullptr);
-  }();
-  if (!encode_tiled) return cudaErrorNotSupported;
-  cuuint64_t size[kRank], stride[kRank - 1];
-  cuuint32_t boxes[kRank] = {1, 1, 1, 1}, steps[kRank] = {1, 1, 1, 1};
-  int n = 0;
-  for (int32_t rows : box) boxes[n++] = cuuint32_t(rows);
-  for (int i = 0; i < kRank; ++i) {
-    size[i] = cuuint64_t(t.size[i]);
-    // The stride of a dimension of one entry is never used, but must be valid.
-    if (i > 0) stride[i - 1] = t.size[i] == 1 ? 16 : cuuint64_t(t.stride[i] * kElementBytes);
-  }
-  const bool wide = boxes[0] * kElementBytes == 128;
-  const CUresult r =
-      encode_tiled(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                   kRank, const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 bool writable(const MutableView& out) {
