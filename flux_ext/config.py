@@ -64,19 +64,19 @@ class FluxConfig:
     """
 
     pattern: str = "streaming"
-    full: str = "full"
-    decode: str = "sparse"
     sink: int = 128
     window: int = 2048
     align: int = 1
     last_q: int = 128
-    threshold: float = 0.9
-    stride: int = 16
-    block_width: int = 128
     granularity: str = "layer"
     pool_size: int = 100
     layers_to_route: list[int] | None = None
     route_on: str = "prompt"
+    full: str = "full"
+    decode: str = "sparse"
+    threshold: float = 0.9
+    stride: int = 16
+    block_width: int = 128
     num_layers: int | None = None
     head_dim: int | None = None
     num_kv_heads: int | None = None

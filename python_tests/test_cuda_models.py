@@ -6,6 +6,7 @@ from models import SMALL, tiny
 
 import flux_ext
 from flux_ext.caches.static import FluxStaticCache
+from flux_ext.models import prompt_lengths
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MIXED = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
@@ -66,6 +67,25 @@ def test_decoding_is_one_forward_over_everything(cache):
     chosen = logits.gather(-1, out[:, 40:, None])[..., 0]
     gap = logits.max(-1).values - chosen
     assert (gap <= 3e-2 * logits.abs().max()).all(), gap.max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("preset", ["fa-ssa", "fa-ta", "fa-xa", "xa-ssa"])
+def test_every_mode_decodes_as_one_forward_over_everything(preset, cache):
+    """Greedy tokens behind a prompt of several blocks, of which most are left out, are those that a forward over prompt
+    and answer would choose (up to rounding)."""
+    model = tiny("llama", max_position_embeddings=1024).to("cuda", torch.bfloat16)
+    numbers = {"sink": 4, "window": 24, "last_q": 9, "threshold": 0.5, "block_width": 64, "pool_size": 20}
+    flux_ext.patch(model, flux_ext.FluxConfig.preset(preset, **numbers))
+    ids = torch.randint(3, 100, (1, 500), generator=torch.Generator().manual_seed(0)).cuda()
+    with flux_ext.routes(model, routes_of(model)):
+        options = {"cache_implementation": cache, "disable_compile": True} if cache else {}
+        out = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, **options)
+        with prompt_lengths(model, torch.tensor([500])):
+            logits = model(out, use_cache=False).logits[:, 499:-1].float()
+    gap = logits.max(-1).values - logits.gather(-1, out[:, 500:, None])[..., 0]
+    assert (gap <= 5e-2 * logits.abs().max()).all(), gap.max()
 
 
 @torch.no_grad()

@@ -64,9 +64,9 @@ class FluxCacheLayer(CacheLayerMixin):
         self.layout = PageLayout(config.streaming(), page_size)
         self.drops = config.drops_keys()
         self.decode = Full(), config.decode_pattern()  # what full and sparse routes see after the prompt
-        # The same in later chunks of a prompt; None: there are none.
-        full = config.full_pattern() if routed else Full()
-        self.chunk = (full, config.sparse_pattern()) if config.route_on == "first_chunk" else None
+        # The same in later chunks of a prompt; None: as after the prompt.
+        chunks = routed and config.route_on == "first_chunk"
+        self.chunk = (config.full_pattern(), config.sparse_pattern()) if chunks else None
         self.page_size, self.routed = page_size, routed
         self.record_past = False  # whether nothing is dropped before crop()
         self.history = History()  # of a whole cache, one for all layers

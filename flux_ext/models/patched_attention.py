@@ -18,10 +18,11 @@ from . import families
 if TYPE_CHECKING:
     from .model_patch import Patch
 
-DENSE = Full()
 CONTEXT = "flux_ext_context"
 """The keyword with which the decoder hands its :class:`ForwardContext` through its layers. As an argument of theirs it
 is there again when checkpointing recomputes a layer, after the forward."""
+
+DENSE = Full()
 
 
 class ThreadState(threading.local):
@@ -109,8 +110,11 @@ class PatchedAttention:
 
     def routings(self, route: Tensor | None) -> tuple[Routing, Routing]:
         """How a prompt attends, and what follows it. A layer without a router attends to everything."""
-        all_full = self.place is None or self.patch.local.proving
-        return Routing(route, DENSE if all_full else self.full, self.sparse), Routing(route, DENSE, self.decode)
+        if self.place is None:
+            dense = Routing(None, DENSE, DENSE)
+            return dense, dense
+        full = DENSE if self.patch.local.proving else self.full
+        return Routing(route, full, self.sparse), Routing(route, DENSE, self.decode)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the attention module: finds the context and the cache layer."""
