@@ -268,7 +268,9 @@ TRAINER_METHODS = {  # those that ours overrides or calls, and the arguments tha
     "log": ("logs",),
     "_prepare_inputs": ("inputs",),
     "_save": ("output_dir", "state_dict"),
+    "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
+    "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
 }

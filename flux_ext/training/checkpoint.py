@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +28,9 @@ OBJECTIVE_FILE = "objective.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 ARGUMENTS_FILE = "training_args.bin"
+WHOLE_FILE = "whole.json"
+"""Written last, when every file of every process is on the disk: a checkpoint without it is one whose writing was cut
+off, by the end of a process or of the machine."""
 
 
 def objective_file(rank: int) -> str:
@@ -152,8 +157,70 @@ def _check_archive(file: Path) -> None:
         raise ValueError(f"{file} is damaged: the checksum of {broken} is wrong")
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a folder, whole or damaged, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
+def begin(folder: Path) -> None:
+    """A checkpoint that is about to be written (again) is no whole one."""
+    (folder / WHOLE_FILE).unlink(missing_ok=True)
 
-    return get_last_checkpoint(os.fspath(folder)) if Path(folder).is_dir() else None
+
+def flush(folder: Path) -> None:
+    """Brings a checkpoint's files to the disk, so that they outlive the machine's end."""
+    for file in [*folder.iterdir(), folder]:
+        opened = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def finish(folder: Path, processes: int) -> None:
+    """Marks a checkpoint as whole: all files of so many processes' objectives are there, and on the disk."""
+    file = folder / f".{WHOLE_FILE}.tmp"
+    file.write_text(json.dumps({"processes": processes}), encoding="utf-8")
+    flush(folder)
+    os.replace(file, folder / WHOLE_FILE)
+    flush(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """ValueError where a checkpoint's writing was cut off, or a file of it is damaged; the message names it."""
+    if not (folder / WHOLE_FILE).is_file():
+        raise ValueError(f"{folder} is no whole checkpoint: its writing was cut off ({WHOLE_FILE} is missing)")
+    processes = read_object(folder / WHOLE_FILE).get("processes")
+    if not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"{folder / WHOLE_FILE} is damaged: processes must be >= 1 and whole, got {processes!r}")
+    Checkpoint.read(folder)
+    for rank in range(processes):
+        require(folder, objective_file(rank))
+        _read_tensors(folder / objective_file(rank))
+        check_progress(folder, rank, {} if rank == 0 else None)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint in a folder, None where there are none.
+
+    Newer ones that are not whole are passed over, with a warning that says what they lack.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    found = [(int(m[1]), m[0]) for m in map(_NAME.fullmatch, _names(Path(folder))) if m]
+    errors = []
+    for _, name in sorted(found, reverse=True):
+        try:
+            check_whole(Path(folder) / name)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            warnings.warn(f"resuming from {Path(folder) / name}: {'; '.join(errors)}", stacklevel=2)
+        return os.fspath(Path(folder) / name)
+    if errors:
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(errors)}")
+    return None
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

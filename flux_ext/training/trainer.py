@@ -21,7 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import strict_json
 from ..examples import Tokenizer
@@ -35,8 +35,11 @@ from .checkpoint import (
     ARGUMENTS_FILE,
     RECIPE_FILE,
     Checkpoint,
+    begin,
     check_output_folder,
     check_progress,
+    finish,
+    flush,
     latest_checkpoint,
     objective_file,
 )
@@ -167,7 +170,7 @@ class FluxTrainer(Trainer):
             self.routers.check_savable(folder)
         if not resumed:
             self._whiten()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
         if advice := self.collapse():
             warnings.warn(advice, stacklevel=2)
         return result
@@ -341,6 +344,26 @@ class FluxTrainer(Trainer):
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
         torch.save(self.args, folder / ARGUMENTS_FILE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; marked as whole in the end, and only then may older ones go."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if folder.is_dir():
+            flush(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if not self.args.save_only_model:  # which nothing can go on from
+                finish(folder, self.accelerator.num_processes)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
