@@ -262,6 +262,7 @@ TRAINER_METHODS = {  # those that ours overrides or calls, and the arguments tha
     "train": ("resume_from_checkpoint",),
     "evaluate": (),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "training_step": ("model", "inputs"),
     "prediction_step": ("model", "inputs"),
     "create_optimizer": ("model",),
     "get_optimizer_cls_and_kwargs": ("args",),

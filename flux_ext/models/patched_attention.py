@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..caches.dynamic import FluxCacheLayer
 from ..forward_context import Decision, ForwardContext, Policy
+from ..sequence_parallel import Shard
 from ..transformers_seam import cache_of
 from . import families
 
@@ -28,7 +29,7 @@ class ThreadState(threading.local):
         forward: context of the decoder's forward in flight.
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
-        policy, prompt_lengths: what callers have set for the forwards of this thread.
+        policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
         decisions: of the last forward, by place among the routed layers.
     """
 
@@ -40,6 +41,7 @@ class ThreadState(threading.local):
         self.cache_layer: FluxCacheLayer | None = None
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
+        self.shard: Shard | None = None
         self.decisions: dict[int, Decision] | None = None
 
     def __deepcopy__(self, memo: Any) -> ThreadState:
@@ -149,7 +151,8 @@ class PatchedAttention:
             context.decisions[self.place] = Decision(None, context.held[self.place])
             return
         router: Any = self.attention.flux_router
-        logits, route = router(*context.prompts(self.tap.states(output, self.attention)), with_route=True)
+        states = context.prompts(self.tap.states(output, self.attention), self.patch.config.pool_size)
+        logits, route = router(*states, with_route=True)
         if context.policy is not None:
             route = context.policy(self.place, logits)
         route = self.patch.check_route(route, logits)

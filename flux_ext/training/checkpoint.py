@@ -172,10 +172,16 @@ def flush(folder: Path) -> None:
             os.close(opened)
 
 
-def finish(folder: Path, processes: int) -> None:
-    """Marks a checkpoint as whole: all files of so many processes' objectives are there, and on the disk."""
+def finish(folder: Path, processes: int, objectives: int) -> None:
+    """Marks a checkpoint as whole: the files of so many processes are there, and on the disk.
+
+    Args:
+        folder: the checkpoint.
+        processes: of the training.
+        objectives: those of them that draw for themselves; the others share sequences with them.
+    """
     file = folder / f".{WHOLE_FILE}.tmp"
-    file.write_text(json.dumps({"processes": processes}), encoding="utf-8")
+    file.write_text(json.dumps({"processes": processes, "objectives": objectives}), encoding="utf-8")
     flush(folder)
     os.replace(file, folder / WHOLE_FILE)
     flush(folder)
@@ -185,13 +191,15 @@ def check_whole(folder: Path) -> None:
     """ValueError where a checkpoint's writing was cut off, or a file of it is damaged; the message names it."""
     if not (folder / WHOLE_FILE).is_file():
         raise ValueError(f"{folder} is no whole checkpoint: its writing was cut off ({WHOLE_FILE} is missing)")
-    processes = read_object(folder / WHOLE_FILE).get("processes")
-    if not isinstance(processes, int) or processes < 1:
-        raise ValueError(f"{folder / WHOLE_FILE} is damaged: processes must be >= 1 and whole, got {processes!r}")
+    counts = read_object(folder / WHOLE_FILE)
+    for name in ("processes", "objectives"):
+        if not isinstance(counts.get(name), int) or counts[name] < 1:
+            raise ValueError(f"{folder / WHOLE_FILE} is damaged: {name} must be >= 1, it is {counts.get(name)!r}")
     Checkpoint.read(folder)
-    for rank in range(processes):
-        require(folder, objective_file(rank))
-        _read_tensors(folder / objective_file(rank))
+    for stream in range(counts["objectives"]):
+        require(folder, objective_file(stream))
+        _read_tensors(folder / objective_file(stream))
+    for rank in range(counts["processes"]):
         check_progress(folder, rank, {} if rank == 0 else None)
 
 
