@@ -132,7 +132,9 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
     return start, end
 
 
-def read_part(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any, shard: Shard) -> ForwardContext:
+def read_part(
+    policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any, shard: Shard
+) -> ForwardContext:
     """As :func:`read_forward`, of a forward over this process's part of the sequences.
 
     Raises:

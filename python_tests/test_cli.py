@@ -114,6 +114,16 @@ def routers(folder):
     return out
 
 
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(folder, tmp_path, capsys):
+    assert run(
+        "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "out",
+        "--device", "cpu", "--steps", 4, "--batch-size", 2, *PATTERN, "--dry-run",
+    ) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "tokens: " in out and "memory: " in out and "; 4 steps in " in out
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_writes_routers(routers):
     loaded = FluxRouters.from_pretrained(routers)
     assert loaded.config.window == 8 and len(loaded.layers) == 2

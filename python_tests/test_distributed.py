@@ -4,27 +4,31 @@ As a program this file is one of the processes.
 """
 
 import os
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny_training import LAYERS, Grab, dataset, trainer
+from processes import launch
+from tiny_training import LAYERS, Grab, dataset, model, trainer
 
-import flux_ext
 from flux_ext.training import Recipe
 
 PROCESSES = 2
 OBJECTIVES = ("counterfactual", "soft", "straight_through")
 
 
-def one_step(folder, objective, packed=False, **options):
-    """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped."""
-    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=False), []
+def one_step(folder, objective, packed=False, granularity="layer", ragged=False, **options):
+    """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped,
+    of heads all together."""
+    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=ragged), []
+    if granularity == "head":
+        recipe = replace(recipe, heads_per_flip=2)
     t = trainer(
         folder,
+        model(granularity),
         recipe=recipe,
         data=data,
         packed=packed,
@@ -101,24 +105,7 @@ def seen(tmp_path_factory):
     """What the processes saw, one entry each."""
     folder = tmp_path_factory.mktemp("distributed")
     some_steps(folder / "one", "counterfactual", save_strategy="steps", save_steps=2)
-    package = Path(flux_ext.__file__).parent.parent
-    path = os.pathsep.join([str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={PROCESSES}",
-            __file__,
-            folder,
-        ],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(__file__, PROCESSES, folder)
     return [torch.load(folder / f"seen-{rank}.pt") for rank in range(PROCESSES)]
 
 

@@ -163,9 +163,13 @@ def begin(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Brings a checkpoint's files to the disk, so that they outlive the machine's end."""
+    """Brings a checkpoint's files to the disk, so that they outlive the machine's end. Each process that has written
+    some does so after its last."""
     for file in [*folder.iterdir(), folder]:
-        opened = os.open(file, os.O_RDONLY)
+        try:
+            opened = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:  # the temporary one of a process that is still at it
+            continue
         try:
             os.fsync(opened)
         finally:

@@ -242,6 +242,13 @@ def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module)
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches:
         raise ValueError("dispatch_batches must be False, got True: packed batches cannot be cut into equal parts")
+    parallel: Any = getattr(args, "parallelism_config", None)
+    for name in ("sp_size", "cp_size", "tp_size"):
+        if parallel is not None and (size := getattr(parallel, name, 1)) > 1:
+            raise ValueError(
+                f"parallelism_config.{name} must be 1, got {size}: it is for stock attention functions. Sequences are "
+                "spread over processes with FluxTrainer(sequence_parallel=...)"
+            )
     placed = {d for d in (getattr(model, "hf_device_map", None) or {}).values() if d not in ("cpu", "disk")}
     if args.n_gpu > 1 and placed <= {args.device, args.device.index, str(args.device)}:
         raise ValueError(

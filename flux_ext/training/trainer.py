@@ -15,14 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import strict_json
@@ -33,6 +26,7 @@ from ..routers.modules import Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .budget import DenseLosses, Price
+from .callbacks import CostReport, RouterProgress, StepGuard
 from .checkpoint import (
     ARGUMENTS_FILE,
     RECIPE_FILE,
@@ -48,6 +42,7 @@ from .checkpoint import (
 from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator, Tokens
 from .distributed import alone, average_gradients, keep_whole, most, spread
+from .dry_run import Cost, Measured, measure
 from .monitor import RouteWatch
 from .objective import Multipliers, Objective, Step, full_route, make_objective
 from .sequence_parallel import batch_of, make_group
@@ -156,6 +151,10 @@ class FluxTrainer(Trainer):
                 "DeepSpeed must be off: routers and multipliers would not be whole in its checkpoints. Several "
                 "processes train with torchrun: DDP, or FSDP where the model is too large for one GPU"
             )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp needs a GPU for each process, this one is on {args.device}: accelerate would ignore it"
+            )
         self.sharded = self.is_fsdp_enabled
         if self.sharded:
             keep_whole(self.accelerator, self.routers)
@@ -164,11 +163,12 @@ class FluxTrainer(Trainer):
         # Our loss is a mean over the micro-batch: the Trainer is to divide it by the number of micro-batches in a step.
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
-        self._begins = False
+        self._begins = self._dry = False
         self._turn: int | None = None  # whose batch runs, where processes share sequences
-        self.add_callback(_StepGuard(self))
+        self.add_callback(StepGuard(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
+            self.add_callback(CostReport(self))
             self.add_callback(RouterProgress())
         for router in self._layer_routers():
             start_at(router, self.recipe.initial_bias)
@@ -193,6 +193,23 @@ class FluxTrainer(Trainer):
             warnings.warn(advice, stacklevel=2)
         return result
 
+    def dry_run(self) -> Cost:
+        """What training is going to cost, measured by some steps of it. Nothing is changed, and no file is written."""
+        handler = self.callback_handler
+        callbacks, handler.callbacks = handler.callbacks, [c for c in handler.callbacks if isinstance(c, StepGuard)]
+        modes = [(module, module.training) for module in self.model.modules()]  # type: ignore[union-attr]
+        self._dry, self._begins = True, False
+        try:
+            super().train()
+        except Measured as measured:
+            return measured.cost
+        finally:
+            self._dry = self.is_in_train = False
+            handler.callbacks = callbacks
+            for module, training in modes:
+                module.training = training
+        raise RuntimeError("the training did not begin")
+
     def collapse(self) -> str | None:
         """What to do about routers that give all inputs the same routes; None where they do not, or may well.
 
@@ -210,12 +227,24 @@ class FluxTrainer(Trainer):
     def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
 
-    def _start(self) -> None:
+    def begin_training(self) -> None:
         """What comes before the first step, when the model is where it is going to be trained."""
-        if self._begins:
-            self._whiten()
+        self.clear_sums()
         if self.accelerator.num_processes > 1:
             spread(self.routers)
+        if self._dry:
+            raise Measured(measure(self, self.model_wrapped))
+        if self._begins:
+            self._whiten()
+            if self.accelerator.num_processes > 1:
+                spread(self.routers)
+
+    def clear_sums(self) -> None:
+        """Forgets what the latest steps have added up for the log."""
+        self._step_sums.zero_()
+        self._log_sums.zero_()
+        self._step_routes.zero_()
+        self.route_watch.clear()
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
@@ -497,52 +526,3 @@ def _constraint(recipe: Recipe) -> str:
     if not recipe.has_budget:
         return "targets"
     return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
-
-
-class _StepGuard(TrainerCallback):
-    """Lets no gradient that is not finite reach the routers, and no training begin with sums of an earlier one."""
-
-    def __init__(self, trainer: FluxTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._step_sums.zero_()
-        self.trainer._log_sums.zero_()
-        self.trainer._step_routes.zero_()
-        self.trainer.route_watch.clear()
-        self.trainer._start()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.fp16:  # the gradient scaler skips such a step, and takes a smaller scale
-            return
-        norm = nn.utils.get_total_norm(p.grad for p in self.trainer.routers.parameters() if p.grad is not None)
-        if not bool(norm.isfinite()):
-            raise RuntimeError(
-                f"step {state.global_step + 1}: the gradient of the routers must be finite, its norm is {float(norm)}"
-            )
-
-
-class RouterProgress(ProgressCallback):
-    """A progress bar with sparsity and losses behind it, instead of a line per report."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float | None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "price" in logs:
-            names: tuple[str, ...] = ("price", "extra_loss", "sparsity")
-        else:
-            names = ("/sparsity", "/lm_loss")
-        shown = {k: f"{v:.3g}" for k, v in logs.items() if k.endswith(names) and v is not None}
-        if shown:
-            self.training_bar.set_postfix(shown)
