@@ -471,8 +471,11 @@ def test_damaged_checkpoint(folder, routers, tmp_path, no_model, capsys):
     shutil.copytree(routers, tmp_path / "out")
     file = tmp_path / "out" / "checkpoint-4" / "objective.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume", file.parent))
     assert status == 1 and f"{file} is damaged" in line
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
+    assert status == 1 and f"no checkpoint in {tmp_path / 'out'} is whole: {file} is damaged" in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -1,5 +1,5 @@
-"""Training with the backbone cut up (FSDP2) over processes (gloo, CPU), alone and with shared sequences: the gradients of
-one process. And what is left when a process or the machine ends.
+"""Training with the backbone cut up (FSDP2) over processes (gloo, CPU), alone and with shared sequences: the gradients
+of one process. And what is left when a process ends.
 
 As a program this file is one of the processes.
 """

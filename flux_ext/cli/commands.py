@@ -136,7 +136,7 @@ def _load(
     return model, tokenizer
 
 
-def _own_device(device: str) -> str:
+def _own_device(device: Any) -> Any:
     """Where this process, of those that torchrun has started, keeps a model."""
     own = os.environ.get("LOCAL_RANK")
     return f"cuda:{own}" if device == "cuda" and own is not None else device

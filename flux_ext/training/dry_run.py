@@ -1,4 +1,4 @@
-"""What a training is going to cost, before it starts: tokens, memory and time, measured by real steps that change nothing."""
+"""What a training is going to cost: tokens, memory and time, measured before it starts by steps that change nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ def measure(trainer: FluxTrainer, model: nn.Module) -> Cost:
         model: as wrapped for training.
     """
     args, device = trainer.args, trainer.args.device
-    found = lengths(trainer)
+    found, collate = lengths(trainer), cast(Any, trainer.data_collator)
     weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not hasattr(x, "to_local"))
     weights += sum(x.to_local().nbytes for x in model.parameters() if hasattr(x, "to_local"))
     state = 2 * sum(p.nbytes for p in trainer.routers.parameters())  # of the optimiser, which has none yet
@@ -158,7 +158,7 @@ def measure(trainer: FluxTrainer, model: nn.Module) -> Cost:
         reset_peak(device)
         _wait(device)
         start = time.perf_counter()
-        trainer.training_step(model, trainer.data_collator(list(rows)))
+        trainer.training_step(model, collate(list(rows)))
         _wait(device)
         seconds = time.perf_counter() - start
         for p in trainer.routers.parameters():
@@ -182,7 +182,7 @@ def measure(trainer: FluxTrainer, model: nn.Module) -> Cost:
             longest_seconds = new_seconds * factor
     figures = torch.tensor([seconds, new_seconds, longest_seconds, memory + state], dtype=torch.float64)
     if trainer.accelerator.num_processes > 1:
-        figures = trainer.accelerator.gather(figures.float().to(device)[None]).amax(0).double().cpu()  # type: ignore
+        figures = trainer.accelerator.gather(figures.float().to(device)[None]).amax(0).double().cpu()
     seconds, new_seconds, longest_seconds, memory = (*figures[:3].tolist(), int(figures[3]))
     steps = trainer.state.max_steps
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes

@@ -1,7 +1,7 @@
 """Batches whose sequences several processes share, each with a part of the tokens (:mod:`flux_ext.sequence_parallel`).
 
-Every process brings batches of its own, as in data-parallel training. Those of a group are run one after the other, each
-by the whole group: a step sees as many sequences as without, and none of them is whole on one GPU.
+Every process brings batches of its own, as in data-parallel training. Those of a group are run one after the other,
+each by the whole group: a step sees as many sequences as without, and none of them is whole on one GPU.
 """
 
 from __future__ import annotations

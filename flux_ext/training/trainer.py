@@ -319,8 +319,9 @@ class FluxTrainer(Trainer):
             yield inputs, True
             return
         try:
-            for self._turn in range(self._turns):
-                yield batch_of(inputs, self.group, self._turn, self.args.device), self._turn == self._turns - 1
+            for turn in range(self.group.size):
+                self._turn = turn
+                yield batch_of(inputs, self.group, turn, self.args.device), turn == self.group.size - 1
         finally:
             self._turn = None
 
