@@ -9,8 +9,8 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,26 @@ class Checkpoint:
             FluxRouters.from_pretrained(folder),
             {r: _read_tensors(file) for r, file in files.items() if file.is_file()},
         )
+
+    def check_goes_on(self, recipe: Recipe, tasks: Sequence[str]) -> None:
+        """ValueError where a recipe or its tasks have something else that cannot change within a training."""
+        began = replace(recipe, start_bias=self.recipe.start_bias).initial_bias
+        for name, own, saved in (
+            ("tasks", tuple(tasks), self.tasks),
+            ("objective", recipe.objective, self.recipe.objective),
+            ("multipliers", recipe.multipliers, self.recipe.multipliers),
+            ("start_bias", recipe.initial_bias, began),
+            ("constraint", _constraint(recipe), _constraint(self.recipe)),
+        ):
+            if own != saved:
+                raise ValueError(f"{self.folder} was trained with {name} {saved!r}, not {own!r}")
+
+
+def _constraint(recipe: Recipe) -> str:
+    """What the objective's state is of, in words."""
+    if not recipe.has_budget:
+        return "targets"
+    return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
 
 
 def check_progress(folder: Path, rank: int, optimizer: Mapping[str, Any] | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -490,16 +489,7 @@ class FluxTrainer(Trainer):
         Raises:
             ValueError: what cannot change within a training is another here; nothing was changed.
         """
-        began = replace(self.recipe, start_bias=checkpoint.recipe.start_bias).initial_bias
-        for name, own, saved in (
-            ("tasks", self.tasks, checkpoint.tasks),
-            ("objective", self.recipe.objective, checkpoint.recipe.objective),
-            ("multipliers", self.recipe.multipliers, checkpoint.recipe.multipliers),
-            ("start_bias", self.recipe.initial_bias, began),
-            ("constraint", _constraint(self.recipe), _constraint(checkpoint.recipe)),
-        ):
-            if own != saved:
-                raise ValueError(f"{checkpoint.folder} was trained with {name} {saved!r}, not {own!r}")
+        checkpoint.check_goes_on(self.recipe, self.tasks)
         if difference := self.routers.config.differences(checkpoint.routers.config):
             raise ValueError(f"the routers in {checkpoint.folder} have other settings: {difference}")
         state, dense = self.objective.state_dict(), DenseLosses()
@@ -520,10 +510,3 @@ class FluxTrainer(Trainer):
         self.routers.load_state_dict(checkpoint.routers.state_dict())
         self.objective.load_state_dict(state)
         self.dense_losses.update(dense.tensors())
-
-
-def _constraint(recipe: Recipe) -> str:
-    """What the objective's state is of, in words."""
-    if not recipe.has_budget:
-        return "targets"
-    return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
