@@ -6,6 +6,7 @@ As a program this file is one of the processes.
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,10 @@ def some_steps(folder, objective, resume=None, **options):
     return states(t)
 
 
-def resumed(folder, objective, checkpoint):
-    """As :func:`some_steps` from a checkpoint on; None where transformers cannot (5.17: optimizers go to "cpu:1")."""
+def resumed(checkpoint, go_on):
+    """What ``go_on`` gives from a checkpoint on; None where transformers cannot (5.17: optimizers go to "cpu:1")."""
     try:
-        return some_steps(folder, objective, str(checkpoint))
+        return go_on(str(checkpoint))
     except RuntimeError as error:
         if not transformers.__version__.startswith("5.17.") or "restore data location" not in str(error):
             raise
@@ -95,8 +96,9 @@ def process(folder: Path) -> None:
     for objective in ("counterfactual", "soft"):
         own = folder / objective
         seen["through", objective] = some_steps(own, objective, save_strategy="steps", save_steps=2)
-        seen["resumed", objective] = resumed(own, objective, own / "checkpoint-2")
-    seen["after one"] = resumed(folder / "after one", "counterfactual", folder / "one" / "checkpoint-2")
+        seen["resumed", objective] = resumed(own / "checkpoint-2", partial(some_steps, own, objective))
+    go_on = partial(some_steps, folder / "after one", "counterfactual")
+    seen["after one"] = resumed(folder / "one" / "checkpoint-2", go_on)
     torch.save(seen, folder / f"seen-{os.environ['RANK']}.pt")
 
 
@@ -109,8 +111,8 @@ def seen(tmp_path_factory):
     return [torch.load(folder / f"seen-{rank}.pt") for rank in range(PROCESSES)]
 
 
-def needs_resuming(seen):
-    if seen[0]["after one"] is None:
+def needs_resuming(seen, what="after one"):
+    if seen[0][what] is None:
         pytest.skip(f"transformers {transformers.__version__} loads no optimizer into several processes on the CPU")
 
 

@@ -7,13 +7,14 @@ As a program this file is one of the processes.
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import allow_fsdp, launch, run
-from test_distributed import one_step, one_step_of_the_budget
+from test_distributed import needs_resuming, one_step, one_step_of_the_budget, resumed
 from tiny_training import dataset, trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -79,8 +80,8 @@ def process(folder: Path, size: int) -> None:
     more = {"sequence_parallel": size, **FSDP}
     seen["plain"] = training(folder / "plain", sequence_parallel=size)
     seen["through"] = training(folder / "own", callbacks=[Look()], **more)
-    seen["resumed"] = training(folder / "own", str(folder / "own" / "checkpoint-4"), **more)
-    seen["resumed plain"] = training(folder / "own", str(folder / "own" / "checkpoint-4"), sequence_parallel=size)
+    for name, options in (("resumed", more), ("resumed plain", {"sequence_parallel": size})):
+        seen[name] = resumed(folder / "own" / "checkpoint-4", partial(training, folder / "own", **options))
     allow_fsdp(True)
     t = trainer(folder / "eval", per_device_eval_batch_size=1, **more)
     t.train()
@@ -120,6 +121,7 @@ def test_the_price_is_that_of_one_process(seen, tmp_path):
 
 @pytest.mark.parametrize("other", ["plain", "resumed", "resumed plain"])
 def test_routers_are_those_of_an_uncut_backbone_and_resuming_goes_on(seen, other):
+    needs_resuming(seen[0], other)
     for s in seen[0]:
         assert torch.equal(s["through"][0], seen[0][0]["through"][0])
         for a, b in zip(s["through"], s[other], strict=True):
@@ -148,6 +150,7 @@ def test_a_process_that_ends_loses_nothing_before_the_newest_whole_checkpoint(se
     assert (tmp_path / "checkpoint-4").is_dir() == writing
     if not writing:
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    needs_resuming(seen[0], "resumed plain")
     launch(__file__, 2, "resumed", tmp_path)
     for rank, s in enumerate(seen[0]):
         for a, b in zip(s["plain"], torch.load(tmp_path / f"seen-{rank}.pt"), strict=True):

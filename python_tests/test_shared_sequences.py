@@ -5,13 +5,14 @@ As a program this file is one of the processes.
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import models
 import pytest
 import torch
 from processes import launch
-from test_distributed import OBJECTIVES, one_step, one_step_of_the_budget, some_steps
+from test_distributed import OBJECTIVES, needs_resuming, one_step, one_step_of_the_budget, resumed, some_steps
 from tiny_training import Bytes, batch_rows, dataset, model, trainer
 
 import flux_ext
@@ -64,7 +65,8 @@ def process(folder: Path, size: int) -> None:
     seen["budget"] = one_step_of_the_budget(folder / "budget", **options)
     more = {"sequence_parallel": size}
     seen["through"] = some_steps(folder / "own", "counterfactual", save_strategy="steps", save_steps=2, **more)
-    seen["resumed"] = some_steps(folder / "own", "counterfactual", str(folder / "own" / "checkpoint-2"), **more)
+    go_on = partial(some_steps, folder / "own", "counterfactual", **more)
+    seen["resumed"] = resumed(folder / "own" / "checkpoint-2", go_on)
     t = trainer(folder / "eval", sequence_parallel=size, per_device_eval_batch_size=1)
     seen["eval"] = t.evaluate(dataset(5))["eval_loss"]
     group = make_group(size)
@@ -128,6 +130,7 @@ def test_a_group_draws_alike_and_all_processes_have_the_same_routers(seen):
 
 
 def test_resuming_goes_on_where_each_group_was(seen):
+    needs_resuming(seen[0], "resumed")
     for s in seen[0]:
         (routers, *through), (routers_too, *resumed) = s["through"], s["resumed"]
         assert torch.allclose(routers, routers_too, rtol=1e-5, atol=1e-6)  # four processes add in another order

@@ -215,6 +215,7 @@ def _train(args: argparse.Namespace) -> None:
         start_bias=args.start_bias,
         whiten=args.whiten,
         flips=args.flips,
+        flip_choice=args.flip_choice,
         heads_per_flip=args.heads_per_flip,
     )
     examples = load_examples(args.data)

@@ -131,6 +131,12 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
     add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
     add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
+    add(
+        "--flip-choice",
+        default="evenly",
+        choices=["evenly", "by_worth"],
+        help="layers to flip: each as often, or those more often whose flips have changed the loss more",
+    )
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     add("--granularity", default=FluxConfig.granularity, choices=["layer", "head"], help="what a decision is for")

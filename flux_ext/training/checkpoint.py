@@ -87,6 +87,7 @@ class Checkpoint:
             ("multipliers", recipe.multipliers, self.recipe.multipliers),
             ("start_bias", recipe.initial_bias, began),
             ("constraint", _constraint(recipe), _constraint(self.recipe)),
+            ("flip_choice", recipe.flip_choice, self.recipe.flip_choice),
         ):
             if own != saved:
                 raise ValueError(f"{self.folder} was trained with {name} {saved!r}, not {own!r}")
