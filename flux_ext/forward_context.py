@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .sequence_parallel import Shard
 from .transformers_seam import FULL_MASK
 
 Policy = Callable[[int, Tensor], Tensor]
@@ -53,6 +54,8 @@ class ForwardContext:
         held: what an earlier forward of the same ``generate`` decided, where there is no cache to keep it. Empty in the
             first forward, which fills it.
         decisions: what was decided in this forward, by place among the routed layers; filled layer by layer.
+        shard: this process's part of sequences that several processes share, to which ``seq_start``, ``seq_end`` and
+            ``mask``, being of all slots, do not apply; None: it has all tokens.
     """
 
     policy: Policy | None = None
@@ -65,6 +68,7 @@ class ForwardContext:
     held: Held | None = None
     prompt_lengths: Tensor | None = None
     decisions: dict[int, Decision] = field(default_factory=dict)
+    shard: Shard | None = None
     _host: list[Tensor] = field(default_factory=list)  # the mask on the CPU, once; shared by copies on other devices
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> ForwardContext:
@@ -78,30 +82,44 @@ class ForwardContext:
             self._host.append(self.mask.cpu())
         return self._host[0] if self._host else None
 
-    def prompts(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def prompts(self, x: Tensor, pool_size: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What of states ``[B, S, H, D]`` routers may see, and the rows ``[begin, end)`` of each sequence in it.
 
-        Packed sequences are ``[T, H, D]``.
+        Packed sequences are ``[T, H, D]``. Of sequences that several processes share, it is the ``pool_size`` tokens at
+        either end of each prompt.
         """
-        begin, end = self.seq_start, self.seq_end
+        begin, end = self._prompt_rows(x.device)
         if self.cu_seqlens is not None:
-            x, begin, end = x[0], self.cu_seqlens[:-1], self.cu_seqlens[1:]
-        if self.prompt_lengths is not None:
-            lengths = self.prompt_lengths.to(x.device, torch.int32)
-            begin = torch.zeros_like(lengths) if begin is None else begin
-            end = begin + lengths
+            x = x[0]
+        if self.shard is not None:
+            return self.shard.ends(x, begin, end, pool_size)
         if self.prompt_len is not None and self.prompt_len < x.shape[1]:
             x = x[:, : self.prompt_len]
             end = None if end is None else end.clamp(max=self.prompt_len)
         return x, begin, end
 
+    def _prompt_rows(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """int32 ``[B]`` each, the rows of each sequence's prompt, but for ``prompt_len``; None: from the first, to the
+        last."""
+        begin, end = self.seq_start, self.seq_end
+        if self.cu_seqlens is not None:
+            begin, end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        if self.prompt_lengths is not None:
+            lengths = self.prompt_lengths.to(device, torch.int32)
+            begin = torch.zeros_like(lengths) if begin is None else begin
+            end = begin + lengths
+        return begin, end
+
     def prompt_end(self, x: Tensor) -> Tensor | None:
-        """int32 ``[B]``, the row of states ``[B, S, H, D]`` behind the prompt of each sequence; None: there are only
+        """int32 ``[B]``, the row of the states of all tokens, ``[B, S, H, D]``, behind the prompt of each sequence; None: there are only
         prompts."""
         if self.prompt_lengths is None and (self.prompt_len is None or self.prompt_len >= x.shape[1]):
             return None
-        x, _, end = self.prompts(x)
-        return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device) if end is None else end
+        last = x.shape[1] if self.prompt_len is None else min(self.prompt_len, x.shape[1])
+        _, end = self._prompt_rows(x.device)
+        if end is None:
+            return torch.full((x.shape[0],), last, dtype=torch.int32, device=x.device)
+        return end.clamp(max=last)
 
     def q_bounds(self, q_len: int) -> tuple[Tensor | None, Tensor | None]:
         """int32 ``[B]`` bounds of ``q_len`` queries per sequence, as attention takes them.
@@ -144,6 +162,26 @@ def span(mask: Tensor) -> tuple[Tensor, Tensor]:
                 "the tokens of a forward, not between them"
             )
     return start, end
+
+
+def read_part(
+    policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any, shard: Shard
+) -> ForwardContext:
+    """As :func:`read_forward`, of a forward over this process's part of the sequences.
+
+    Raises:
+        ValueError: there are fewer or more tokens than its part, a cache, a mask beside that of the shard, or packing.
+    """
+    own = shard.part.stop - shard.part.start
+    if tokens.shape[1] != own:
+        raise ValueError(f"of {shard.length} slots this process must have {own}, got {tokens.shape[1]} tokens")
+    if cache is not None or kwargs.get("use_cache"):
+        raise ValueError("sequences that several processes share have no cache: pass use_cache=False")
+    for name in ("attention_mask", "cu_seq_lens_q"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} must be left out where several processes share sequences")
+    start, end = (None, None) if shard.mask is None else span(shard.mask)
+    return ForwardContext(policy, seq_start=start, seq_end=end, mask=shard.mask, shard=shard)
 
 
 def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, cache: Any) -> ForwardContext:

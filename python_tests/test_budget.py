@@ -235,14 +235,14 @@ class Counting(DenseLosses):
         super().__init__()
         self.measured = []
 
-    def get(self, inputs, rows, measure):
+    def get(self, inputs, rows, measure, agree):
         keys = sequence_keys(inputs)
 
         def counted(which):
             self.measured += [keys[i] for i in which.tolist()]
             return measure(which)
 
-        return super().get(inputs, rows, counted)
+        return super().get(inputs, rows, counted, agree)
 
 
 @pytest.mark.parametrize("objective", ["counterfactual", "soft"])

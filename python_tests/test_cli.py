@@ -135,6 +135,16 @@ def routers(folder):
     return out
 
 
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(folder, tmp_path, capsys):
+    assert run(
+        "train", "--model", folder / "model", "--data", folder / "data.jsonl", "--output", tmp_path / "out",
+        "--device", "cpu", "--steps", 4, "--batch-size", 2, *PATTERN, "--dry-run",
+    ) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    assert "tokens: " in out and "memory: " in out and "; 4 steps in " in out
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_writes_routers(routers):
     loaded = FluxRouters.from_pretrained(routers)
     assert loaded.config.window == 8 and len(loaded.layers) == 2
@@ -488,8 +498,11 @@ def test_damaged_checkpoint(folder, routers, tmp_path, no_model, capsys):
     shutil.copytree(routers, tmp_path / "out")
     file = tmp_path / "out" / "checkpoint-4" / "objective.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume", file.parent))
     assert status == 1 and f"{file} is damaged" in line
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
+    assert status == 1 and f"no checkpoint in {tmp_path / 'out'} is whole: {file} is damaged" in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -4,27 +4,32 @@ As a program this file is one of the processes.
 """
 
 import os
-import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from tiny_training import LAYERS, Grab, dataset, trainer
+from processes import launch
+from tiny_training import LAYERS, Grab, dataset, model, trainer
 
-import flux_ext
 from flux_ext.training import Recipe
 
 PROCESSES = 2
 OBJECTIVES = ("counterfactual", "soft", "straight_through")
 
 
-def one_step(folder, objective, packed=False, **options):
-    """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped."""
-    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=False), []
+def one_step(folder, objective, packed=False, granularity="layer", ragged=False, **options):
+    """Gradient and multipliers of one step over four sequences, with nothing left to chance: every layer is flipped,
+    of heads all together."""
+    recipe, data, grads = Recipe(objective=objective, flips=LAYERS, default_target=0.5), dataset(4, ragged=ragged), []
+    if granularity == "head":
+        recipe = replace(recipe, heads_per_flip=2)
     t = trainer(
         folder,
+        model(granularity),
         recipe=recipe,
         data=data,
         packed=packed,
@@ -67,10 +72,10 @@ def some_steps(folder, objective, resume=None, **options):
     return states(t)
 
 
-def resumed(folder, objective, checkpoint):
-    """As :func:`some_steps` from a checkpoint on; None where transformers cannot (5.17: optimizers go to "cpu:1")."""
+def resumed(checkpoint, go_on):
+    """What ``go_on`` gives from a checkpoint on; None where transformers cannot (5.17: optimizers go to "cpu:1")."""
     try:
-        return some_steps(folder, objective, str(checkpoint))
+        return go_on(str(checkpoint))
     except RuntimeError as error:
         if not transformers.__version__.startswith("5.17.") or "restore data location" not in str(error):
             raise
@@ -91,8 +96,9 @@ def process(folder: Path) -> None:
     for objective in ("counterfactual", "soft"):
         own = folder / objective
         seen["through", objective] = some_steps(own, objective, save_strategy="steps", save_steps=2)
-        seen["resumed", objective] = resumed(own, objective, own / "checkpoint-2")
-    seen["after one"] = resumed(folder / "after one", "counterfactual", folder / "one" / "checkpoint-2")
+        seen["resumed", objective] = resumed(own / "checkpoint-2", partial(some_steps, own, objective))
+    go_on = partial(some_steps, folder / "after one", "counterfactual")
+    seen["after one"] = resumed(folder / "one" / "checkpoint-2", go_on)
     torch.save(seen, folder / f"seen-{os.environ['RANK']}.pt")
 
 
@@ -101,29 +107,12 @@ def seen(tmp_path_factory):
     """What the processes saw, one entry each."""
     folder = tmp_path_factory.mktemp("distributed")
     some_steps(folder / "one", "counterfactual", save_strategy="steps", save_steps=2)
-    package = Path(flux_ext.__file__).parent.parent
-    path = os.pathsep.join([str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={PROCESSES}",
-            __file__,
-            folder,
-        ],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch(__file__, PROCESSES, folder)
     return [torch.load(folder / f"seen-{rank}.pt") for rank in range(PROCESSES)]
 
 
-def needs_resuming(seen):
-    if seen[0]["after one"] is None:
+def needs_resuming(seen, what="after one"):
+    if seen[0][what] is None:
         pytest.skip(f"transformers {transformers.__version__} loads no optimizer into several processes on the CPU")
 
 

@@ -26,18 +26,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_library": set(),
     "strict_json": set(),
     "transformers_seam": set(),
-    "forward_context": {"transformers_seam"},
+    "sequence_parallel": set(),
+    "forward_context": {"sequence_parallel", "transformers_seam"},
     "examples": set(),
     "operators": {"_library"},
     "config": {"operators"},
     "pictures": {"operators", "_C"},
     "routers": {"operators", "config"},
     "caches": {"operators", "config", "forward_context", "transformers_seam"},
-    "models": {"operators", "config", "forward_context", "transformers_seam", "caches", "routers"},
+    "models": {"operators", "config", "forward_context", "sequence_parallel", "transformers_seam", "caches", "routers"},
 }
 MAY_IMPORT["serving"] = {"operators", "config", "routers"}  # and vLLM, in one of its files
 MAY_IMPORT["evaluation"] = {"examples", "pictures", "strict_json", "transformers_seam", "models"}
-MAY_IMPORT["training"] = {"examples", "strict_json", "transformers_seam", "models", "routers"}
+MAY_IMPORT["training"] = {"examples", "sequence_parallel", "strict_json", "transformers_seam", "models", "routers"}
 MAY_IMPORT["cli"] = {"__init__", *MAY_IMPORT, "_C"} - {"serving"}  # the public names too, as a user has them
 MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models"}
 MAY_IMPORT["__main__"] = {"cli"}

@@ -67,10 +67,12 @@ def test_counterfactual_gradient_is_the_exact_worth_of_each_unit():
     assert torch.allclose(model.z.grad, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("choice", ["evenly", "by_worth"])
 @pytest.mark.parametrize("flips", [1, 3])
 @pytest.mark.parametrize("num_heads, group", [(1, 1), (3, 1), (4, 2)])
-def test_counterfactual_gradient_is_unbiased(num_heads, group, flips):
-    model, o = toy(num_heads), objective(num_heads, flips=flips, heads_per_flip=group, delta_clip=100)
+def test_counterfactual_gradient_is_unbiased(num_heads, group, flips, choice):
+    model = toy(num_heads)
+    o = objective(num_heads, flips=flips, heads_per_flip=group, delta_clip=100, flip_choice=choice)
     total = torch.zeros_like(model.z)
     steps = 1500
     for _ in range(steps):
@@ -238,6 +240,7 @@ def test_training_reaches_the_best_routing_where_two_layers_need_each_other(name
         ({"multiplier_lr": math.nan}, "multiplier_lr must be >= 0 and finite, got nan"),
         ({"start_bias": math.nan}, "start_bias must be finite, got nan"),
         ({"default_target": math.nan}, r"default_target must lie in \[0, 1\], got nan"),
+        ({"flip_choice": "often"}, "flip_choice must be one of evenly, by_worth, got 'often'"),
         ({"flips": 1.5}, "flips must be >= 1 and whole, got 1.5"),
         ({"flips": 0}, "flips must be >= 1"),
         ({"flips": 9}, "flips must be at most the 4 routed layers, got 9"),

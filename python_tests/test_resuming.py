@@ -1,8 +1,10 @@
 """Going on from a checkpoint: what goes on, what the new recipe changes, what is refused, and damaged files."""
 
 import json
+import pkgutil
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -175,15 +177,81 @@ def test_an_objective_of_other_shapes_is_refused(checkpoint, tmp_path):
     )
 
 
-def test_the_newest_checkpoint_counts_even_if_it_is_damaged(saved, tmp_path):
+def test_the_newest_whole_checkpoint_counts(saved, tmp_path):
     folder = Path(shutil.copytree(saved[0], tmp_path / "copy"))
     assert latest_checkpoint(folder) == str(folder / "checkpoint-2") and latest_checkpoint(tmp_path / "none") is None
-    (folder / "checkpoint-2" / "trainer_state.json").write_text('{"epoch": 1')
+    state = folder / "checkpoint-2" / "trainer_state.json"
+    state.write_text('{"epoch": 1')
     t = trainer(folder)
-    with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state\.json is damaged"):
+    with pytest.raises(ValueError, match=r"checkpoint-2/trainer_state\.json is damaged"):  # asked for by name
+        t.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    with pytest.warns(UserWarning, match=r"checkpoint-1: .*checkpoint-2/trainer_state\.json is damaged"):
+        assert latest_checkpoint(folder) == str(folder / "checkpoint-1")
+    with pytest.warns(UserWarning, match="checkpoint-1"):
         t.train(resume_from_checkpoint=True)
-    t.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     assert t.state.global_step == 4
+    (folder / "checkpoint-1" / "whole.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .*copy is whole: .*checkpoint-1 .*cut off"):
+        latest_checkpoint(folder)
+
+
+class Killed(BaseException):
+    """The end of the machine: nothing handles it."""
+
+
+WRITES = (
+    ("begun", "flux_ext.training.trainer.begin", 0),
+    ("routers", "flux_ext.training.trainer.check_output_folder", 1),  # the first one is before the training
+    ("objective", "flux_ext.training.trainer.save_file", 0),
+    ("rest", "torch.save", 0),
+    ("optimizer", "torch.save", 1),
+    ("scheduler", "torch.save", 2),
+    ("draws", "torch.save", 3),
+    ("draws of the objective", "flux_ext.training.trainer.save_file", 1),
+    ("state", "transformers.TrainerState.save_to_json", 0),
+    ("mark", "flux_ext.training.trainer.finish", 0),
+    ("old ones", "flux_ext.training.trainer.rotate_checkpoints", 0),
+)
+"""What is called on the way to a whole checkpoint, and the how manieth call."""
+
+
+@pytest.mark.parametrize("where, count", [w[1:] for w in WRITES], ids=[w[0] for w in WRITES])
+def test_the_end_of_the_machine_while_it_writes_a_checkpoint_loses_no_earlier_one(
+    saved, tmp_path, monkeypatch, where, count
+):
+    """Whatever was written last: the first checkpoint is there, and resuming from it gives what was to come."""
+    recipe = Recipe(targets={"a": 0.9}, multiplier_lr=0.1)
+    folder = tmp_path / "run"
+    shutil.copytree(saved[0] / "checkpoint-1", folder / "checkpoint-1")
+    options = {"recipe": recipe, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    t = trainer(folder, **options)
+    calls, owner = [], pkgutil.resolve_name(where.rpartition(".")[0])
+    stock = getattr(owner, where.rpartition(".")[2])
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > count:
+            raise Killed
+        return stock(*args, **kwargs)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(where, killed)
+        t.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    newest = folder / "checkpoint-2"
+    if where.endswith("rotate_checkpoints"):
+        assert latest_checkpoint(folder) == str(newest)
+        return
+    began = newest.is_dir()
+    assert began == (where.rpartition(".")[2] not in ("begin", "check_output_folder"))
+    again = trainer(folder, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=True)
+    assert began == any("checkpoint-2 is no whole checkpoint: its writing was cut off" in str(w.message) for w in said)
+    assert torch.equal(again.objective.multipliers.lambda1, saved[1])
+    assert latest_checkpoint(folder) == str(newest) and not (folder / "checkpoint-1").exists()
+    one, two = (flux_ext.FluxRouters.from_pretrained(f / "checkpoint-2") for f in (folder, saved[0]))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
 def test_no_such_checkpoint(tmp_path):

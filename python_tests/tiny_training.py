@@ -61,6 +61,7 @@ def dataset(count=12, ragged=True):
 
 def trainer(tmp_path, m=None, recipe=None, data=None, **options):
     packed = options.pop("packed", False)
+    sequence_parallel = options.pop("sequence_parallel", 1)
     callbacks = options.pop("callbacks", None)
     args = {
         "max_steps": 4,
@@ -78,6 +79,7 @@ def trainer(tmp_path, m=None, recipe=None, data=None, **options):
         training_arguments(str(tmp_path), **args),
         train_dataset=data or dataset(),
         packed=packed,
+        sequence_parallel=sequence_parallel,
         tokenizer=Bytes(),
         callbacks=callbacks,
     )

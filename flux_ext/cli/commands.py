@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import FluxRouters
+    from ..examples import Example
+    from ..training import FluxTrainer, Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,12 +127,20 @@ def _load(
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     except Exception as error:  # of any type: the readers of safetensors and tokenizers have their own
         raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
-    model.to(args.device).eval()
+    if not getattr(args, "fsdp", False):  # which gives each process its part itself
+        model.to(_own_device(args.device))
+    model.eval()
     if isinstance(routers, FluxConfig):
         flux_ext.patch(model, routers)
     else:
         flux_ext.patch(model, routers=routers)
     return model, tokenizer
+
+
+def _own_device(device: Any) -> Any:
+    """Where this process, of those that torchrun has started, keeps a model."""
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if device == "cuda" and own is not None else device
 
 
 def _prompt(file: Path) -> str:
@@ -190,7 +203,7 @@ def _budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
-    from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
+    from ..training import Recipe
     from ..training.checkpoint import Checkpoint, check_output_folder, check_progress, latest_checkpoint
 
     recipe = Recipe(
@@ -203,6 +216,7 @@ def _train(args: argparse.Namespace) -> None:
         start_bias=args.start_bias,
         whiten=args.whiten,
         flips=args.flips,
+        flip_choice=args.flip_choice,
         heads_per_flip=args.heads_per_flip,
     )
     examples = load_examples(args.data)
@@ -220,11 +234,38 @@ def _train(args: argparse.Namespace) -> None:
     check_output_folder(args.output)
     torch.manual_seed(args.seed)
     model, tokenizer = _load(args, args.routers or config)
-    trainer = FluxTrainer(
+    with contextlib.ExitStack() as stack:  # a Trainer makes its folder when it is made
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if args.dry_run else str(args.output)
+        trainer = _trainer(args, recipe, examples, folder, model, tokenizer)
+        if args.dry_run:
+            cost = trainer.dry_run()
+            if trainer.is_world_process_zero():
+                print(cost)
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    print(f"routers written to {args.output}")
+    if held_out:
+        from ..evaluation import evaluate, format_table
+
+        print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
+
+
+def _trainer(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    examples: Sequence[Example],
+    folder: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> FluxTrainer:
+    from ..training import FluxTrainer, RouterDataset, training_arguments
+
+    return FluxTrainer(
         model,
         recipe,
         training_arguments(
-            str(args.output),
+            folder,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch_size,
             gradient_accumulation_steps=args.accumulate,
@@ -235,18 +276,13 @@ def _train(args: argparse.Namespace) -> None:
             seed=args.seed,
             use_cpu=torch.device(args.device).type == "cpu",
             **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+            **({"fsdp": True, "fsdp_config": {"version": 2}} if args.fsdp else {}),
         ),
         train_dataset=RouterDataset(examples, tokenizer, max_length=args.max_length),
         packed=args.packed,
         tokenizer=tokenizer,
+        sequence_parallel=args.sequence_parallel,
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
-    print(f"routers written to {args.output}")
-    if held_out:
-        from ..evaluation import evaluate, format_table
-
-        print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
 
 
 def _make_data(args: argparse.Namespace) -> None:

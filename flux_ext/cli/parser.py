@@ -131,6 +131,12 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
     add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
     add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
+    add(
+        "--flip-choice",
+        default="evenly",
+        choices=["evenly", "by_worth"],
+        help="layers to flip: each as often, or those more often whose flips have changed the loss more",
+    )
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     options.add_modes(add)
@@ -140,6 +146,14 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
     add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
+    add(
+        "--sequence-parallel",
+        type=options.COUNT,
+        default=1,
+        help="processes (of torchrun) that share each sequence, for those too long for one GPU",
+    )
+    add("--fsdp", action="store_true", help="cut the model up over the processes of torchrun (FSDP2)")
+    add("--dry-run", action="store_true", help="measure memory and time of a step, say them and end; writes nothing")
     add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
     add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
     add("--logging-steps", type=options.COUNT, default=10, help="steps from one report to the next")

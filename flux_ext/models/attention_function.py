@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import operators
+from ..caches.dynamic import FluxCacheLayer
 from ..forward_context import ForwardContext
 from ..operators import KeyValues, Routing
 from ..operators.patterns import Streaming
@@ -19,6 +20,9 @@ from ..transformers_seam import (
     AttentionMaskInterface,
     attends_ahead,
 )
+
+if TYPE_CHECKING:
+    from .patched_attention import PatchedAttention
 
 NAME = "flux_ext"
 
@@ -46,25 +50,44 @@ def flux_attention(
     if torch.is_autocast_enabled(value.device.type):  # of an fp32 model, whose rotary embedding then gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if context.shard is not None:
+        q, k, v = context.shard.by_heads(q, k, v)
+        route = None if route is None else context.shard.own_heads(route)
+    out = _attend(patched, q, k, v, route, scaling, context, cache_layer, sliding_window)
+    return out if context.shard is None else context.shard.by_tokens(out), None
+
+
+def _attend(
+    patched: PatchedAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    scaling: float,
+    context: ForwardContext,
+    cache_layer: FluxCacheLayer | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention ``[B, S, Hq, D]`` over all tokens of a layer's sequences."""
     if patched.window is not None:
         if sliding_window not in (None, patched.window):
             raise ValueError(
                 f"layer {patched.index} asks for a window of {sliding_window}, its cache has {patched.window}"
             )
-        return _sliding(q, k, v, scaling, context, patched.window), None
+        return _sliding(q, k, v, scaling, context, patched.window)
     if sliding_window is not None:
         raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
     if cache_layer is not None and cache_layer.continues:
-        return cache_layer.attend(q, scaling, context), None
+        return cache_layer.attend(q, scaling, context)
     prompt, answer = patched.routings(route)
     end = context.prompt_end(q)
     if context.cu_seqlens is not None:
         out = operators.attention_after_prompt(
             q[0], k[0], v[0], prompt, answer, end, scale=scaling, cu_seqlens=context.cu_seqlens
         )
-        return out[None], None
+        return out[None]
     bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
-    return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds), None
+    return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
 
 
 def refuse_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import transformers_seam
 from ..caches.dynamic import FluxCache, stock_cache_layers
 from ..config import FluxConfig
-from ..forward_context import read_forward
+from ..forward_context import read_forward, read_part
 from ..routers.collection import FluxRouters
 from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, take_cache
 from . import attention_function, families, proof
@@ -224,7 +224,10 @@ class Patch:
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         self.check_checkpointing()
-        context = read_forward(self.local.policy, kwargs, tokens, cache)
+        if self.local.shard is None:
+            context = read_forward(self.local.policy, kwargs, tokens, cache)
+        else:
+            context = read_part(self.local.policy, kwargs, tokens, cache, self.local.shard)
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
         if context.held is not None:

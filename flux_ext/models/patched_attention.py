@@ -12,6 +12,7 @@ from ..caches.dynamic import FluxCacheLayer
 from ..forward_context import Decision, ForwardContext, Policy
 from ..operators import Routing
 from ..operators.patterns import Full
+from ..sequence_parallel import Shard
 from ..transformers_seam import cache_of
 from . import families
 
@@ -32,7 +33,7 @@ class ThreadState(threading.local):
         forward: context of the decoder's forward in flight.
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
-        policy, prompt_lengths: what callers have set for the forwards of this thread.
+        policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
         decisions: of the last forward, by place among the routed layers.
         proving: whether the full mode is full attention whatever the configuration says, to be compared with the model
             as it was.
@@ -46,6 +47,7 @@ class ThreadState(threading.local):
         self.cache_layer: FluxCacheLayer | None = None
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
+        self.shard: Shard | None = None
         self.decisions: dict[int, Decision] | None = None
         self.proving = False
 
@@ -165,7 +167,8 @@ class PatchedAttention:
             context.decisions[self.place] = Decision(None, context.held.routes[self.place])
             return
         router: Any = self.attention.flux_router
-        logits, route = router(*context.prompts(self.tap.states(output, self.attention)), with_route=True)
+        states = context.prompts(self.tap.states(output, self.attention), self.patch.config.pool_size)
+        logits, route = router(*states, with_route=True)
         if context.policy is not None:
             route = context.policy(self.place, logits)
         route = self.patch.check_route(route, logits)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..config import FluxConfig
 from ..forward_context import Decision, Policy
 from ..routers.collection import FluxRouters
+from ..sequence_parallel import SequenceGroup, Shard
 from ..transformers_seam import PreTrainedModel
 from .model_patch import Patch
 
@@ -206,6 +207,27 @@ def prompt_lengths(model: nn.Module, lengths: Tensor | None) -> contextlib.Abstr
         lengths: integers ``[B]``, tokens of each sequence that are its prompt, padding not counted; None: all.
     """
     return _setting(model, "prompt_lengths", lengths)
+
+
+def shard(model: nn.Module, part: Shard | None) -> contextlib.AbstractContextManager[None]:
+    """Says that the forwards of this thread have a part of their sequences' tokens; other processes have the rest.
+
+    Args:
+        model: a patched model, called with its own tokens, their ``position_ids`` and no mask.
+        part: which; None: all tokens.
+    """
+    return _setting(model, "shard", part)
+
+
+def check_sequence_parallel(model: nn.Module, group: SequenceGroup) -> None:
+    """ValueError where sequences of this patched model cannot be spread over the processes of a group."""
+    patch = _patch_of(model)
+    if (rest := len(patch.decoder.layers) - len(patch.attentions)) > 0:
+        raise ValueError(
+            f"sequence parallelism needs attention in every layer: {rest} of {len(patch.decoder.layers)} layers of "
+            f"{type(patch.model).__name__} carry a state from token to token"
+        )
+    group.check_heads(patch.num_q_heads, patch.num_kv_heads)
 
 
 @contextlib.contextmanager

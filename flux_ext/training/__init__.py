@@ -3,10 +3,12 @@
 from ..examples import load_examples, save_examples
 from .config import Recipe, training_arguments
 from .data import PackedCollator, PaddedCollator, RouterDataset
+from .dry_run import Cost
 from .objective import Counterfactual, Multipliers, Objective, Soft, Step, StraightThrough, make_objective
 from .trainer import FluxTrainer
 
 __all__ = [
+    "Cost",
     "Counterfactual",
     "FluxTrainer",
     "Multipliers",

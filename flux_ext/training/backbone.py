@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import patching
+from ..sequence_parallel import SequenceGroup
 from ..transformers_seam import KEEP_LOGITS, kept_logits
 from .data import IGNORED
+from .distributed import Agree, alone
 from .objective import Policy
+from .sequence_parallel import own_columns, part_of
 
 _OURS = ("labels", "task_ids", "prompt_lengths")
 """Columns of a batch that are no arguments of the model."""
@@ -30,6 +33,9 @@ class PatchedModel:
         inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
         num_layers, num_heads: routed layers, and decisions per layer.
         layers: the model's own index of each routed layer.
+        agree: where a forward needs all processes (FSDP), so that all must make as many: tells the most that any of
+            them is going to make.
+        group: who shares the batch's sequences with this process; None: nobody.
     """
 
     def __init__(
@@ -39,26 +45,33 @@ class PatchedModel:
         num_layers: int,
         num_heads: int = 1,
         layers: Sequence[int] | None = None,
+        agree: Agree = alone,
+        group: SequenceGroup | None = None,
     ) -> None:
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.agree, self.group = model, inputs, agree, group
         self.num_layers, self.num_heads = num_layers, num_heads
         self._own = patching.unwrap_parallel(model)
         self._index = list(range(num_layers)) if layers is None else list(layers)
         self._blocks = patching.decoder_layers(model)
         self._kept: dict[int, Tensor] = {}
+        self._spare = 0
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
         """The loss of each sequence ``[B]``, nats per answer token."""
         self._kept = {}
+        self._spare = self.agree(len(keep or {})) - len(keep or {})
         with contextlib.ExitStack() as stack:
             stack.enter_context(patching.policy(self._own, policy))
             for layer, rows in (keep or {}).items():
                 block = self._blocks[self._index[layer]]
                 stack.enter_context(_before(block, self._keeper(layer, rows)))
-            return losses(self.model, self.inputs)
+            return losses(self.model, self.inputs, self.group)
 
     def loss_again(self, policy: Policy, layer: int, rows: Tensor) -> Tensor:
         """The losses ``[len(rows)]`` of these sequences, run from the layer on whose input was kept."""
+        if not len(rows):
+            self._pass()
+            return rows.new_zeros(0, dtype=torch.float32)
         inputs = take(self.inputs, rows)
         with torch.no_grad(), contextlib.ExitStack() as stack:
             stack.enter_context(patching.policy(self._own, policy))
@@ -68,7 +81,20 @@ class PatchedModel:
                     stack.enter_context(_skipped(block))
                 stack.enter_context(_before(self._blocks[first], lambda _: hidden))
             # Not through the wrapper: nothing here has a gradient to be reduced.
-            return losses(self._own, inputs)
+            return losses(self._own, inputs, self.group)
+
+    def keep_step(self) -> None:
+        """After the flips of a batch: takes part in those of processes that have more."""
+        while self._spare > 0:
+            self._spare -= 1
+            self._pass()
+
+    def _pass(self) -> None:
+        """A forward through no layer, for the other processes' sake."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for block in self._blocks:
+                stack.enter_context(_skipped(block))
+            losses(self._own, take(self.inputs, torch.zeros_like(self.inputs["task_ids"][:1])), self.group)
 
     def _keeper(self, layer: int, rows: Tensor) -> Callable[[Tensor], None]:
         def keep(hidden: Tensor) -> None:
@@ -79,7 +105,7 @@ class PatchedModel:
         return keep
 
 
-def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def losses(model: nn.Module, inputs: Mapping[str, Any], group: SequenceGroup | None = None) -> Tensor:
     """The mean cross-entropy of each sequence's answer, fp32 ``[B]``, nats per token.
 
     The routers decide from the prompts; logits are made for answers only.
@@ -87,6 +113,8 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     Args:
         model: a patched causal language model, wrapped or not.
         inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
+        group: the processes that share it, all of which have the whole of ``inputs`` and get all losses; None: this
+            one alone.
 
     Raises:
         ValueError: a sequence has no answer; see :func:`answered`.
@@ -96,23 +124,30 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         rows = (counts == 0).nonzero()[:, 0].tolist()
         raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
     targets = _targets(inputs)
-    columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
-    logits = kept_logits(model, run(model, inputs, **{KEEP_LOGITS: columns}), len(columns))  # [B, K, V]
+    columns = kept = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
+    if group is not None:
+        columns, kept = own_columns(columns, inputs["labels"].shape[1], group)
+    logits = kept_logits(model, run(model, inputs, group, **{KEEP_LOGITS: kept}), len(columns))  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    if group is not None:
+        return group.sum(nats.view_as(targets).sum(1)) / counts
     if inputs.get("cu_seq_lens_q") is None:
         return nats.view_as(targets).sum(1) / counts
     return nats.new_zeros(len(counts)).index_add(0, _sequence_of(columns, inputs), nats) / counts
 
 
-def run(model: nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+def run(model: nn.Module, inputs: Mapping[str, Any], group: SequenceGroup | None = None, **options: Any) -> Any:
     """The model's output for a batch, without a cache; the routers decide from the prompts.
 
     Args:
+        group: the processes that share it; the output is then of this one's part of the tokens.
         options: further keywords of the model's forward.
     """
-    arguments = {k: v for k, v in inputs.items() if k not in _OURS}
-    with patching.prompt_lengths(model, inputs["prompt_lengths"]):
+    arguments, shard = {k: v for k, v in inputs.items() if k not in _OURS}, None
+    if group is not None:
+        arguments, shard = part_of(inputs, group)
+    with patching.prompt_lengths(model, inputs["prompt_lengths"]), patching.shard(model, shard):
         return model(**arguments, use_cache=False, **options)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Recipe
+from .distributed import Agree, alone
 
 SATURATED = 0.1
 """Nats per answer token: a smaller mean dense loss counts as this, for a share of it would be next to nothing."""
@@ -140,19 +141,26 @@ class DenseLosses:
     def __len__(self) -> int:
         return len(self._known)
 
-    def get(self, inputs: Mapping[str, Any], rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+    def get(
+        self,
+        inputs: Mapping[str, Any],
+        rows: Tensor,
+        measure: Callable[[Tensor], Tensor],
+        agree: Agree = alone,
+    ) -> Tensor:
         """The losses of some sequences, fp32 ``[len(rows)]`` on their device, nats per answer token.
 
         Args:
             inputs: a batch of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`.
             rows: int64, which sequences.
             measure: their losses ``[len(rows)]``, of those that are not known.
+            agree: where all processes must measure together, some of them nothing.
         """
         all_keys = sequence_keys(inputs)
         keys = [all_keys[row] for row in rows.tolist()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
-        if new:
-            found = measure(rows[torch.tensor(new, device=rows.device)]).tolist()
+        if agree(len(new)):
+            found = measure(rows[torch.tensor(new, dtype=torch.long, device=rows.device)]).tolist()
             self._known |= {keys[i]: x for i, x in zip(new, found, strict=True)}
         return torch.tensor([self._known[key] for key in keys], dtype=torch.float32, device=rows.device)
 

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import warnings
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ OBJECTIVE_FILE = "objective.safetensors"
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 ARGUMENTS_FILE = "training_args.bin"
+WHOLE_FILE = "whole.json"
+"""Written last, when every file of every process is on the disk: a checkpoint without it is one whose writing was cut
+off, by the end of a process or of the machine."""
 
 
 def objective_file(rank: int) -> str:
@@ -72,6 +77,27 @@ class Checkpoint:
             FluxRouters.from_pretrained(folder),
             {r: _read_tensors(file) for r, file in files.items() if file.is_file()},
         )
+
+    def check_goes_on(self, recipe: Recipe, tasks: Sequence[str]) -> None:
+        """ValueError where a recipe or its tasks have something else that cannot change within a training."""
+        began = replace(recipe, start_bias=self.recipe.start_bias).initial_bias
+        for name, own, saved in (
+            ("tasks", tuple(tasks), self.tasks),
+            ("objective", recipe.objective, self.recipe.objective),
+            ("multipliers", recipe.multipliers, self.recipe.multipliers),
+            ("start_bias", recipe.initial_bias, began),
+            ("constraint", _constraint(recipe), _constraint(self.recipe)),
+            ("flip_choice", recipe.flip_choice, self.recipe.flip_choice),
+        ):
+            if own != saved:
+                raise ValueError(f"{self.folder} was trained with {name} {saved!r}, not {own!r}")
+
+
+def _constraint(recipe: Recipe) -> str:
+    """What the objective's state is of, in words."""
+    if not recipe.has_budget:
+        return "targets"
+    return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
 
 
 def check_progress(folder: Path, rank: int, optimizer: Mapping[str, Any] | None) -> None:
@@ -152,8 +178,82 @@ def _check_archive(file: Path) -> None:
         raise ValueError(f"{file} is damaged: the checksum of {broken} is wrong")
 
 
-def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest checkpoint in a folder, whole or damaged, or None."""
-    from transformers.trainer_utils import get_last_checkpoint
+def begin(folder: Path) -> None:
+    """A checkpoint that is about to be written (again) is no whole one."""
+    (folder / WHOLE_FILE).unlink(missing_ok=True)
 
-    return get_last_checkpoint(os.fspath(folder)) if Path(folder).is_dir() else None
+
+def flush(folder: Path) -> None:
+    """Brings a checkpoint's files to the disk, so that they outlive the machine's end. Each process that has written
+    some does so after its last."""
+    for file in [*folder.iterdir(), folder]:
+        try:
+            opened = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:  # the temporary one of a process that is still at it
+            continue
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def finish(folder: Path, processes: int, objectives: int) -> None:
+    """Marks a checkpoint as whole: the files of so many processes are there, and on the disk.
+
+    Args:
+        folder: the checkpoint.
+        processes: of the training.
+        objectives: those of them that draw for themselves; the others share sequences with them.
+    """
+    file = folder / f".{WHOLE_FILE}.tmp"
+    file.write_text(json.dumps({"processes": processes, "objectives": objectives}), encoding="utf-8")
+    flush(folder)
+    os.replace(file, folder / WHOLE_FILE)
+    flush(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """ValueError where a checkpoint's writing was cut off, or a file of it is damaged; the message names it."""
+    if not (folder / WHOLE_FILE).is_file():
+        raise ValueError(f"{folder} is no whole checkpoint: its writing was cut off ({WHOLE_FILE} is missing)")
+    counts = read_object(folder / WHOLE_FILE)
+    for name in ("processes", "objectives"):
+        if not isinstance(counts.get(name), int) or counts[name] < 1:
+            raise ValueError(f"{folder / WHOLE_FILE} is damaged: {name} must be >= 1, it is {counts.get(name)!r}")
+    Checkpoint.read(folder)
+    for stream in range(counts["objectives"]):
+        require(folder, objective_file(stream))
+        _read_tensors(folder / objective_file(stream))
+    for rank in range(counts["processes"]):
+        check_progress(folder, rank, {} if rank == 0 else None)
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint in a folder, None where there are none.
+
+    Newer ones that are not whole are passed over, with a warning that says what they lack.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    found = [(int(m[1]), m[0]) for m in map(_NAME.fullmatch, _names(Path(folder))) if m]
+    errors = []
+    for _, name in sorted(found, reverse=True):
+        try:
+            check_whole(Path(folder) / name)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            warnings.warn(f"resuming from {Path(folder) / name}: {'; '.join(errors)}", stacklevel=2)
+        return os.fspath(Path(folder) / name)
+    if errors:
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(errors)}")
+    return None
+
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

@@ -13,6 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+FlipChoice = Literal["evenly", "by_worth"]
 ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
 MultiplierForm = Literal["inequality", "published", "published_abs"]
 ScheduleName = Literal["cosine", "linear", "exponential"]
@@ -21,6 +22,7 @@ BudgetUnit = Literal["share", "nats"]
 OBJECTIVES = ("counterfactual", "soft", "straight_through")
 MULTIPLIER_FORMS = ("inequality", "published", "published_abs")
 SCHEDULES = ("cosine", "linear", "exponential")
+FLIP_CHOICES = ("evenly", "by_worth")
 BUDGET_UNITS = ("share", "nats")
 
 DEFAULT_BUDGET = 0.01
@@ -64,6 +66,8 @@ class Recipe:
             and at least two examples.
         flips: counterfactuals per sequence and step; they share one base forward. None: 2, with head-level routing 4
             (its units are more and their worth is smaller), or all layers where there are fewer.
+        flip_choice: which layers are flipped: ``"evenly"``, each as often, or ``"by_worth"``, those more often whose
+            flips have changed the loss more (:mod:`~flux_ext.training.flips`); the gradient's mean is the same.
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.
@@ -87,6 +91,7 @@ class Recipe:
     start_bias: float | None = None
     whiten: int | None = None
     flips: int | None = None
+    flip_choice: FlipChoice = "evenly"
     heads_per_flip: int = 1
     logit_bound: float = 2.0
     delta_clip: float = 1.0
@@ -97,6 +102,7 @@ class Recipe:
             ("multipliers", MULTIPLIER_FORMS),
             ("tau_schedule", SCHEDULES),
             ("budget_unit", BUDGET_UNITS),
+            ("flip_choice", FLIP_CHOICES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -242,6 +248,13 @@ def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module)
     accelerator: Any = args.accelerator_config
     if accelerator.dispatch_batches:
         raise ValueError("dispatch_batches must be False, got True: packed batches cannot be cut into equal parts")
+    parallel: Any = getattr(args, "parallelism_config", None)
+    for name in ("sp_size", "cp_size", "tp_size"):
+        if parallel is not None and (size := getattr(parallel, name, 1)) > 1:
+            raise ValueError(
+                f"parallelism_config.{name} must be 1, got {size}: it is for stock attention functions. Sequences are "
+                "spread over processes with FluxTrainer(sequence_parallel=...)"
+            )
     placed = {d for d in (getattr(model, "hf_device_map", None) or {}).values() if d not in ("cpu", "disk")}
     if args.n_gpu > 1 and placed <= {args.device, args.device.index, str(args.device)}:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .budget import Price
 from .config import Recipe
+from .flips import FlipChances
 
 Policy = Callable[[int, Tensor], Tensor]
 """``(layer, logits [B, 2] or [B, Hkv, 2]) -> route [B] or [B, Hkv]``: integers choose (0 full, 1 sparse),
@@ -267,7 +268,8 @@ class Counterfactual(Objective):
     With a budget, half of the sequences are not drawn for but take the routers' own routes: they say what is lost in
     use, and what each layer is worth there; the others explore.
 
-    The layers to flip come off a shuffled deck per task, so every task sees every layer equally often.
+    The layers to flip come off a shuffled deck per task, so every task sees every layer equally often; or
+    (``flip_choice="by_worth"``) they are drawn, those more often whose flips have changed more.
     """
 
     BOUND_WEIGHT = 0.1
@@ -294,6 +296,7 @@ class Counterfactual(Objective):
             )
         self.register_buffer("deck", torch.zeros(len(self.tasks), num_layers, dtype=torch.long))
         self.register_buffer("dealt", torch.full((len(self.tasks),), num_layers))
+        self.chances = FlipChances(num_layers, self.flips) if recipe.flip_choice == "by_worth" else None
 
     def deal(self, tasks: Sequence[int]) -> Tensor:
         """The layers to flip for sequences of these ``tasks``, int64 ``[B, flips]`` on the CPU, different ones in each
@@ -330,7 +333,12 @@ class Counterfactual(Objective):
 
     def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
         batch, recipe = len(tasks), self.recipe
-        layers = self.deal(tasks.tolist())  # [B, K]
+        chance = torch.full((self.num_layers,), self.flips / self.num_layers)
+        if self.chances is None:
+            layers = self.deal(tasks.tolist())  # [B, K]
+        else:
+            chance = self.chances.chances()
+            layers = self.chances.draw(chance, batch, self.generator)
         own = self.own_rows(batch)
         group = self.groups(own).to(tasks.device)  # [B, K, H]
         own, shift = own.to(tasks.device), self.shifts(batch).to(tasks.device)
@@ -355,7 +363,7 @@ class Counterfactual(Objective):
         z, full = _stack(z_of), _stack(full_of)  # [B, L, H]
         # Heads are weighed as if each had been flipped alone: a group's worth is shared out evenly.
         together = group.sum(-1)[:, :1]  # [B, 1]
-        scale = self.num_layers * self.num_heads / (self.flips * together.square() * batch)
+        scale = self.num_heads / (together.square() * batch)
         worth = torch.zeros_like(z)
         for layer, rows in rows_of.items():
             which = (layers[rows] == layer).int().argmax(1)
@@ -372,7 +380,9 @@ class Counterfactual(Objective):
                 change = model.loss_again(other, layer, rows) - base[rows]
             was_full = (full[rows, layer] & members).any(1)
             delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
-            worth[rows, layer] += scale[rows] * delta[:, None] * members
+            worth[rows, layer] += scale[rows] / float(chance[layer]) * delta[:, None] * members
+            if self.chances is not None:
+                self.chances.note(layer, delta)
         p = torch.sigmoid(z.detach())
         sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
         bound = F.relu(z.abs() - recipe.logit_bound).square().mean()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..models import patching
 from ..routers.modules import FULL_BIAS, Router
+from ..sequence_parallel import SequenceGroup
 from ..transformers_seam import KEEP_LOGITS
 from .backbone import run
 
@@ -51,12 +52,15 @@ def check_pooled(pooled: Tensor) -> None:
 
 
 @torch.no_grad()
-def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+def pooled_states(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], group: SequenceGroup | None = None
+) -> list[Tensor]:
     """What each router sees of each prompt, with every layer full.
 
     Args:
         model: a patched model.
         batches: of :class:`~.data.PaddedCollator` or :class:`~.data.PackedCollator`, on the model's device.
+        group: the processes that share the sequences, with the same batches; None: this one alone.
 
     Returns:
         one fp32 tensor per routed layer, ``[N, D]``, of head routers ``[N, Hkv, D]``, for the N prompts.
@@ -77,7 +81,7 @@ def pooled_states(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> lis
     try:
         with patching.routes(model, "full"):
             for batch in batches:
-                run(model, batch, **{KEEP_LOGITS: 1})
+                run(model, batch, group, **{KEEP_LOGITS: 1})
     finally:
         for handle in handles:
             handle.remove()

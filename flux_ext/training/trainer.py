@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import TrainOutput
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from .. import strict_json
 from ..examples import Tokenizer
@@ -31,19 +25,26 @@ from ..routers.modules import Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .budget import DenseLosses, Price
+from .callbacks import CostReport, RouterProgress, StepGuard
 from .checkpoint import (
     ARGUMENTS_FILE,
     RECIPE_FILE,
     Checkpoint,
+    begin,
     check_output_folder,
     check_progress,
+    finish,
+    flush,
     latest_checkpoint,
     objective_file,
 )
 from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator, Tokens
+from .distributed import alone, average_gradients, keep_whole, most, spread
+from .dry_run import Cost, Measured, measure
 from .monitor import RouteWatch
 from .objective import Multipliers, Objective, Step, full_route, make_objective
+from .sequence_parallel import batch_of, make_group
 from .start import check_pooled, is_new, pooled_states, start_at, whiten
 
 check_trainer(Trainer)  # an override of a method that was renamed would never be called
@@ -80,6 +81,8 @@ class FluxTrainer(Trainer):
         train_dataset: a :class:`~.data.RouterDataset`, whose ``tasks`` name the constraints.
         packed: pack sequences into one row instead of padding them.
         tokenizer: gives the padding token.
+        sequence_parallel: processes that share each sequence, for those that are too long for one GPU: each has an
+            equal part of the tokens (:mod:`~.sequence_parallel`). It divides the number of processes.
         kwargs: as for ``Trainer``.
 
     Raises:
@@ -98,6 +101,7 @@ class FluxTrainer(Trainer):
         train_dataset: Dataset[Tokens],
         packed: bool = False,
         tokenizer: Tokenizer | None = None,
+        sequence_parallel: int = 1,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe()
@@ -116,7 +120,7 @@ class FluxTrainer(Trainer):
             self.tasks,
             len(self.routers.layers),
             (config.num_kv_heads or 1) if config.granularity == "head" else 1,
-            seed=int(args.seed or 0) + 1000 * int(args.process_index or 0),
+            seed=int(args.seed or 0) + 1000 * self._stream(args, sequence_parallel),
         ).to(args.device)
         self._layer_index = config.routed_layers()
         self.dense_losses = DenseLosses()
@@ -132,18 +136,35 @@ class FluxTrainer(Trainer):
             pad = getattr(tokenizer or kwargs.get("processing_class"), "pad_token_id", None)
             kwargs["data_collator"] = PackedCollator() if packed else PaddedCollator(0 if pad is None else pad)
         super().__init__(model, args, train_dataset=train_dataset, **kwargs)
-        for engine, name in (("DeepSpeed", "is_deepspeed_enabled"), ("FSDP", "is_fsdp_enabled")):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{engine} must be off: routers and multipliers would not be whole in its checkpoints. Several "
-                    "processes train with torchrun (DDP)"
-                )
+        self.group = make_group(sequence_parallel) if sequence_parallel != 1 else None
+        self.stream = self._stream(args, sequence_parallel)
+        if self.group is not None:
+            patching.check_sequence_parallel(model, self.group)
+            if packed:
+                raise ValueError("packed must be False with sequence_parallel: sequences are spread one by one")
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed must be off: routers and multipliers would not be whole in its checkpoints. Several "
+                "processes train with torchrun: DDP, or FSDP where the model is too large for one GPU"
+            )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp needs a GPU for each process, this one is on {args.device}: accelerate would ignore it"
+            )
+        self.sharded = self.is_fsdp_enabled
+        if self.sharded:
+            keep_whole(self.accelerator, self.routers)
+            self.is_fsdp_enabled = False  # to the Trainer: what it saves and loads is whole in every process
+        self.agree = most(self.args.device) if self.sharded else alone
         # Our loss is a mean over the micro-batch: the Trainer is to divide it by the number of micro-batches in a step.
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
-        self.add_callback(_StepGuard(self))
+        self._begins = self._dry = False
+        self._turn: int | None = None  # whose batch runs, where processes share sequences
+        self.add_callback(StepGuard(self))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
+            self.add_callback(CostReport(self))
             self.add_callback(RouterProgress())
         for router in self._layer_routers():
             start_at(router, self.recipe.initial_bias)
@@ -158,16 +179,32 @@ class FluxTrainer(Trainer):
         folder = Path(self.args.output_dir or ".")
         resumed = latest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
         if resumed:  # first: its own error says more than that a damaged checkpoint is not one of ours
-            Checkpoint.read(Path(resumed), self.args.process_index)
+            Checkpoint.read(Path(resumed), self.stream)
         if self.args.should_save:
             check_output_folder(folder)
             self.routers.check_savable(folder)
-        if not resumed:
-            self._whiten()
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._begins = not resumed
+        result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
         if advice := self.collapse():
             warnings.warn(advice, stacklevel=2)
         return result
+
+    def dry_run(self) -> Cost:
+        """What training is going to cost, measured by some steps of it. Nothing is changed, and no file is written."""
+        handler = self.callback_handler
+        callbacks, handler.callbacks = handler.callbacks, [c for c in handler.callbacks if isinstance(c, StepGuard)]
+        modes = [(module, module.training) for module in self.model.modules()]  # type: ignore[union-attr]
+        self._dry, self._begins = True, False
+        try:
+            super().train()
+        except Measured as measured:
+            return measured.cost
+        finally:
+            self._dry = self.is_in_train = False
+            handler.callbacks = callbacks
+            for module, training in modes:
+                module.training = training
+        raise RuntimeError("the training did not begin")
 
     def collapse(self) -> str | None:
         """What to do about routers that give all inputs the same routes; None where they do not, or may well.
@@ -186,6 +223,25 @@ class FluxTrainer(Trainer):
     def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
 
+    def begin_training(self) -> None:
+        """What comes before the first step, when the model is where it is going to be trained."""
+        self.clear_sums()
+        if self.accelerator.num_processes > 1:
+            spread(self.routers)
+        if self._dry:
+            raise Measured(measure(self, self.model_wrapped))
+        if self._begins:
+            self._whiten()
+            if self.accelerator.num_processes > 1:
+                spread(self.routers)
+
+    def clear_sums(self) -> None:
+        """Forgets what the latest steps have added up for the log."""
+        self._step_sums.zero_()
+        self._log_sums.zero_()
+        self._step_routes.zero_()
+        self.route_watch.clear()
+
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
         if self.recipe.whiten == 0:
@@ -198,7 +254,7 @@ class FluxTrainer(Trainer):
         if not any(new) or count < 2:
             if self.recipe.whiten is not None:
                 why = "the data have one example" if any(new) else "the routers are not new"
-                warnings.warn(f"whiten={self.recipe.whiten} has no effect: {why}", stacklevel=3)
+                warnings.warn(f"whiten={self.recipe.whiten} has no effect: {why}", stacklevel=2)
             return
         rows = [i * len(data) // count for i in range(count)]
         size = self.args.per_device_train_batch_size
@@ -206,7 +262,7 @@ class FluxTrainer(Trainer):
         shown = tqdm(batches, desc="looking at prompts", disable=self.args.disable_tqdm)
         inputs = (self._prepare_inputs(self.data_collator([data[i] for i in batch])) for batch in shown)
         with evaluation_mode(model):
-            pooled = pooled_states(model, inputs)
+            pooled = pooled_states(model, inputs, self.group)
         for states in pooled:
             check_pooled(states)  # all of them, before the first router changes
         for router, states, fit in zip(routers, pooled, new, strict=True):
@@ -223,20 +279,56 @@ class FluxTrainer(Trainer):
         """The objective's loss; outside training the mean loss under the routers' own hard routes."""
         inputs = answered(inputs)
         if not model.training:
-            loss = losses(model, inputs).mean()
+            loss = losses(model, inputs, self.group).mean()
             return (loss, {}) if return_outputs else loss
-        routed = PatchedModel(model, inputs, self.objective.num_layers, self.objective.num_heads, self._layer_index)
+        objective = self.objective
+        routed = PatchedModel(
+            model, inputs, objective.num_layers, objective.num_heads, self._layer_index, self.agree, self.group
+        )
         progress = self.state.global_step / max(1, self.state.max_steps)
         tasks = inputs["task_ids"]
-        step = self.objective(routed, tasks, progress)
+        step = objective(routed, tasks, progress)
+        routed.keep_step()
         dense = torch.full_like(step.deployed, torch.nan)
         rows = step.deployed.isfinite().nonzero()[:, 0]
-        if isinstance(self.objective.multipliers, Price) and len(rows):
-            dense[rows] = self.dense_losses.get(inputs, rows, partial(routed.loss_again, full_route, 0))
+        if isinstance(objective.multipliers, Price):
+            dense[rows] = self.dense_losses.get(inputs, rows, partial(routed.loss_again, full_route, 0), self.agree)
         self._add_up(tasks, step, dense)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self._turn in (None, self._turns - 1):
             self._ascend()
-        return (step.loss, {}) if return_outputs else step.loss
+        loss = step.loss / self._turns
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's, of the batches of all processes that share sequences."""
+        loss = torch.zeros((), device=self.args.device)
+        for batch, last in self._batches(inputs):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss += super().training_step(model, batch, *args, **kwargs)
+        if self.sharded and self.accelerator.sync_gradients:
+            average_gradients(self.routers)  # FSDP reduces those only of what it cuts up
+        return loss
+
+    def _batches(self, inputs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The batches of the processes that share sequences, in turn, and whether it is the last one."""
+        if self.group is None:
+            yield inputs, True
+            return
+        try:
+            for turn in range(self.group.size):
+                self._turn = turn
+                yield batch_of(inputs, self.group, turn, self.args.device), turn == self.group.size - 1
+        finally:
+            self._turn = None
+
+    @property
+    def _turns(self) -> int:
+        return 1 if self.group is None else self.group.size
+
+    @staticmethod
+    def _stream(args: TrainingArguments, sequence_parallel: int) -> int:
+        """Which draws are this process's: those of its group."""
+        return int(args.process_index or 0) // max(1, sequence_parallel)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's; each module of the model is left in the mode it was in."""
@@ -249,7 +341,8 @@ class FluxTrainer(Trainer):
         """The loss alone."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return cast(Tensor, self.compute_loss(model, inputs)).detach(), None, None
+            found = [cast(Tensor, self.compute_loss(model, batch)).detach() for batch, _ in self._batches(inputs)]
+        return found[0 if self.group is None else self.group.rank], None, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser that the arguments name, over the routers' parameters."""
@@ -308,6 +401,8 @@ class FluxTrainer(Trainer):
             "extra": torch.where(measured, step.deployed - dense, 0),
             "dense": torch.where(measured, dense, 0),
         }
+        if self.group is not None and self._turn != self.group.rank:
+            return  # the process whose batch it is counts it
         values = torch.stack([kept[name].double() for name in _SUMS]).cpu()
         self._step_sums.index_add_(1, tasks.cpu(), values)
         self._step_routes += step.choice.double().sum(0).flatten().cpu()
@@ -339,24 +434,45 @@ class FluxTrainer(Trainer):
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; marked as whole in the end, and only then may older ones go."""
+        run = Path(self._get_output_dir(trial=trial))
+        folder = run / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            begin(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if folder.is_dir():
+            flush(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if not self.args.save_only_model:  # which nothing can go on from
+                finish(folder, self.accelerator.num_processes, self.accelerator.num_processes // self._turns)
+            rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint, use_mtime=True)
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._save_objective(Path(output_dir))  # `_save` runs on the first process only
 
     def _save_objective(self, folder: Path) -> None:
+        if self.group is not None and self.group.rank > 0:
+            return  # it is the same in the whole group
         state = {k: v.contiguous() for k, v in self.objective.state_dict().items()}
-        save_file(state | self.dense_losses.tensors(), folder / objective_file(self.args.process_index))
+        save_file(state | self.dense_losses.tensors(), folder / objective_file(self.stream))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint = Checkpoint.read(folder, self.args.process_index)
-        elsewhere = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        check_progress(folder, self.args.process_index, None if elsewhere else self._optimizer_options())
+        checkpoint = Checkpoint.read(folder, self.stream)
+        check_progress(folder, self.args.process_index, self._optimizer_options())
         self._go_on_from(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
-            self._go_on_from(Checkpoint.read(Path(self.state.best_model_checkpoint), self.args.process_index))
+            self._go_on_from(Checkpoint.read(Path(self.state.best_model_checkpoint), self.stream))
 
     def _optimizer_options(self) -> dict[str, Any]:
         """What a resumed optimiser keeps from its checkpoint, as the arguments have it now; nothing of a given one."""
@@ -370,16 +486,7 @@ class FluxTrainer(Trainer):
         Raises:
             ValueError: what cannot change within a training is another here; nothing was changed.
         """
-        began = replace(self.recipe, start_bias=checkpoint.recipe.start_bias).initial_bias
-        for name, own, saved in (
-            ("tasks", self.tasks, checkpoint.tasks),
-            ("objective", self.recipe.objective, checkpoint.recipe.objective),
-            ("multipliers", self.recipe.multipliers, checkpoint.recipe.multipliers),
-            ("start_bias", self.recipe.initial_bias, began),
-            ("constraint", _constraint(self.recipe), _constraint(checkpoint.recipe)),
-        ):
-            if own != saved:
-                raise ValueError(f"{checkpoint.folder} was trained with {name} {saved!r}, not {own!r}")
+        checkpoint.check_goes_on(self.recipe, self.tasks)
         if difference := self.routers.config.differences(checkpoint.routers.config):
             raise ValueError(f"the routers in {checkpoint.folder} have other settings: {difference}")
         state, dense = self.objective.state_dict(), DenseLosses()
@@ -393,65 +500,10 @@ class FluxTrainer(Trainer):
                 if name not in tensors or tensors[name].shape != x.shape:
                     found = list(tensors[name].shape) if name in tensors else "missing"
                     raise ValueError(f"{file} is damaged: {name} must be of shape {list(x.shape)}, it is {found}")
-        saved_state = checkpoint.objectives.get(self.args.process_index)
+        saved_state = checkpoint.objectives.get(self.stream)
         if saved_state is None:  # there were fewer processes: this one draws anew
             saved_state = {k: x for k, x in checkpoint.objectives[0].items() if k.startswith("multipliers.")}
         state |= {name: saved_state[name] for name in state if name in saved_state}
         self.routers.load_state_dict(checkpoint.routers.state_dict())
         self.objective.load_state_dict(state)
         self.dense_losses.update(dense.tensors())
-
-
-def _constraint(recipe: Recipe) -> str:
-    """What the objective's state is of, in words."""
-    if not recipe.has_budget:
-        return "targets"
-    return ", ".join(["budget", *(f"budget of {task}" for task in sorted(recipe.budgets))])
-
-
-class _StepGuard(TrainerCallback):
-    """Lets no gradient that is not finite reach the routers, and no training begin with sums of an earlier one."""
-
-    def __init__(self, trainer: FluxTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer._step_sums.zero_()
-        self.trainer._log_sums.zero_()
-        self.trainer._step_routes.zero_()
-        self.trainer.route_watch.clear()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if args.fp16:  # the gradient scaler skips such a step, and takes a smaller scale
-            return
-        norm = nn.utils.get_total_norm(p.grad for p in self.trainer.routers.parameters() if p.grad is not None)
-        if not bool(norm.isfinite()):
-            raise RuntimeError(
-                f"step {state.global_step + 1}: the gradient of the routers must be finite, its norm is {float(norm)}"
-            )
-
-
-class RouterProgress(ProgressCallback):
-    """A progress bar with sparsity and losses behind it, instead of a line per report."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float | None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "price" in logs:
-            names: tuple[str, ...] = ("price", "extra_loss", "sparsity")
-        else:
-            names = ("/sparsity", "/lm_loss")
-        shown = {k: f"{v:.3g}" for k, v in logs.items() if k.endswith(names) and v is not None}
-        if shown:
-            self.training_bar.set_postfix(shown)

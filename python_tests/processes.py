@@ -1,0 +1,46 @@
+"""Test files that are programs too, run in several processes (gloo, CPU)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import flux_ext
+
+
+def run(file, count, *args):
+    """Runs ``file`` with these arguments in so many processes; what came of it."""
+    package = Path(flux_ext.__file__).parent.parent
+    path = os.pathsep.join([str(package), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run(
+        [*launch, file, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def launch(file, count, *args):
+    """As :func:`run`, and it must end well."""
+    done = run(file, count, *args)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def allow_fsdp(yes):
+    """accelerate takes FSDP for processes with GPUs only. Told that these have some, it does the same over gloo."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    stock = getattr(PartialState.__init__, "stock", PartialState.__init__)
+
+    def init(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    init.stock = stock
+    PartialState.__init__ = init if yes else stock
+    if not yes:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it and leaves it
