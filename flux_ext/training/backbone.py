@@ -19,6 +19,11 @@ _OURS = ("labels", "task_ids", "prompt_lengths")
 """Columns of a batch that are no arguments of the model."""
 
 
+RUN_TOKENS = 16_384
+"""A GPU that is asked for fewer is idle in part: flips of several layers then run together, though all but the first
+run some layers twice."""
+
+
 class PatchedModel:
     """The losses of one batch under any routes: a :class:`~.objective.RoutedModel`.
 
@@ -46,6 +51,8 @@ class PatchedModel:
         self._index = list(range(num_layers)) if layers is None else list(layers)
         self._blocks = patching.decoder_layers(model)
         self._kept: dict[int, Tensor] = {}
+        device, tokens = inputs["input_ids"].device, inputs["input_ids"].numel()
+        self.run_size = max(1, RUN_TOKENS * len(inputs["task_ids"]) // tokens) if device.type == "cuda" else 1
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
         """The loss of each sequence ``[B]``, nats per answer token."""
@@ -95,8 +102,7 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if not bool(counts.all()):
         rows = (counts == 0).nonzero()[:, 0].tolist()
         raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
-    targets = _targets(inputs)
-    columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
+    targets, columns = _targets(inputs), answer_columns(inputs)
     logits = kept_logits(model, run(model, inputs, **{KEEP_LOGITS: columns}), len(columns))  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -124,6 +130,11 @@ def answer_lengths(inputs: Mapping[str, Any]) -> Tensor:
         return counted.sum(1)
     columns = torch.arange(counted.shape[1], device=counted.device)
     return counted.new_zeros(len(bounds) - 1).index_add(0, _sequence_of(columns, inputs), counted[0])
+
+
+def answer_columns(inputs: Mapping[str, Any]) -> Tensor:
+    """Where the next token is one of an answer, int64: the logits at ``i`` predict the token at ``i + 1``."""
+    return (_targets(inputs) != IGNORED).any(0).nonzero()[:, 0]
 
 
 def _targets(inputs: Mapping[str, Any]) -> Tensor:
