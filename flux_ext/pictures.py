@@ -77,8 +77,15 @@ class Mark(NamedTuple):
     deviation: float = 0.0
 
 
-Panel = tuple[Mapping[str, Sequence[Mark]], "float | None", bool]
-"""Marks by line, the dense model's height, and whether more is better."""
+class Panel(NamedTuple):
+    """One of the small panels of :func:`quality`."""
+
+    lines: Mapping[str, Sequence[Mark]]
+    dense: float | None
+    """The dense model's height."""
+    more_is_better: bool
+    telling: bool
+    """Whether the dense model is good enough at it for the others to say something."""
 
 
 def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel], names: Sequence[str]) -> Figure:
@@ -125,18 +132,22 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     large.set_title("quality kept, mean over the tasks", fontsize=10, loc="left")
     large.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     large.set_xlabel("sparsity: share of attention that sees sink and window only")
-    for place, (task, (lines, dense, more_is_better)) in enumerate(panels.items()):
+    for place, (task, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place // columns, 1 + place % columns])
-        draw(axes, lines, dense, 4)
-        axes.set_title(f"{task}{'' if more_is_better else ', bits per byte'}", fontsize=8, loc="left")
+        draw(axes, panel.lines, panel.dense, 4)
+        unit = "" if panel.more_is_better else ", bits per byte"
+        color = "black" if panel.telling else "#999999"
+        axes.set_title(
+            f"{task}{unit}{'' if panel.telling else ' (dense fails too)'}", fontsize=8, loc="left", color=color
+        )
         axes.tick_params(labelsize=7)
-        if not more_is_better:
+        if not panel.more_is_better:
             axes.invert_yaxis()
     handles = [
         Line2D([], [], color=colors[n], marker="o" if n.startswith("routers") else "s", label=n,
                linestyle="-" if n.startswith("routers") else ":")
         for n in names
-        if n in overview or any(n in lines for lines, *_ in panels.values())
+        if n in overview or any(n in panel.lines for panel in panels.values())
     ]  # fmt: skip
     handles.append(Line2D([], [], color="#888888", linestyle="--", label="dense"))
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9, frameon=False)

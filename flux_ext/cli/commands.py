@@ -48,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    if args.model == "smollm2":
+        for name in ("steps", "check"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} is of the bundled model: the routers of smollm2 are trained already")
+        from . import smollm2
+
+        length = {} if args.length is None else {"length": args.length}
+        smollm2.run(args.output, examples=args.examples, seed=args.seed, **length)
+        return
+    if args.length is not None:
+        raise ValueError("--length is of --model smollm2")
     from .demo import run, verdicts
 
     scores = run(args.output, steps=args.steps, examples=args.examples, seed=args.seed)

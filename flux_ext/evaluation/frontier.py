@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
@@ -139,7 +139,7 @@ LINES = {
 }
 """What is drawn, by routes and granularity, and what it is called."""
 LEAST = 0.05
-"""A task that the dense model does no better than this says nothing about what is kept."""
+"""A task at which the dense model is no better than this says nothing of what is kept: it is left out of the mean."""
 
 
 def picture(points: Sequence[Point]) -> Figure:
@@ -161,13 +161,30 @@ def picture(points: Sequence[Point]) -> Figure:
         for task, spread in by_task.items():
             mark = pictures.Mark(spread.sparsity, spread.score, spread.score_deviation)
             panels[task].setdefault(label, []).append(mark)
-    measures: Mapping[str, str] = {p.task: p.measure for p in points}
+    for lines in (overview, *panels.values()):  # none sparse, and all, are static allocations too
+        ends = [m for m in lines.get(LINES["sparse", ""], ()) if m.sparsity == 1]
+        for label in (LINES["static", "head"], LINES["static", "layer"]):
+            if label in lines:
+                lines[label] += ends
+    for label in (LINES["static", "head"], LINES["static", "layer"]):
+        if label in overview:
+            overview[label].append(pictures.Mark(0, 1))
+        for task, lines in panels.items():
+            if label in lines and task in dense:
+                lines[label].append(pictures.Mark(0, dense[task].score))
     return pictures.quality(
         overview,
-        {task: (lines, dense[task].score if task in dense else None, measures[task] == "accuracy")
-         for task, lines in panels.items()},
+        {
+            task: pictures.Panel(
+                lines,
+                dense[task].score if task in dense else None,
+                next(p.measure for p in points if p.task == task) == "accuracy",
+                task in telling or task not in dense,
+            )
+            for task, lines in panels.items()
+        },
         list(LINES.values()),
-    )  # fmt: skip
+    )
 
 
 def _pooled(points: Sequence[Point], way: tuple[str, str, str], tasks: Sequence[str]) -> float:

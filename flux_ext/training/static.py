@@ -121,7 +121,7 @@ def distilled_gates(
     optimizer = torch.optim.AdamW([gates], lr=learning_rate, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with _gated(model, gates, pattern) as use:
+    with _gated(model, pattern) as use:
         for step, batch in enumerate(batches):
             columns = answer_columns(batch)
             with torch.no_grad(), use(None):
@@ -153,7 +153,7 @@ def _hidden(model: PreTrainedModel, batch: Mapping[str, Any], columns: Tensor) -
 
 
 @contextlib.contextmanager
-def _gated(model: PreTrainedModel, gates: Tensor, pattern: Streaming) -> Iterator[Any]:
+def _gated(model: PreTrainedModel, pattern: Streaming) -> Iterator[Any]:
     """Lets the model's attention be the mixture, within a ``with`` block; gives ``use(gates or None)``."""
     current: list[Tensor | None] = [None]
     masks: dict[int, Tensor] = {}
