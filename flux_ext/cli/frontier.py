@@ -88,14 +88,14 @@ def run(args: argparse.Namespace) -> None:
             fit the options.
         RuntimeError: a process of ``--jobs`` failed.
     """
+    for budget in args.budgets:
+        budget_options(budget)  # before anything runs
     wanted = contenders(args)
     if args.only:
         names = {c.name: c for c in wanted}
         if unknown := [name for name in args.only if name not in names]:
             raise ValueError(f"--only must be among {', '.join(names)}, got {unknown[0]!r}")
         wanted = [names[name] for name in args.only]
-    for budget in args.budgets:
-        budget_options(budget)  # before anything runs
     runs = args.output / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     _check_settings(args, runs / "settings.json")
