@@ -62,7 +62,8 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = torch.bfloat16 if "bf16" in isa() else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return patch(model.to(dtype).eval(), routers=ROUTERS), tokenizer
+    torch.nn.Module.to(model, dtype)
+    return patch(model.eval(), routers=ROUTERS), tokenizer
 
 
 def run(output: Path, *, examples: int | None = None, seed: int = 0, length: int = LENGTH) -> list[Score]:
@@ -79,10 +80,9 @@ def run(output: Path, *, examples: int | None = None, seed: int = 0, length: int
     """
     began = time.perf_counter()
     model, tokenizer = load()
-    counts = {**COUNTS, **({} if examples is None else {"single": examples})}
-    asked = [
-        e for task, count in counts.items() for e in make_examples([task], count, tokenizer, length=length, seed=seed)
-    ]
+    count = COUNTS["single"] if examples is None else examples
+    asked = questions(tokenizer, count, length, seed)
+    asked += make_examples(["code"], COUNTS["code"], tokenizer, length=length, seed=seed)
     parameters = sum(p.numel() for n, p in model.named_parameters() if "flux_router" not in n)
     print(f"SmolLM2-135M-Instruct: {model.config.num_hidden_layers} layers, {parameters:,} parameters, {model.dtype}")
     print(f"prompts of {length} tokens, {torch.get_num_threads()} threads; the routers are as they ship, no training")
@@ -105,6 +105,18 @@ def run(output: Path, *, examples: int | None = None, seed: int = 0, length: int
     print(f"\n{files['json']} and the pictures {files['picture'].name}, {files['routes'].name} beside it written")
     print(f"{time.perf_counter() - began:.0f} s in all")
     return scores
+
+
+def questions(tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[Example]:
+    """Questions about a note in prose that stand before the text: this small model forgets those that come after it
+    now and then, dense too (0.67 of them right, and 0.95 of those before it, on 200 held-out ones)."""
+    found: list[Example] = []
+    wanted = 2 * count
+    while len(found) < count:
+        made = make_examples(["single"], wanted, tokenizer, length=length, seed=seed)
+        found = [e for e in made if "A note in the text" in e.context]
+        wanted *= 2
+    return found[:count]
 
 
 def _show(asked: list[Example], results: Path) -> None:

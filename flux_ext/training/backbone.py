@@ -102,7 +102,8 @@ def losses(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if not bool(counts.all()):
         rows = (counts == 0).nonzero()[:, 0].tolist()
         raise ValueError(f"labels must leave an answer token in every sequence, {rows} of {len(counts)} have none")
-    targets, columns = _targets(inputs), answer_columns(inputs)
+    targets = _targets(inputs)
+    columns = (targets != IGNORED).any(0).nonzero()[:, 0]  # the logits at i predict the token at i + 1
     logits = kept_logits(model, run(model, inputs, **{KEEP_LOGITS: columns}), len(columns))  # [B, K, V]
     targets = targets[:, columns]
     nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -130,11 +131,6 @@ def answer_lengths(inputs: Mapping[str, Any]) -> Tensor:
         return counted.sum(1)
     columns = torch.arange(counted.shape[1], device=counted.device)
     return counted.new_zeros(len(bounds) - 1).index_add(0, _sequence_of(columns, inputs), counted[0])
-
-
-def answer_columns(inputs: Mapping[str, Any]) -> Tensor:
-    """Where the next token is one of an answer, int64: the logits at ``i`` predict the token at ``i + 1``."""
-    return (_targets(inputs) != IGNORED).any(0).nonzero()[:, 0]
 
 
 def _targets(inputs: Mapping[str, Any]) -> Tensor:

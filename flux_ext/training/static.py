@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from ..models import patching
 from ..operators.patterns import Streaming
 from ..transformers_seam import KEEP_LOGITS, AttentionInterface, AttentionMaskInterface
-from .backbone import PatchedModel, answer_columns
+from .backbone import PatchedModel
+from .data import IGNORED
 
 GATED = "flux_ext_gated"
 """The name under which transformers finds the gated attention."""
@@ -123,7 +124,7 @@ def distilled_gates(
         parameter.requires_grad_(False)
     with _gated(model, pattern) as use:
         for step, batch in enumerate(batches):
-            columns = answer_columns(batch)
+            columns = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # what predicts the answer
             with torch.no_grad(), use(None):
                 wanted = _hidden(model, batch, columns)
             with use(gates):
