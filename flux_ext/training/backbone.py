@@ -51,8 +51,12 @@ class PatchedModel:
         self._index = list(range(num_layers)) if layers is None else list(layers)
         self._blocks = patching.decoder_layers(model)
         self._kept: dict[int, Tensor] = {}
-        device, tokens = inputs["input_ids"].device, inputs["input_ids"].numel()
-        self.run_size = max(1, RUN_TOKENS * len(inputs["task_ids"]) // tokens) if device.type == "cuda" else 1
+
+    @property
+    def run_size(self) -> int:
+        """How many sequences :meth:`loss_again` should be asked for at once, at least."""
+        tokens: Tensor = self.inputs["input_ids"]
+        return max(1, RUN_TOKENS * len(self.inputs["task_ids"]) // tokens.numel()) if tokens.is_cuda else 1
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
         """The loss of each sequence ``[B]``, nats per answer token."""
