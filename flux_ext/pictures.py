@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .operators.patterns import Full, Pattern, Streaming
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -65,6 +66,91 @@ def frontier(sides: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]
     handles = [Line2D([], [], color=color[task], label=task) for task in tasks]
     handles += [Line2D([], [], color="black", marker=mark[m], linestyle="", label=m) for m in modes]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+class Mark(NamedTuple):
+    """A point of :func:`quality`: where it stands, and how far its height is off in the mean."""
+
+    sparsity: float
+    height: float
+    deviation: float = 0.0
+
+
+class Panel(NamedTuple):
+    """One of the small panels of :func:`quality`."""
+
+    lines: Mapping[str, Sequence[Mark]]
+    dense: float | None
+    """The dense model's height."""
+    more_is_better: bool
+    telling: bool
+    """Whether the dense model is good enough at it for the others to say something."""
+
+
+def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel], names: Sequence[str]) -> Figure:
+    """What ways to route keep: one large panel, and a small one per task. Up is better everywhere.
+
+    Args:
+        overview: the share of the dense model's quality that is kept, by line.
+        panels: by task.
+        names: of all lines, in the order of their colours.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    colors = {name: ("#d1495b", "#1f6fb4", "#e8a33d", "#7a9e3f", "black")[i % 5] for i, name in enumerate(names)}
+    columns = -(-len(panels) // 2)
+    figure = Figure(figsize=(4.6 + 2.1 * columns, 4.9), layout="constrained")
+    grid = figure.add_gridspec(2, columns + 1, width_ratios=[2.1, *[1] * columns])
+
+    def draw(axes: Axes, lines: Mapping[str, Sequence[Mark]], dense: float | None, size: float) -> None:
+        if dense is not None:
+            axes.axhline(dense, color="#888888", linewidth=1, linestyle="--")
+        for name in names:
+            marks = sorted(lines.get(name, ()))
+            if not marks:
+                continue
+            ours = name.startswith("routers")
+            axes.errorbar(
+                [m.sparsity for m in marks],
+                [m.height for m in marks],
+                [m.deviation for m in marks],
+                color=colors[name],
+                marker="o" if ours else "x" if len(marks) == 1 else "s",
+                markersize=size * (1 if ours else 0.75),
+                linewidth=1.6 if ours else 1,
+                linestyle="-" if ours else ":",
+                capsize=2,
+                zorder=3 if ours else 2,
+            )
+        axes.set_xlim(-0.02, 1.04)
+        axes.spines[["top", "right"]].set_visible(False)
+
+    large = figure.add_subplot(grid[:, 0])
+    draw(large, overview, 1.0, 7)
+    large.set_title("quality kept, mean over the tasks", fontsize=10, loc="left")
+    large.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+    large.set_xlabel("sparsity: share of attention that sees sink and window only")
+    for place, (task, panel) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[place // columns, 1 + place % columns])
+        draw(axes, panel.lines, panel.dense, 4)
+        unit = "" if panel.more_is_better else ", bits per byte"
+        color = "black" if panel.telling else "#999999"
+        axes.set_title(
+            f"{task}{unit}{'' if panel.telling else ' (dense fails too)'}", fontsize=8, loc="left", color=color
+        )
+        axes.tick_params(labelsize=7)
+        if not panel.more_is_better:
+            axes.invert_yaxis()
+    handles = [
+        Line2D([], [], color=colors[n], marker="o" if n.startswith("routers") else "s", label=n,
+               linestyle="-" if n.startswith("routers") else ":")
+        for n in names
+        if n in overview or any(n in panel.lines for panel in panels.values())
+    ]  # fmt: skip
+    handles.append(Line2D([], [], color="#888888", linestyle="--", label="dense"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9, frameon=False)
     return figure
 
 

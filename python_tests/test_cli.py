@@ -293,7 +293,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("the model was loaded before the options were checked")
 
-    monkeypatch.setattr(commands, "_load", load)
+    monkeypatch.setattr(commands, "load_model", load)
 
 
 def train(folder, output, *args):

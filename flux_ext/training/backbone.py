@@ -22,6 +22,11 @@ _OURS = ("labels", "task_ids", "prompt_lengths")
 """Columns of a batch that are no arguments of the model."""
 
 
+RUN_TOKENS = 16_384
+"""A GPU that is asked for fewer is idle in part: flips of several layers then run together, though all but the first
+run some layers twice."""
+
+
 class PatchedModel:
     """The losses of one batch under any routes: a :class:`~.objective.RoutedModel`.
 
@@ -55,6 +60,12 @@ class PatchedModel:
         self._blocks = patching.decoder_layers(model)
         self._kept: dict[int, Tensor] = {}
         self._spare = 0
+
+    @property
+    def run_size(self) -> int:
+        """How many sequences :meth:`loss_again` should be asked for at once, at least."""
+        tokens: Tensor = self.inputs["input_ids"]
+        return max(1, RUN_TOKENS * len(self.inputs["task_ids"]) // tokens.numel()) if tokens.is_cuda else 1
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
         """The loss of each sequence ``[B]``, nats per answer token."""

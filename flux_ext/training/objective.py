@@ -33,6 +33,7 @@ class RoutedModel(Protocol):
     """Routed layers L."""
     num_heads: int
     """Decisions per layer: 1, or the KV heads."""
+    # Optional: run_size, how many sequences :meth:`loss_again` should be asked for at once, at least; without it 1.
 
     def loss(self, policy: Policy, keep: Mapping[int, Tensor] | None = None) -> Tensor:
         """The loss of each sequence, ``[B]``, in nats per answer token.
@@ -50,7 +51,7 @@ class RoutedModel(Protocol):
             policy: asked with the logits of ``rows`` only; below ``layer`` it answers as in the last :meth:`loss`,
                 so the model may start there.
             layer: the first layer that is routed otherwise.
-            rows: int64, which sequences.
+            rows: int64, which sequences; one may be there several times, routed otherwise at several layers.
         """
         ...
 
@@ -311,6 +312,24 @@ class Counterfactual(Objective):
             self.dealt[task] += flips
         return torch.stack(rows)
 
+    @staticmethod
+    def runs(layers: Tensor, size: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Which flips run together: the layer to start at, the rows, and which of their flips, int64 on the CPU.
+
+        Args:
+            layers: int64 ``[B, K]``, the layer of each flip.
+            size: flips of a run, at least, where there are as many: the flips of one layer run together in any case.
+        """
+        order = layers.flatten().argsort(stable=True)
+        ends = [i for i in range(1, len(order)) if layers.flatten()[order[i]] != layers.flatten()[order[i - 1]]]
+        runs, first = [], 0
+        for end in [*ends, len(order)]:
+            if end - first >= size or end == len(order):
+                some = order[first:end]
+                runs.append((int(layers.flatten()[some[0]]), some // layers.shape[1], some % layers.shape[1]))
+                first = end
+        return runs
+
     def own_rows(self, batch: int) -> Tensor:
         """Which of the ``batch`` (B) sequences take the routers' own routes, bool ``[B]`` on the CPU: half, to one."""
         if not self.recipe.has_budget:
@@ -342,8 +361,9 @@ class Counterfactual(Objective):
         own = self.own_rows(batch)
         group = self.groups(own).to(tasks.device)  # [B, K, H]
         own, shift = own.to(tasks.device), self.shifts(batch).to(tasks.device)
-        # By layer: the rows of the batch that flip it, the log-odds, and which decisions were full.
-        rows_of = {int(layer): (layers == layer).any(1).nonzero()[:, 0] for layer in layers.unique()}
+        runs = self.runs(layers, getattr(model, "run_size", 1))
+        flipped = set(layers.flatten().tolist())
+        # By layer: the log-odds, and which decisions were full.
         z_of: dict[int, Tensor] = {}
         full_of: dict[int, Tensor] = {}
 
@@ -354,35 +374,37 @@ class Counterfactual(Objective):
                 draw, wide = self.uniform(z.shape, z), (-1,) + (1,) * (z.dim() - 1)
                 odds = z.detach() + shift.view(wide)
                 full = draw < torch.sigmoid(odds)
-                if self.num_heads > 1 and layer in rows_of:
+                if self.num_heads > 1 and layer in flipped:
                     full = self._agree(full, odds, draw, layers == layer, group)
                 full_of[layer] = torch.where(own.view(wide), z.detach() > 0, full)
             return (~full_of[layer]).to(torch.int32)
 
-        base = model.loss(sample, {layer: rows.to(tasks.device) for layer, rows in rows_of.items()}).detach()
+        base = model.loss(sample, {first: rows.to(tasks.device) for first, rows, _ in runs}).detach()
         z, full = _stack(z_of), _stack(full_of)  # [B, L, H]
         # Heads are weighed as if each had been flipped alone: a group's worth is shared out evenly.
         together = group.sum(-1)[:, :1]  # [B, 1]
         scale = self.num_heads / (together.square() * batch)
         worth = torch.zeros_like(z)
-        for layer, rows in rows_of.items():
-            which = (layers[rows] == layer).int().argmax(1)
+        for first, rows, which in runs:
+            place = layers[rows, which].to(tasks.device)  # [R]
             rows, which = rows.to(tasks.device), which.to(tasks.device)
             members = group[rows, which]  # [R, H]
 
             def other(
-                asked: int, logits: Tensor, rows: Tensor = rows, members: Tensor = members, layer: int = layer
+                asked: int, logits: Tensor, rows: Tensor = rows, members: Tensor = members, place: Tensor = place
             ) -> Tensor:
-                route = full[rows, asked] ^ (members if asked == layer else False)
+                route = full[rows, asked] ^ (members & (place == asked)[:, None])
                 return (~(route if logits.dim() == 3 else route[:, 0])).to(torch.int32)
 
             with torch.no_grad():
-                change = model.loss_again(other, layer, rows) - base[rows]
-            was_full = (full[rows, layer] & members).any(1)
+                change = model.loss_again(other, first, rows) - base[rows]
+            was_full = (full[rows, place] & members).any(1)
             delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
-            worth[rows, layer] += scale[rows] / float(chance[layer]) * delta[:, None] * members
+            # No row has a layer twice.
+            worth[rows, place] += (scale[rows] / chance.to(delta)[place])[:, None] * delta[:, None] * members
             if self.chances is not None:
-                self.chances.note(layer, delta)
+                for layer in place.unique().tolist():
+                    self.chances.note(layer, delta[place == layer])
         p = torch.sigmoid(z.detach())
         sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
         bound = F.relu(z.abs() - recipe.logit_bound).square().mean()
