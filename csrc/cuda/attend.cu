@@ -25,7 +25,8 @@ cudaError_t ask(int index, Device* d) {
   return cudaSuccess;
 }
 
-// Asked once per device: the driver takes microseconds to answer.
+}  // namespace
+
 cudaError_t current_device(Device* d) {
   static Device known[kMaxDevices];
   static std::once_flag asked[kMaxDevices];
@@ -38,8 +39,6 @@ cudaError_t current_device(Device* d) {
   *d = known[index];
   return d->capability ? cudaSuccess : ask(index, d);  // an error is not remembered
 }
-
-}  // namespace
 
 Status configure(const AttendParams& p, AttendConfig* c) {
   Device device{};
