@@ -390,7 +390,7 @@ TEST_P(AttendBackward, AgreesWithDoublePrecision) {
     o.max_kv_heads = 2;
     o.max_q_len = i == 4 ? 9 : 150;
     o.max_kv_len = i == 4 ? 40 : 250;
-    if (i == 5) o.max_group = 80;  // more heads than a block has rows
+    if (i == 5) o.max_group = 80;                      // more heads than a block has rows
     if (i == 6) o.min_q_len = 100, o.max_kv_len = 20;  // queries that see no key
     test::AttendCase c;
     test::random_attend(random, dtype, kind, dim, 8, o, c);

@@ -29,7 +29,8 @@ from .table import Ceilings, Row, Table, line, read, rows_of
 # Bytes first, then the matrix units, then what combines them.
 ORDER = (
     "decode", "decode-streaming", "decode-mixed", "router", "dense", "streaming", "mixed-heads", "mixed-sequences",
-    "short", "dense-64", "decode-paged", "block-sparse", "decode-layers", "decode-wide", "append", "host", "flex",
+    "short", "dense-64", "decode-paged", "block-sparse", "decode-layers", "decode-wide", "append", "host", "backward",
+    "flex",
 )  # fmt: skip
 GROUPS: dict[str, Group] = {g.name: g for g in (*decode.groups(), *prefill.groups())}
 UNITS = {decode.build_decode: "TB/s", decode.build_layers: "TB/s"}

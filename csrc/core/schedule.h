@@ -102,7 +102,7 @@ FLUX_HD TileView view_rows(const AttendParams& p, const TileView& seq_head, cons
   v.q_pos += queries.begin;
   if (v.list.blocks)
     v.list = p.routing.blocks[p.routing.mode(v.tile.seq, v.tile.kv_head)](v.tile.seq, v.tile.kv_head, p.kv.num_heads,
-                                                                         queries.begin);
+                                                                          queries.begin);
   v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), kv_block, v.list);
   return v;
 }

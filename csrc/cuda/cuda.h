@@ -205,8 +205,8 @@ Status explain(const AttendParams& p, Explanation* e);
 // Runs plan, attend and combine; `memory` is 256-byte aligned device memory of lay_out(p, c, nullptr).bytes.
 Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaStream_t stream);
 
-// The gradients; `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no sequence
-// are not written.
+// The gradients; `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no
+// sequence are not written.
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream);
 
 // Asked once per device: the driver takes microseconds to answer.

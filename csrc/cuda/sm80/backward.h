@@ -21,13 +21,27 @@ namespace flux::cuda::sm80 {
 
 constexpr int kOwned = 64;
 
+// A value in shared memory, where it costs no registers. By all threads of a block.
+template <typename Value>
+struct Shared {
+  __align__(16) unsigned char memory[sizeof(Value)];  // its members have initial values
+
+  template <typename Make>
+  __device__ const Value& make(Make make) {
+    auto& value = *reinterpret_cast<Value*>(memory);
+    if (threadIdx.x == 0) value = make();
+    __syncthreads();
+    return value;
+  }
+};
+
 // A block of rows, or of keys, of one sequence.
 struct OwnedBlock {
   int32_t seq, block, count;  // count: blocks of the sequence
 };
 
-// Number `index` of the blocks of all sequences, of which each has blocks_of(seq). seq = batch: there are less. By whole
-// warps.
+// Number `index` of the blocks of all sequences, of which each has blocks_of(seq). seq = batch: there are less. By
+// whole warps.
 template <typename BlocksOf>
 __device__ OwnedBlock find_block(int32_t batch, int32_t index, BlocksOf blocks_of) {
   const int32_t lane = threadIdx.x % 32;
@@ -42,49 +56,35 @@ __device__ OwnedBlock find_block(int32_t batch, int32_t index, BlocksOf blocks_o
   return {batch, 0, 0};
 }
 
-// Loads blocks of kRows rows of a sequence head from q and grad_out, by kThreads threads. Zeros stand beyond the last
-// row and the head dimension.
+// Loads the kRows rows of a sequence head from first_row on, of q and of grad_out, by kThreads threads. Zeros stand
+// beyond the last row and the head dimension.
 template <typename T, int kDim, int kRows, int kThreads>
-struct GroupedRowLoader {
+__device__ void load_rows(const AttendBackwardParams& b, const TileView& seq_head, int32_t first_row,
+                          SmemTile<kDim> to_q, SmemTile<kDim> to_grad) {
   using Tile = SmemTile<kDim>;
-  static constexpr int kColumns = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // a power of two, so some may be idle
-  static constexpr int kStep = kThreads / kColumns;                        // rows that load at a time
+  constexpr int kColumns = kDim <= 64 ? 8 : kDim <= 128 ? 16 : 32;  // a power of two, so some may be idle
+  constexpr int kStep = kThreads / kColumns;                        // rows that load at a time
   static_assert(kRows % kStep == 0);
-
-  const T *q, *grad_out;  // of row 0 of the sequence head, this thread's chunk
-  Strides q_stride, grad_stride;
-  int32_t group, num_rows, step_tokens, step_heads;
-
-  __device__ GroupedRowLoader(const AttendBackwardParams& b, const TileView& seq_head) {
-    const AttendParams& p = b.forward;
-    const int32_t chunk = threadIdx.x % kColumns;
-    const TileRow first{0, seq_head.tile.kv_head * p.group()};
-    q = static_cast<const T*>(p.q.data) + row_offset(p.q.stride, seq_head, first) + chunk * 8;
-    grad_out = static_cast<const T*>(b.grad_out.data) + row_offset(b.grad_out.stride, seq_head, first) + chunk * 8;
-    q_stride = p.q.stride, grad_stride = b.grad_out.stride;
-    group = p.group();
-    num_rows = chunk * 8 < p.head_dim ? seq_head.q_rows.size() * group : 0;
-    step_tokens = kStep / group, step_heads = kStep % group;
-  }
-
-  __device__ void operator()(Tile to_q, Tile to_grad, int32_t first_row) const {
-    const int32_t chunk = threadIdx.x % kColumns;
-    if (kColumns > Tile::kChunks && chunk >= Tile::kChunks) return;
-    const int32_t row = threadIdx.x / kColumns;
-    int32_t token = (first_row + row) / group, head = (first_row + row) % group;
+  const AttendParams& p = b.forward;
+  const int32_t group = p.group(), chunk = threadIdx.x % kColumns, row = threadIdx.x / kColumns;
+  if (kColumns > Tile::kChunks && chunk >= Tile::kChunks) return;
+  const int32_t left = chunk * 8 < p.head_dim ? seq_head.q_rows.size() * group - first_row : 0;
+  TileRow at = tile_row(p, seq_head, first_row + row);
+  const int32_t step_tokens = kStep / group, step_heads = kStep % group, end_head = (seq_head.tile.kv_head + 1) * group;
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) {
-      const bool exists = first_row + row + i * kStep < num_rows;
-      const int64_t at = exists ? token * q_stride.s + head * q_stride.h : 0;
-      const int64_t grad_at = exists ? token * grad_stride.s + head * grad_stride.h : 0;
-      const uint32_t to = Tile::offset(row + i * kStep, chunk);
-      cp_async16(to_q.base + to, exists ? q + at : q, exists ? 16 : 0);
-      cp_async16(to_grad.base + to, exists ? grad_out + grad_at : grad_out, exists ? 16 : 0);
-      token += step_tokens, head += step_heads;
-      if (head >= group) head -= group, ++token;
-    }
+  for (int i = 0; i < kRows / kStep; ++i) {
+    const bool exists = row + i * kStep < left;
+    const uint32_t to = Tile::offset(row + i * kStep, chunk);
+    const auto copy = [&](Tile tile, const void* from, const Strides& stride) {
+      const int64_t offset = exists ? row_offset(stride, seq_head, at) + chunk * 8 : 0;
+      cp_async16(tile.base + to, static_cast<const T*>(from) + offset, exists ? 16 : 0);
+    };
+    copy(to_q, p.q.data, p.q.stride);
+    copy(to_grad, b.grad_out.data, b.grad_out.stride);
+    at.token += step_tokens, at.head += step_heads;
+    if (at.head >= end_head) at.head -= group, ++at.token;
   }
-};
+}
 
 template <typename T_, int kDim_>
 struct Backward {
@@ -104,8 +104,7 @@ struct Backward {
 
   // products[i][j] = owned i . visited j, of a warp's rows and all visited.
   static __device__ void multiply(Scores& products, Tile own, int first_row, Tile visited) {
-    multiply_qk<T, 1, kVisited>(products, visited,
-                                [&](uint32_t(&a)[4], int, int k) { own.left(a, first_row, 2 * k); });
+    multiply_qk<T, 1, kVisited>(products, visited, [&](uint32_t(&a)[4], int, int k) { own.left(a, first_row, 2 * k); });
   }
 
   // 16 rows, rounded, to a tile in shared memory: those that begin at first_row and chunk.
@@ -134,7 +133,8 @@ struct QueriesBackward : Backward<T, kDim> {
   static __device__ void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
                              const Span& rows) {
     const AttendParams& p = b.forward;
-    const TileView v = view_rows(p, seq_head, rows, kVisited);
+    __shared__ Shared<TileView> view;
+    const TileView& v = view.make([&] { return view_rows(p, seq_head, rows, kVisited); });
     const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
     const RowLoader<T, kDim, kVisited, kThreads> load_keys(p, p.kv.k, v, threadIdx.x),
         load_values(p, p.kv.v, v, threadIdx.x);
@@ -146,7 +146,7 @@ struct QueriesBackward : Backward<T, kDim> {
       }
       cp_async_commit();
     };
-    GroupedRowLoader<T, kDim, kOwned, kThreads>(b, seq_head)(owned(0), owned(1), rows.begin);
+    load_rows<T, kDim, kOwned, kThreads>(b, seq_head, rows.begin, owned(0), owned(1));
     load(0, 0);  // with the rows
 
     float lse[2], delta[2];
@@ -155,7 +155,7 @@ struct QueriesBackward : Backward<T, kDim> {
     for (int half = 0; half < 2; ++half) {
       const int32_t row = rows.begin + first_row + lane / 4 + 8 * half;
       lse[half] = INFINITY, delta[half] = 0.f, keys[half] = {};
-      if (row < rows.end) find_row(b, w, seq_head, v, row, lse[half], delta[half], keys[half]);
+      if (row < rows.end) find_row(b, seq_head, v, row, lse[half], delta[half], keys[half]);
       delta[half] += __shfl_xor_sync(~0u, delta[half], 1);
       delta[half] += __shfl_xor_sync(~0u, delta[half], 2);
       if (row < rows.end && lane % 4 == 0) {
@@ -210,8 +210,8 @@ struct QueriesBackward : Backward<T, kDim> {
 
  private:
   // What one row, and of delta one of its four lanes, has to know.
-  static __device__ void find_row(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                  const TileView& v, int32_t row, float& lse, float& delta, VisibleKeys& keys) {
+  static __device__ void find_row(const AttendBackwardParams& b, const TileView& seq_head, const TileView& v,
+                                  int32_t row, float& lse, float& delta, VisibleKeys& keys) {
     const AttendParams& p = b.forward;
     const TileRow at = tile_row(p, seq_head, row);
     const float natural = lse_at(p, seq_head, at);
@@ -265,21 +265,22 @@ struct KeysBackward : Backward<T, kDim> {
     const int32_t group = p.group(), num_rows = seq_head.q_rows.size() * group, kv_len = seq_head.kv_rows.size();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_key = warp % (kOwned / 16) * 16, part = warp / (kOwned / 16);
-    const QueryBlocks blocks =
-        query_blocks(seq_head.pattern, keys.begin, keys.end, kv_len, seq_head.q_pos, seq_head.q_rows.size(), group,
-                     kVisited, listed_bits(p, w, seq_head, keys.begin));
-    const GroupedRowLoader<T, kDim, kVisited, kThreads> load_rows(b, seq_head);
+    __shared__ Shared<QueryBlocks> shared_blocks;
+    const QueryBlocks& blocks = shared_blocks.make([&] {
+      return query_blocks(seq_head.pattern, keys.begin, keys.end, kv_len, seq_head.q_pos, seq_head.q_rows.size(), group,
+                          kVisited, listed_bits(p, w, seq_head, keys.begin));
+    });
 
     // Must any pair of these keys and a block of rows be hidden?
     const auto masked = [&](int32_t m) {
       const int32_t end = min_of((m + 1) * kVisited, num_rows);
-      const QueryRange queries{seq_head.pattern, seq_head.list, seq_head.kv_rows,
-                               seq_head.q_pos + m * kVisited / group, seq_head.q_pos + ceil_div(end, group)};
+      const QueryRange queries{seq_head.pattern, seq_head.list, seq_head.kv_rows, seq_head.q_pos + m * kVisited / group,
+                               seq_head.q_pos + ceil_div(end, group)};
       return TileMask(queries)(keys.begin, keys.begin + kOwned);
     };
     const auto load = [&](int32_t m, int stage, bool needs_mask) {  // always one group
       if (m < blocks.end()) {
-        load_rows(visited(stage, 0), visited(stage, 1), m * kVisited);
+        load_rows<T, kDim, kVisited, kThreads>(b, seq_head, m * kVisited, visited(stage, 0), visited(stage, 1));
         if (threadIdx.x < kVisited) {
           Rows& rows = rows_of(stage);
           const int i = threadIdx.x;
@@ -379,11 +380,11 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const AttendParams& p = b.forward;
   const int32_t kv_head = blockIdx.x / blocks_per_head, index = blockIdx.x % blocks_per_head;
   const auto num_rows = [&](int32_t seq) { return p.q.rows(seq, kv_head).size() * p.group(); };
-  const OwnedBlock own =
-      find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), kOwned); });
+  const OwnedBlock own = find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), kOwned); });
   if (own.seq == p.batch) return;
   const int32_t first = (own.count - 1 - own.block) * kOwned;  // the last rows see the most keys: they come first
-  Body::run(b, w, view_seq_head(p, own.seq, kv_head, Body::kVisited),
+  __shared__ Shared<TileView> seq_head;
+  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
             {first, min_of(first + kOwned, num_rows(own.seq))});
 }
 
@@ -394,11 +395,11 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const AttendParams& p = b.forward;
   const int32_t kv_head = blockIdx.x / blocks_per_head, index = blockIdx.x % blocks_per_head;
   const auto num_keys = [&](int32_t seq) { return p.kv.rows(seq, kv_head).size(); };
-  const OwnedBlock own =
-      find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), kOwned); });
+  const OwnedBlock own = find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), kOwned); });
   if (own.seq == p.batch) return;
   const int32_t first = own.block * kOwned;
-  Body::run(b, w, view_seq_head(p, own.seq, kv_head, Body::kVisited),
+  __shared__ Shared<TileView> seq_head;
+  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
             {first, min_of(first + kOwned, num_keys(own.seq))});
 }
 
