@@ -223,10 +223,17 @@ def test_autocast_trains_an_fp32_model() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("objective", ["soft", "straight_through"])
 def test_the_objectives_with_a_backward_pass_train(tmp_path, objective: str, packed: bool, checkpointing: bool) -> None:
-    """The first step's gradient of the routers is that of the same model on the CPU, and the routers move."""
+    """The first step's gradient of the routers is that of the same model on the CPU, and the routers move.
+
+    The weights are small: then rounding to bf16 makes 1 to 3 % of the gradient, on the CPU too, and not half of it.
+    """
     grads: dict[str, list[Tensor]] = {"cpu": [], DEVICE: []}
     for device, seen in grads.items():
         m = tiny_training.model()
+        routers = set(flux_ext.get_routers(m).parameters())
+        with torch.no_grad():
+            for weight in set(m.parameters()) - routers:
+                weight.div_(3)
         before = tiny_training.snapshot(flux_ext.get_routers(m))
         trainer = tiny_training.trainer(
             tmp_path / device,
@@ -244,4 +251,4 @@ def test_the_objectives_with_a_backward_pass_train(tmp_path, objective: str, pac
         assert all(p.isfinite().all() for p in after.values())
         assert any(not torch.equal(before[name].cpu(), p.cpu()) for name, p in after.items())
     want, got = grads["cpu"][0], grads[DEVICE][0].float().cpu()
-    assert want.norm() > 0 and (got - want).norm() < 0.15 * want.norm()
+    assert want.norm() > 0 and (got - want).norm() < 0.08 * want.norm()
