@@ -1,9 +1,10 @@
-// The gradients of attention on CUDA: the index of the block lists, and the kernels of sm80/backward.h.
+// The gradients of attention on CUDA: the index of the block lists, and the choice of the kernels (backward.h).
 #include <climits>
 
 #include "cuda/cuda.h"
 #include "cuda/dependent_launch.h"
 #include "cuda/sm80/kernels.h"
+#include "cuda/sm90/backward_kernels.h"
 
 namespace flux::cuda {
 namespace {
@@ -40,21 +41,38 @@ cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaS
                 words);
 }
 
-template <DType kDType, int kDim>
+template <typename Kernels>
 Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
-  using Kernels = sm80::BackwardKernels<kDType, kDim>;
   if (cudaError_t e = Kernels::launch_queries(b, w, stream)) return {"gradient of the queries", e};
   if (cudaError_t e = Kernels::launch_keys(b, w, stream)) return {"gradient of the keys", e};
   return {};
 }
 
+#ifdef FLUX_SM90
+// Its blocks own and visit 128 keys, which must be those of one entry of a list.
+bool runs_on_sm90(const AttendParams& p, const Device& device) {
+  if (device.capability != 90 || p.head_dim > 128) return false;
+  for (const BlockTable& t : p.routing.blocks)
+    if (t.blocks && t.kv_width != 128) return false;
+  return true;
+}
+#endif
+
 template <DType kDType>
-Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
+Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_unused]] const Device& device,
+           cudaStream_t stream) {
   const int32_t dim = b.forward.head_dim;
-  if (dim <= 64) return run<kDType, 64>(b, w, stream);
-  if (dim <= 96) return run<kDType, 96>(b, w, stream);
-  if (dim <= 128) return run<kDType, 128>(b, w, stream);
-  return run<kDType, 256>(b, w, stream);
+#ifdef FLUX_SM90
+  if (runs_on_sm90(b.forward, device)) {
+    if (dim <= 64) return run<sm90::BackwardKernels<kDType, 64>>(b, w, stream);
+    if (dim <= 96) return run<sm90::BackwardKernels<kDType, 96>>(b, w, stream);
+    return run<sm90::BackwardKernels<kDType, 128>>(b, w, stream);
+  }
+#endif
+  if (dim <= 64) return run<sm80::BackwardKernels<kDType, 64>>(b, w, stream);
+  if (dim <= 96) return run<sm80::BackwardKernels<kDType, 96>>(b, w, stream);
+  if (dim <= 128) return run<sm80::BackwardKernels<kDType, 128>>(b, w, stream);
+  return run<sm80::BackwardKernels<kDType, 256>>(b, w, stream);
 }
 
 }  // namespace
@@ -71,7 +89,8 @@ Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t
     return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
   const BackwardWorkspace w = lay_out(b, memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};
-  return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, stream) : run<DType::kBFloat16>(b, w, stream);
+  return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, device, stream)
+                                    : run<DType::kBFloat16>(b, w, device, stream);
 }
 
 }  // namespace flux::cuda
