@@ -85,7 +85,8 @@ Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
   if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
     return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
-  if (row_blocks(p, 1) * p.kv.num_heads > INT_MAX || key_blocks(b, 1) * p.kv.num_heads > INT_MAX)
+  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
+      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
     return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
   const BackwardWorkspace w = lay_out(b, memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};

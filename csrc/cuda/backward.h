@@ -36,13 +36,18 @@ struct Shared {
 
 // A block of rows, or of keys, of one sequence.
 struct OwnedBlock {
-  int32_t seq, block, count;  // count: blocks of the sequence
+  int32_t seq, block, count;  // count: blocks of the sequence; where block is no less, there is no such block
 };
 
-// Number `index` of the blocks of all sequences, of which each has blocks_of(seq). seq = batch: there are less. By
-// whole warps.
+// Number `index` of the blocks of all sequences, of which each has blocks_of(seq): the first of each sequence, then the
+// second of each, where the launch has as many for every sequence (`in_turn`); else sequence by sequence. By whole
+// warps.
+//
+// What costs most comes first, so that the end is even. Under a causal mask that is keys from first to last (the sink,
+// which all queries see, first of all) and rows from last to first.
 template <typename BlocksOf>
-__device__ OwnedBlock find_block(int32_t batch, int32_t index, BlocksOf blocks_of) {
+__device__ OwnedBlock find_block(bool in_turn, int32_t batch, int32_t index, BlocksOf blocks_of) {
+  if (in_turn) return {index % batch, index / batch, blocks_of(index % batch)};
   const int32_t lane = threadIdx.x % 32;
   for (int32_t first = 0; first < batch; first += 32) {
     const int32_t own = first + lane < batch ? blocks_of(first + lane) : 0;
@@ -52,7 +57,7 @@ __device__ OwnedBlock find_block(int32_t batch, int32_t index, BlocksOf blocks_o
       return {first + passed, index - __shfl_sync(~0u, sum - own, passed), __shfl_sync(~0u, own, passed)};
     index -= __shfl_sync(~0u, sum, 31);
   }
-  return {batch, 0, 0};
+  return {0, 0, 0};
 }
 
 // Loads the kRows rows of a sequence head from first_row on, of q and of grad_out, by kThreads threads. Zeros stand
@@ -173,14 +178,15 @@ __device__ inline QueryBlocks blocks_seeing(const AttendParams& p, const Backwar
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     queries_backward_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w,
-                            const int32_t blocks_per_head) {
+                            const bool in_turn) {
   const AttendParams& p = b.forward;
-  const int32_t kv_head = blockIdx.x / blocks_per_head, index = blockIdx.x % blocks_per_head;
+  const int32_t kv_head = blockIdx.x % p.kv.num_heads, index = blockIdx.x / p.kv.num_heads;
   const auto num_rows = [&](int32_t seq) { return p.q.rows(seq, kv_head).size() * p.group(); };
-  const OwnedBlock own = find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
-  if (own.seq == p.batch) return;
-  const int32_t first = (own.count - 1 - own.block) * Body::kOwned;  // the last rows see the most keys: they come first
+  const OwnedBlock own =
+      find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
+  if (own.block >= own.count) return;
   __shared__ Shared<TileView> seq_head;
+  const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
   Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
             {first, min_of(first + Body::kOwned, num_rows(own.seq))});
 }
@@ -188,36 +194,37 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     keys_backward_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w,
-                         const int32_t blocks_per_head) {
+                         const bool in_turn) {
   const AttendParams& p = b.forward;
-  const int32_t kv_head = blockIdx.x / blocks_per_head, index = blockIdx.x % blocks_per_head;
+  const int32_t kv_head = blockIdx.x % p.kv.num_heads, index = blockIdx.x / p.kv.num_heads;
   const auto num_keys = [&](int32_t seq) { return p.kv.rows(seq, kv_head).size(); };
-  const OwnedBlock own = find_block(p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
-  if (own.seq == p.batch) return;
-  const int32_t first = own.block * Body::kOwned;
+  const OwnedBlock own =
+      find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
+  if (own.block >= own.count) return;
   __shared__ Shared<TileView> seq_head;
+  const int32_t first = own.block * Body::kOwned;
   Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
             {first, min_of(first + Body::kOwned, num_keys(own.seq))});
 }
 
 template <typename Body>
-cudaError_t launch_backward(void (*kernel)(AttendBackwardParams, BackwardWorkspace, int32_t),
-                            const AttendBackwardParams& b, const BackwardWorkspace& w, int64_t blocks_per_head,
+cudaError_t launch_backward(void (*kernel)(AttendBackwardParams, BackwardWorkspace, bool),
+                            const AttendBackwardParams& b, const BackwardWorkspace& w, const BlockCount& count,
                             cudaStream_t stream) {
-  const int64_t blocks = blocks_per_head * b.forward.kv.num_heads;
+  const int64_t blocks = count.most() * b.forward.kv.num_heads;
   if (blocks == 0) return cudaSuccess;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes))
     return e;
   return launch(kernel, dim3(unsigned(blocks)), Body::kThreads, Body::kSmemBytes, stream, false, b, w,
-                int32_t(blocks_per_head));
+                count.padded <= count.packed);
 }
 template <typename Body>
 cudaError_t launch_queries_backward(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
-  return launch_backward<Body>(queries_backward_kernel<Body>, b, w, row_blocks(b.forward, Body::kOwned), stream);
+  return launch_backward<Body>(queries_backward_kernel<Body>, b, w, count_row_blocks(b.forward, Body::kOwned), stream);
 }
 template <typename Body>
 cudaError_t launch_keys_backward(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
-  return launch_backward<Body>(keys_backward_kernel<Body>, b, w, key_blocks(b, Body::kOwned), stream);
+  return launch_backward<Body>(keys_backward_kernel<Body>, b, w, count_key_blocks(b, Body::kOwned), stream);
 }
 
 }  // namespace flux::cuda

@@ -173,19 +173,22 @@ inline BackwardWorkspace lay_out(const AttendBackwardParams& b, void* base) {
   return w;
 }
 
-// The gradients' blocks of so many rows (of a sequence head, see view_rows), or keys, of one KV head and all sequences:
-// no valid input has more. (Spans that overlap are cut off.)
+// How many blocks of rows (of sequence heads, see view_rows), or of keys, the gradients have at most for one KV head:
+// as many for every sequence as the longest may have, or as all their rows fill. (Spans that overlap, which no valid
+// input has, are cut off.)
 constexpr int32_t kMostRowsOfBlock = 128;
-inline int64_t row_blocks(const AttendParams& p, int32_t rows) {
-  const int64_t padded = int64_t(p.batch) * ceil_div_64(most_rows(p), rows);
-  const int64_t packed = p.q.total_rows * p.group() / rows + p.batch;
-  return padded < packed ? padded : packed;
+struct BlockCount {
+  int64_t padded, packed;
+  int64_t most() const { return padded < packed ? padded : packed; }
+};
+inline BlockCount count_row_blocks(const AttendParams& p, int32_t rows) {
+  return {p.batch * ceil_div_64(most_rows(p), rows), p.q.total_rows * p.group() / rows + p.batch};
 }
-inline int64_t key_blocks(const AttendBackwardParams& b, int32_t keys) {
+inline BlockCount count_key_blocks(const AttendBackwardParams& b, int32_t keys) {
   const AttendParams& p = b.forward;
-  const int64_t padded = int64_t(p.batch) * ceil_div(p.kv.rows.capacity, keys);
-  const int64_t packed = p.kv.rows.capacity / keys + p.batch;
-  return b.grad_k.stride.b == 0 && packed < padded ? packed : padded;
+  const int64_t each = ceil_div(p.kv.rows.capacity, keys);
+  const bool one_tensor = b.grad_k.stride.b == 0;  // of all sequences
+  return {p.batch * each, (one_tensor ? 1 : p.batch) * each + p.batch};
 }
 
 // An error has a message the operators show; null: none.
