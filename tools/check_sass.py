@@ -21,6 +21,7 @@ from pathlib import Path
 
 MOST_MEGABYTES = 30
 SPILLS = frozenset({"LDL", "STL"})
+ATOMICS = frozenset({"RED", "REDG", "ATOM", "ATOMG", "ATOMS"})
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ RULES = (
     # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
     replace(SM90, most=(("R2UR", 120),)),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
-    Rule(r"sm80.*backward_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | {"RED", "ATOMG"}),
+    Rule(r"backward_kernel.*sm90", need=frozenset({"HGMMA", "LDGSTS"}), forbid=SPILLS | ATOMICS | {"HMMA"}),
+    Rule(r"backward_kernel.*sm80", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
     Rule(r"combine\w*_kernel", most_registers=128),

@@ -188,7 +188,7 @@ CRITERIA: tuple[Criterion, ...] = (
     _at_most("block-sparse, 95 % of the blocks over dense", None, 1.0,
              partial(over, "block-sparse", "full", kind="95%")),
     _at_least("gradients, dense D 128, 4K to 32K, cuDNN's time over ours", None, 1.0,
-              partial(beside, "backward", "SDPA cuDNN", dim=128)),
+              partial(beside, "backward", "SDPA cuDNN", kind="dense", dim=128)),
     _at_most("block-sparse, choosing over what is saved", None, 0.10, scoring),
     *(
         _at_least(f"decode attention of 32 layers at 256K, {share} sparse, speedup", None, aim, partial(layers, share))

@@ -134,6 +134,7 @@ struct KeysBackward : Backward<T, kDim> {
 
   using Rows = VisitedRows<kVisited>;
   static constexpr int kSmemBytes = Base::kTileBytes + kStages * int(sizeof(Rows));
+  static_assert(kSmemBytes + 512 <= 99 * 1024, "what every GPU since 8.0 has");
   static __device__ Rows& rows_of(int stage) {
     return reinterpret_cast<Rows*>(shared_memory() + Base::kTileBytes)[stage];
   }
