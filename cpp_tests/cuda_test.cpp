@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <deque>
 #include <numeric>
 #include <random>
 #include <type_traits>
@@ -13,6 +12,7 @@
 
 #include "attend_case.h"
 #include "cpu/cpu.h"
+#include "device_case.h"
 #ifdef FLUX_SIMT
 #include "cuda/dependent_launch.h"
 #include "cuda/plan.h"
@@ -20,8 +20,6 @@
 
 namespace flux::cuda {
 namespace {
-
-#define CUDA_OK(call) ASSERT_EQ(call, cudaSuccess)
 
 struct HostPlan {
   PlanHeader header{};
@@ -84,28 +82,6 @@ HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_
   return p;
 }
 
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) {
-    EXPECT_EQ(cudaMalloc(&data_, std::max<size_t>(host.size(), 1) * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  DeviceArray(const DeviceArray&) = delete;
-  ~DeviceArray() { cudaFree(data_); }
-  T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_ = nullptr;
-};
-
-template <typename T>
-std::vector<T> to_host(const T* device, size_t count) {
-  std::vector<T> host(count);
-  EXPECT_EQ(cudaMemcpy(host.data(), device, count * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-  return host;
-}
-
 void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t max_kv, TileShape tile,
                         int32_t num_workers, uint32_t seed, bool equal_q = false) {
   SCOPED_TRACE(testing::Message() << "batch " << batch << ", heads " << kv_heads << ", q " << max_q << ", kv " << max_kv
@@ -165,11 +141,6 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
     ASSERT_EQ(ranges[i].end_tile, expected.ranges[i].end_tile) << i;
     ASSERT_EQ(ranges[i].end_block, expected.ranges[i].end_block) << i;
   }
-}
-
-bool has_gpu() {
-  int devices = 0;
-  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
 }
 
 class Plan : public testing::Test {
@@ -295,133 +266,6 @@ class OneWorker : public cpu::Executor {
     for (int64_t i = 0; i < n; ++i) body(i);
   }
 };
-
-// Copies on the device of what parameters point to.
-class Copies {
- public:
-  template <typename T>
-  T* operator()(T* host, size_t count) {
-    if (!host) return nullptr;
-    const auto* bytes = reinterpret_cast<const char*>(host);
-    arrays_.emplace_back(std::vector<char>(bytes, bytes + count * sizeof(T)));
-    return reinterpret_cast<T*>(arrays_.back().get());
-  }
-  void* operator()(test::Data& d) { return (*this)(d.bytes.data(), d.bytes.size()); }
-  template <typename T>
-  T* operator()(const std::vector<T>& v) {
-    return const_cast<T*>((*this)(v.data(), v.size()));
-  }
-
- private:
-  std::deque<DeviceArray<char>> arrays_;
-};
-
-// The forward call of `c` with all that it points to on the device.
-AttendParams to_device(test::AttendCase& c, Copies& copy) {
-  AttendParams p = c.params.forward;
-  const test::Problem& host = c.problem;
-  p.q.data = copy(c.q), p.kv.k.data = copy(c.k), p.kv.v.data = copy(c.v), p.out.data = copy(c.out), p.lse = copy(c.lse);
-  if (p.kv.page_table) p.kv.page_table = copy(c.page_table);
-  p.q.rows.begin = copy(host.q_begin), p.q.rows.end = copy(host.q_end);
-  p.kv.rows.begin = copy(host.kv_begin), p.kv.rows.end = copy(host.kv_end);
-  p.routing.route = copy(host.route);
-  for (int mode = 0; mode < 2; ++mode)
-    if (p.routing.blocks[mode].blocks)
-      p.routing.blocks[mode].blocks = copy(host.blocks[mode]), p.routing.blocks[mode].counts = copy(host.counts[mode]);
-  return p;
-}
-
-// Runs plan, attend and combine on `c`, and brings out and lse back.
-void attend_on_device(test::AttendCase& c) {
-  Copies copy;
-  const AttendParams p = to_device(c, copy);
-  AttendConfig config;
-  const Status chosen = configure(p, &config);
-  ASSERT_TRUE(chosen.ok()) << chosen.what;
-  const DeviceArray<char> memory(std::vector<char>(lay_out(p, config, nullptr).bytes, char(0xff)));
-  const Status done = attend(p, config, memory.get(), nullptr);
-  ASSERT_TRUE(done.ok()) << done.what;
-  Explanation e;
-  ASSERT_TRUE(explain(p, &e).ok());
-  EXPECT_EQ(e.family, config.instance->family);
-  EXPECT_EQ(e.decode, most_rows(p) <= kDecodeRows && p.group() <= kDecodeRows);
-  EXPECT_EQ(e.workers, config.num_workers);
-  CUDA_OK(cudaDeviceSynchronize());
-  c.lse = to_host(p.lse, c.lse.size());
-  c.out.bytes = to_host(static_cast<unsigned char*>(p.out.data), c.out.bytes.size());
-}
-
-// The gradients, after the forward pass. What is not written is NaN.
-void attend_backward_on_device(test::AttendCase& c) {
-  Copies copy;
-  AttendBackwardParams b = c.params;
-  b.forward = to_device(c, copy);
-  for (test::Data* grad : {&c.grad_q, &c.grad_k, &c.grad_v}) grad->fill(NAN);
-  b.grad_out.data = copy(c.grad_out);
-  b.grad_q.data = copy(c.grad_q), b.grad_k.data = copy(c.grad_k), b.grad_v.data = copy(c.grad_v);
-  const DeviceArray<char> memory(std::vector<char>(lay_out(b, nullptr).bytes, char(0xff)));
-  const Status done = attend_backward(b, memory.get(), nullptr);
-  ASSERT_TRUE(done.ok()) << done.what;
-  CUDA_OK(cudaDeviceSynchronize());
-  const auto bring_back = [](test::Data& grad, const void* from) {
-    grad.bytes = to_host(static_cast<const unsigned char*>(from), grad.bytes.size());
-  };
-  bring_back(c.grad_q, b.grad_q.data), bring_back(c.grad_k, b.grad_k.data), bring_back(c.grad_v, b.grad_v.data);
-}
-
-int64_t count_written(const test::Data& x) {
-  int64_t written = 0;
-  for (int64_t i = 0; i < x.size(); ++i) written += !std::isnan(x[i]);
-  return written;
-}
-
-class AttendBackward : public testing::TestWithParam<std::tuple<DType, test::Layout>> {};
-
-TEST_P(AttendBackward, AgreesWithDoublePrecision) {
-  if (!has_gpu()) GTEST_SKIP() << "no GPU";
-  const auto [dtype, kind] = GetParam();
-  test::Random random(171 + 100 * int(dtype) + 10 * int(kind));
-  const int32_t dims[] = {64, 128, 96, 256, 40, 8, 64, 128, 104, 64};
-  for (int i = 0; i < 10; ++i) {
-    const int32_t dim = dims[i];
-    SCOPED_TRACE("case " + std::to_string(i) + ", head_dim " + std::to_string(dim));
-    test::ProblemOptions o;
-    o.max_batch = i == 4 ? 60 : 2;  // more sequences than a warp has lanes
-    o.max_kv_heads = 2;
-    o.max_q_len = i == 4 ? 9 : 150;
-    o.max_kv_len = i == 4 ? 40 : 250;
-    if (i == 5) o.max_group = 80;                      // more heads than a block has rows
-    if (i == 6) o.min_q_len = 100, o.max_kv_len = 20;  // queries that see no key
-    test::AttendCase c;
-    test::random_attend(random, dtype, kind, dim, 8, o, c);
-    const AttendParams& p = c.params.forward;
-    if (p.q.total_rows == 0) continue;
-    attend_on_device(c);
-    attend_backward_on_device(c);
-    if (HasFailure()) return;
-    int64_t rows = 0, keys = 0;
-    for (int32_t b = 0; b < p.batch; ++b)
-      for (int32_t h = 0; h < p.kv.num_heads; ++h)
-        rows += p.q.rows(b, h).size() * p.group(), keys += p.kv.rows(b, h).size();
-    EXPECT_EQ(count_written(c.grad_q), rows * dim) << "rows of no sequence must stay untouched";
-    EXPECT_EQ(count_written(c.grad_k), keys * dim);
-    EXPECT_EQ(count_written(c.grad_v), keys * dim);
-    test::expect_gradients(c, test::expected(c));
-    if (HasFailure()) return;
-    const auto grad_q = c.grad_q.bytes, grad_k = c.grad_k.bytes, grad_v = c.grad_v.bytes;
-    attend_backward_on_device(c);
-    EXPECT_TRUE(c.grad_q.bytes == grad_q && c.grad_k.bytes == grad_k && c.grad_v.bytes == grad_v)
-        << "the same call gives the same bits";
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Cuda, AttendBackward,
-                         testing::Combine(testing::Values(DType::kFloat16, DType::kBFloat16),
-                                          testing::Values(test::Layout::kBatched, test::Layout::kPacked)),
-                         [](const testing::TestParamInfo<std::tuple<DType, test::Layout>>& info) {
-                           return std::string(std::get<0>(info.param) == DType::kFloat16 ? "Float16" : "BFloat16") +
-                                  (std::get<1>(info.param) == test::Layout::kPacked ? "Packed" : "Batched");
-                         });
 
 class Attend : public testing::TestWithParam<std::tuple<DType, test::Layout, bool>> {};
 

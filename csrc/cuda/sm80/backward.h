@@ -134,7 +134,7 @@ struct KeysBackward : Backward<T, kDim> {
 
   using Rows = VisitedRows<kVisited>;
   static constexpr int kSmemBytes = Base::kTileBytes + kStages * int(sizeof(Rows));
-  static_assert(kSmemBytes + 512 <= 99 * 1024, "what every GPU since 8.0 has");
+  static_assert(kSmemBytes + int(sizeof(Shared<TileView>) + sizeof(Shared<QueryBlocks>)) <= 99 * 1024);
   static __device__ Rows& rows_of(int stage) {
     return reinterpret_cast<Rows*>(shared_memory() + Base::kTileBytes)[stage];
   }
