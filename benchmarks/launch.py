@@ -43,6 +43,20 @@ def attention(
     return lambda: operators.attend(q, kv, routing, dim**-0.5 if scale is None else scale)
 
 
+def gradients(s: Setting, q_len: int, kv_len: int, *, dim: int = 128, lists: bool = False) -> Call:
+    """The backward pass of attention with half of the KV heads sparse."""
+    q, grad = (s.random(1, q_len, 8, dim) for _ in range(2))
+    k, v = (s.random(1, kv_len, 2, dim) for _ in range(2))
+    if lists:
+        blocks, counts = s.int32([[[[0, 0, 0], [0, 1, 0], [0, 2, 0]]] * 2]), s.int32([[[1, 2, 2]] * 2])
+        how = (None, [0, 1, 0, 1, 128] * 2, blocks, counts, blocks, counts)
+    else:
+        how = (s.int32([[1, 0]]), [*Full().numbers(), 0, *Streaming(16, 48).numbers(), 0], None, None, None, None)
+    rest = (*how, dim**-0.5, None, None, None, None)
+    out, lse = torch.ops.flux_ext.attend(q, k, v, *rest, None)
+    return lambda: torch.ops.flux_ext.attend_backward(grad, q, k, v, out, lse, *rest)
+
+
 def paged(s: Setting) -> Call:
     """A decode step over pages."""
     q = s.random(2, 1, 8, 128)
@@ -99,6 +113,10 @@ SMALL: dict[str, Callable[[Setting], Call]] = {
     "sm90-prefill-d256": lambda s: attention(s, 900, 900, dim=256, heads=(16, 8)),  # 80 keys at a time, no turns
     "sm90-prefill-split": lambda s: attention(s, 64, 3000),
     "sm90-block-lists": block_lists,
+    "backward": lambda s: gradients(s, 200, 300),
+    "backward-d64": lambda s: gradients(s, 200, 200, dim=64),
+    "backward-d256": lambda s: gradients(s, 200, 200, dim=256),
+    "backward-block-lists": lambda s: gradients(s, 300, 300, lists=True),
     "router-layer": lambda s: router(s, LayerRouter, 300),
     "router-head": lambda s: router(s, HeadRouter, 300),
     "model-step": model_step,

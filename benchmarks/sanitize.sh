@@ -43,12 +43,14 @@ if [ $# -eq 0 ]; then
     racecheck:sm80-prefill-split:flux racecheck:sm90-prefill:flux racecheck:sm90-prefill-d64:flux \
     racecheck:sm90-prefill-d64-wide:flux racecheck:sm90-prefill-long:flux racecheck:sm90-prefill-d256:flux \
     racecheck:sm90-prefill-split:flux racecheck:sm90-block-lists:flux racecheck:router-layer:flux \
+    racecheck:backward:flux racecheck:backward-d64:flux racecheck:backward-d256:flux \
+    racecheck:backward-block-lists:flux \
     racecheck:router-head:flux \
     racecheck:plan:plan_kernel racecheck:plan:attend_kernel racecheck:decode:attend_kernel \
     racecheck:decode:combine racecheck:sm80-prefill:attend_kernel racecheck:sm90-prefill:attend_kernel \
     racecheck:blocking,decode:flux racecheck:eager,decode:flux racecheck:eager,plan:plan_kernel
   for tool in synccheck memcheck initcheck; do
-    for launch in plan decode sm80-prefill sm90-prefill sm90-prefill-split router-layer; do
+    for launch in plan decode sm80-prefill sm90-prefill sm90-prefill-split router-layer backward backward-d256; do
       set -- "$@" "$tool:$launch:flux"
     done
   done

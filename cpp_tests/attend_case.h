@@ -170,6 +170,28 @@ inline void expect_attended(const AttendCase& c, const Expected& e, double slack
   EXPECT_EQ(written, rows * dim) << "rows of no sequence must stay untouched";
 }
 
+// Compares the gradients with `e`.
+inline void expect_gradients(const AttendCase& c, const Expected& e, double slack = 1) {
+  const AttendBackwardParams& b = c.params;
+  const AttendParams& p = b.forward;
+  Difference grad_q, grad_k, grad_v;
+  for_each_query(p, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>&) {
+    const int64_t i = at(b.grad_q.stride, seq, row, g);
+    for (int32_t d = 0; d < p.head_dim; ++d) grad_q.add(c.grad_q[i + d], e.grad_q[i + d]);
+  });
+  for (int32_t seq = 0; seq < p.batch; ++seq)
+    for (int32_t h = 0; h < p.kv.num_heads; ++h)
+      for (int32_t j = 0; j < p.kv.rows(seq, h).size(); ++j)
+        for (int32_t d = 0; d < p.head_dim; ++d) {
+          const int64_t k = kv_at(p, b.grad_k.stride, seq, h, j) + d, v = kv_at(p, b.grad_v.stride, seq, h, j) + d;
+          grad_k.add(c.grad_k[k], e.grad_k[k]);
+          grad_v.add(c.grad_v[v], e.grad_v[v]);
+        }
+  grad_q.expect_small(p.dtype, 8 * slack, "grad_q");  // delta comes from the rounded output
+  grad_k.expect_small(p.dtype, 8 * slack, "grad_k");
+  grad_v.expect_small(p.dtype, 8 * slack, "grad_v");
+}
+
 inline Expected expected(const AttendCase& c) {
   // Gradients are laid out with strides of their own: the reference's vectors must hold the larger of them.
   return attend(c.params, std::max({c.q.size(), c.out.size(), c.grad_q.size()}), c.lse.size(),

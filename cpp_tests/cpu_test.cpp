@@ -41,31 +41,13 @@ class Workers : public cpu::Executor {
 
 void check_attend(AttendCase& c, const Workers& workers, double slack = 1) {
   const AttendBackwardParams& b = c.params;
-  const AttendParams& p = b.forward;
-  const int32_t dim = p.head_dim;
-  cpu::attend(p, workers);
+  cpu::attend(b.forward, workers);
   const test::Expected e = test::expected(c);
   test::expect_attended(c, e, slack);
   if (!b.grad_out.data) return;
 
-  Difference grad_q, grad_k, grad_v;
   cpu::attend_backward(b, workers);
-  test::for_each_query(p, [&](int32_t seq, int32_t, int32_t g, int32_t row, const std::vector<int32_t>&) {
-    const int64_t i = test::at(b.grad_q.stride, seq, row, g);
-    for (int32_t d = 0; d < dim; ++d) grad_q.add(c.grad_q[i + d], e.grad_q[i + d]);
-  });
-  for (int32_t seq = 0; seq < p.batch; ++seq)
-    for (int32_t h = 0; h < p.kv.num_heads; ++h)
-      for (int32_t j = 0; j < p.kv.rows(seq, h).size(); ++j)
-        for (int32_t d = 0; d < dim; ++d) {
-          const int64_t k = test::kv_at(p, b.grad_k.stride, seq, h, j) + d;
-          const int64_t v = test::kv_at(p, b.grad_v.stride, seq, h, j) + d;
-          grad_k.add(c.grad_k[k], e.grad_k[k]);
-          grad_v.add(c.grad_v[v], e.grad_v[v]);
-        }
-  grad_q.expect_small(p.dtype, 8 * slack, "grad_q");  // delta comes from the rounded output
-  grad_k.expect_small(p.dtype, 8 * slack, "grad_k");
-  grad_v.expect_small(p.dtype, 8 * slack, "grad_v");
+  test::expect_gradients(c, e, slack);
 }
 
 class Attend : public testing::TestWithParam<std::tuple<DType, Layout>> {};

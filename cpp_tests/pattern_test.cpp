@@ -139,6 +139,67 @@ TEST(Pattern, NoneIsSeenExactlyWhereEveryPairIsHidden) {
   EXPECT_GT(none, 400);
 }
 
+// The other way round. Lists are kept by query block of `kListedQueries` queries, as block tables are.
+constexpr int32_t kListedQueries = 8;
+
+void check_query_blocks(Random& random, bool with_lists) {
+  Case c = random_case(random, false);
+  if (with_lists) c.pattern = {}, c.q_begin = c.q_end - random.integer(1, 400);  // more lists than a word has bits
+  const int32_t group = random.integer(1, 6), kv_blocks = ceil_div(c.kv_len, c.block) + 1;
+  const int32_t q_len = c.q_end - c.q_begin, rows = q_len * group, listed = ceil_div(q_len, kListedQueries);
+  const int32_t block = with_lists ? 2 << random.integer(0, 2) : random.integer(1, 70);  // rows
+  std::vector<std::vector<int32_t>> lists(listed);
+  for (std::vector<int32_t>& list : lists) {
+    list = test::random_blocks(random, max_of(c.q_end - 1, 0), c.block);
+    list.reserve(1);
+  }
+  const auto list_of = [&](int32_t q) {
+    if (!with_lists) return BlockList{};
+    const std::vector<int32_t>& list = lists[(q - c.q_begin) / kListedQueries];
+    return BlockList{list.data(), int32_t(list.size()), c.block};
+  };
+  for (int32_t n = 0; n < kv_blocks; ++n) {
+    const int32_t kv_begin = n * c.block, kv_end = kv_begin + c.block;
+    SCOPED_TRACE(describe(c) + " group " + std::to_string(group) + " rows " + std::to_string(block) + " keys from " +
+                 std::to_string(kv_begin));
+    ListedBits bits;
+    std::vector<uint32_t> words(ceil_div(listed, 32));
+    for (int32_t i = 0; i < listed; ++i)
+      if (std::count(lists[i].begin(), lists[i].end(), n)) words[i / 32] |= 1u << i % 32;
+    if (with_lists) bits = {words.data(), kListedQueries * group};
+    std::set<int32_t> queries, blocks, visited;
+    for (int32_t q = c.q_begin; q < c.q_end; ++q)
+      for (int32_t k = kv_begin; k < min_of(kv_end, c.kv_len); ++k)
+        if (q >= 0 && visible(c.pattern, q, k, c.kv_len, list_of(q))) queries.insert(q);
+    for (int32_t r = 0; r < rows; ++r)
+      if (queries.count(c.q_begin + r / group)) blocks.insert(r / block);
+
+    const QueryBlocks found = query_blocks(c.pattern, kv_begin, kv_end, c.kv_len, c.q_begin, q_len, group, block, bits);
+    int32_t last = -1;
+    for (int32_t m = found.first(); m < found.end(); m = found.after(m)) {
+      ASSERT_GT(m, last) << "blocks must ascend";
+      visited.insert(last = m);
+    }
+    ASSERT_EQ(visited, blocks);
+    if (with_lists) continue;
+    const SeeingQueries seeing = seeing_queries(c.pattern, kv_begin, kv_end, c.kv_len, c.q_begin, c.q_end);
+    ASSERT_LE(seeing.near.end, seeing.last.begin);
+    for (int32_t q = c.q_begin; q < c.q_end; ++q)
+      ASSERT_EQ((q >= seeing.near.begin && q < seeing.near.end) || (q >= seeing.last.begin && q < seeing.last.end),
+                queries.count(q) == 1)
+          << "query " << q;
+  }
+}
+
+TEST(Pattern, QueryBlocksAreExactlyThoseThatSeeTheKeys) {
+  Random random(7);
+  for (int i = 0; i < 1500; ++i) check_query_blocks(random, false);
+}
+TEST(Pattern, QueryBlocksOfListsAreExactlyThoseThatSeeTheKeys) {
+  Random random(8);
+  for (int i = 0; i < 1500; ++i) check_query_blocks(random, true);
+}
+
 TEST(Pattern, PublishedDefaults) {
   const Pattern streaming{128, 2048, 0, 1};
   EXPECT_TRUE(visible(streaming, 5000, 127, 6000));
@@ -172,6 +233,10 @@ TEST(Pattern, MillionsOfTokensDoNotOverflow) {
   EXPECT_EQ(full.size(), n / 64);
   const KvBlocks streaming = kv_blocks({128, 2048, 0, 1}, n - 16, n, n, 64);
   EXPECT_EQ(streaming.size(), 2 + 33);
+  const int32_t most = 1 << 30;  // rows
+  const SeeingQueries all = seeing_queries({0, most - 1, 0, 1}, most - 64, most, most, 0, most);
+  EXPECT_EQ(all.near.begin, most - 64);
+  EXPECT_EQ(all.near.end, most);
 }
 
 }  // namespace

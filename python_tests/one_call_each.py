@@ -33,20 +33,39 @@ def int32(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def moved(x: Any, device: str) -> Any:
+    """A tensor or block lists on a device. Strides stay as they are."""
+    if isinstance(x, BlockSparse) and x.blocks is not None:
+        counts = None if x.counts is None else x.counts.to(device)
+        return BlockSparse(blocks=x.blocks.to(device), counts=counts, width=x.width)
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
 def compare(device: str, q: Tensor, k: Tensor, v: Tensor, route: Tensor | None, **options: Any) -> None:
-    """``flux_ext.attention`` on a device, and the twin in fp64 on the CPU. Strides stay as they are."""
-
-    def there(x: Any) -> Any:
-        if isinstance(x, BlockSparse) and x.blocks is not None:
-            counts = None if x.counts is None else x.counts.to(device)
-            return BlockSparse(blocks=x.blocks.to(device), counts=counts, width=x.width)
-        if not isinstance(x, Tensor):
-            return x
-        return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=device).copy_(x)
-
-    got = flux_ext.attention(*map(there, (q, k, v, route)), **{name: there(x) for name, x in options.items()})
+    """``flux_ext.attention`` on a device, and the twin in fp64 on the CPU."""
+    there = {name: moved(x, device) for name, x in options.items()}
+    got = flux_ext.attention(*(moved(x, device) for x in (q, k, v, route)), **there)
     want = reference.attention(q.double(), k.double(), v.double(), route, **options)
     assert relative_error(got.cpu(), want) < 1e-2
+
+
+def compare_gradients(device: str, q: Tensor, k: Tensor, v: Tensor, route: Tensor, **options: Any) -> None:
+    """The same of the gradients of q, k and v."""
+    there = {name: moved(x, device) for name, x in options.items()}
+    with torch.enable_grad():
+        leaves = [moved(x, device).requires_grad_() for x in (q, k, v)]
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        outputs = (
+            flux_ext.attention(*leaves, moved(route, device), **there),
+            reference.attention(*exact, route.clone(), **options),
+        )
+        gradients = [
+            torch.autograd.grad(out.square().sum(), x) for out, x in zip(outputs, (leaves, exact), strict=True)
+        ]
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error(got.cpu(), want) < 3e-2
 
 
 def prefill(device: str) -> None:
@@ -125,6 +144,19 @@ def selected_blocks(device: str) -> None:
     compare_lists(pattern, 2 * random(2, 13, 6, 128), 2 * random(45, 7, 3, 128), kv_end=ends, page_table=table)
 
 
+def gradients(device: str) -> None:
+    for head_dim in (40, 64, 128, 256):
+        x = random(2, 77, 6, head_dim), random(2, 77, 3, head_dim), random(2, 77, 3, head_dim)
+        compare_gradients(device, *x, int32([[0, 1, 0], [1, 0, 1]]), sparse=SPARSE)
+    x = random(1, 133, 4, 128), random(1, 333, 2, 128), random(1, 333, 2, 128)
+    compare_gradients(device, *x, int32([1]), sparse=Triangle(5, 48, last_q=33, align=16))
+    x = random(213, 6, 128), random(213, 3, 128), random(213, 3, 128)
+    compare_gradients(device, *x, int32([0, 1, 1, 0]), sparse=SPARSE, cu_seqlens=int32([0, 5, 5, 70, 211]))
+    x = random(1, 301, 4, 128), random(1, 301, 2, 128), random(1, 301, 2, 128)
+    lists = int32([[[[0, 1], [0, 3], [2, 4]]] * 2])
+    compare_gradients(device, *x, int32([[1, 0]]), sparse=BlockSparse(blocks=lists, width=64))
+
+
 def misaligned(device: str) -> None:
     q, k, v = random(2, 77, 6, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2]
     compare(device, q, k, v, int32([0, 1]), sparse=SPARSE)
@@ -173,6 +205,7 @@ CALLS: dict[str, Callable[[str], None]] = {
         packed,
         block_lists,
         selected_blocks,
+        gradients,
         misaligned,
         route,
         append,
@@ -182,6 +215,6 @@ CALLS: dict[str, Callable[[str], None]] = {
 if __name__ == "__main__":
     torch.manual_seed(0)
     for name, call in CALLS.items():
-        with torch.inference_mode():
+        with torch.no_grad():
             call(sys.argv[1])
         print("called:", name, flush=True)

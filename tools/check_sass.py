@@ -21,6 +21,7 @@ from pathlib import Path
 
 MOST_MEGABYTES = 30
 SPILLS = frozenset({"LDL", "STL"})
+ATOMICS = frozenset({"RED", "REDG", "ATOM", "ATOMG", "ATOMS"})
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ RULES = (
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
+    Rule(r"backward_kernel.*sm90", need=frozenset({"HGMMA", "LDGSTS"}), forbid=SPILLS | ATOMICS | {"HMMA"}),
+    Rule(r"backward_kernel.*sm80", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
     Rule(r"combine\w*_kernel", most_registers=128),

@@ -53,9 +53,9 @@ def decode_share_128k(results: Results) -> Seen:
     return _of((r for r in results.all("decode", length=128 * K) if r.batch in (1, 16)), "share")
 
 
-def beside(group: str, peer: str, results: Results, *, least: int = 0) -> Seen:
+def beside(group: str, peer: str, results: Results, *, least: int = 0, **fields: object) -> Seen:
     """A peer's time over ours."""
-    return _of((r for r in results.all(group, peer) if r.length >= least), "ratio")
+    return _of((r for r in results.all(group, peer, **fields) if r.length >= least), "ratio")
 
 
 def rate_of_dense(group: str, results: Results, **fields: object) -> Seen:
@@ -199,6 +199,8 @@ CRITERIA: tuple[Criterion, ...] = (
     _at_least("block-sparse, rate over dense 32K", None, 0.75, partial(rate_of_dense, "block-sparse")),
     _at_most("block-sparse, 95 % of the blocks over dense", None, 1.0,
              partial(over, "block-sparse", "full", kind="95%")),
+    _at_least("gradients, dense D 128, 4K to 32K, cuDNN's time over ours", None, 1.0,
+              partial(beside, "backward", "SDPA cuDNN", kind="dense", dim=128)),
     _at_most("block-sparse, choosing over what is saved", None, 0.10, scoring),
     _at_most("block selection by strides of 16 over a dense prompt, 16K on", None, 0.05,
              partial(over, "selection", "dense prompt", kind="stride 16", least=16 * K)),

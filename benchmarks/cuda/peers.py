@@ -104,6 +104,36 @@ def dense(inputs: Inputs, causal: bool) -> Peers:
     return calls, missing
 
 
+def _cudnn_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Call:
+    aten = torch.ops.aten
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True
+    )
+    return lambda: aten._scaled_dot_product_cudnn_attention_backward(
+        grad, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, True
+    )
+
+
+def _flash_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Call:
+    aten = torch.ops.aten
+    out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return lambda: aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
+    )
+
+
+def dense_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Peers:
+    """The backward passes of SDPA's backends, causal, as autograd would call them after a forward pass (untimed)."""
+    calls: dict[str, Sequence[Call]] = {}
+    missing: dict[str, str] = {}
+    for name, make in {"SDPA cuDNN": _cudnn_backward, "SDPA flash": _flash_backward}.items():
+        try:
+            calls[name] = [make(*(t.transpose(1, 2) for t in (q, k, v, grad)))]
+        except Exception as error:
+            missing[name] = first_line(error)
+    return calls, missing
+
+
 def _mask_builder(mask: Callable[..., Tensor], q: Tensor) -> Callable[[], BlockMask]:
     n, device = q.shape[1], q.device.type
     create = torch.compile(create_block_mask) if device == "cuda" else create_block_mask

@@ -11,7 +11,19 @@ from flux_ext.operators.patterns import Q_BLOCK, Pattern
 
 from . import peers
 from .decode import K, M
-from .problems import CACHE_BYTES, OURS, SHARES, Group, Problem, Setting, Spec, attend, routes, visible_pairs
+from .problems import (
+    CACHE_BYTES,
+    OURS,
+    SHARES,
+    Group,
+    Problem,
+    Setting,
+    Spec,
+    attend,
+    attend_backward,
+    routes,
+    visible_pairs,
+)
 
 MIXED_LENGTHS = tuple((128 * K) >> i for i in range(8))
 """Lengths of the eight packed sequences, every second one sparse."""
@@ -67,6 +79,17 @@ def build_few(spec: Spec, setting: Setting) -> Problem:
         problem.add(calls, missing)
         if q_len == 1:
             problem.add(*peers.dense(inputs, False))
+    return problem
+
+
+def build_backward(spec: Spec, setting: Setting) -> Problem:
+    """The gradients of q, k and v of a prompt: ``10 * D`` FLOPs per visible triple. Dense ones beside SDPA's."""
+    q, k, v = states(spec, setting)
+    grad = setting.random(*q.shape)
+    problem = Problem(flops=2.5 * visible_flops(spec, setting))
+    problem.contenders[OURS] = [attend_backward(q, k, v, grad, routes(spec, setting), setting.sparse)]
+    if setting.peers and spec.kind == "dense" and setting.device == "cuda":
+        problem.add(*peers.dense_backward(q, k, v, grad))
     return problem
 
 
@@ -204,6 +227,9 @@ def groups() -> list[Group]:
     short = [Spec("short", "prefill", 1, 128 << i) for i in range(7)]
     short += [Spec("short", "decode", 1, 128 << i) for i in range(0, 7, 2)]
     blocks = [Spec("block-sparse", f"{d}%", 1, 32 * K) for d in (25, 10, 50, 95)]
+    backward = [Spec("backward", "dense", 1, n) for n in (32 * K, 4 * K, 16 * K, 8 * K)]
+    backward += [Spec("backward", kind, 1, n) for kind in ("streaming", "half") for n in (32 * K, 128 * K)]
+    backward += [Spec("backward", "dense", 1, 16 * K, dim=d) for d in (64, 256)]
     flex = [Spec("flex", kind, 1, 32 * K) for kind in ("half", "25%")]
     return [
         Group("dense", dense, build_prefill),
@@ -217,5 +243,6 @@ def groups() -> list[Group]:
         Group("dense-64", narrow, build_prefill),
         Group("block-sparse", blocks, build_blocks),
         Group("host", [Spec("host", "half", 1, K)], build_host),
+        Group("backward", backward, build_backward),
         Group("flex", flex, build_flex),
     ]

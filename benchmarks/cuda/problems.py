@@ -118,6 +118,14 @@ def attend(
     return operators.attend(q, KeyValues(k, v, **of_kv), routing, q.shape[-1] ** -0.5, *q_bounds)[0]
 
 
+def attend_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, route: Tensor, sparse: Pattern) -> Call:
+    """Our gradients of such a call, as autograd calls them after a forward pass."""
+    patterns, scale = [*Full().numbers(), 0, *sparse.numbers(), 0], q.shape[-1] ** -0.5
+    how = (route, patterns, None, None, None, None, scale, None, None, None, None)
+    out, lse = torch.ops.flux_ext.attend(q, k, v, *how, None)
+    return lambda: torch.ops.flux_ext.attend_backward(grad, q, k, v, out, lse, *how)
+
+
 SHARES = {"full": 0.0, "dense": 0.0, "quarter": 0.25, "half": 0.5, "streaming": 1.0}
 """Share of the KV heads that are sparse, by kind."""
 

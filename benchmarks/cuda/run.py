@@ -30,7 +30,7 @@ from .table import Ceilings, Row, Table, line, read, rows_of
 ORDER = (
     "decode", "decode-streaming", "decode-mixed", "router", "dense", "streaming", "mixed-heads", "mixed-sequences",
     "few-queries", "dense-short", "short", "dense-64", "dense-256", "decode-paged", "block-sparse", "selection",
-    "decode-layers", "decode-wide", "append", "host", "flex",
+    "decode-layers", "decode-wide", "append", "host", "backward", "flex",
 )  # fmt: skip
 GROUPS: dict[str, Group] = {g.name: g for g in (*decode.groups(), *prefill.groups(), *selection.groups())}
 UNITS = {decode.build_decode: "TB/s", decode.build_layers: "TB/s"}

@@ -4,8 +4,9 @@
 // `visible` is the specification. All else here is derived from it, in forms that kernels can afford, and
 // cpp_tests/pattern_test.cpp holds it to the specification: what one query sees (`visible_keys`), which key blocks a
 // range of queries must visit (`kv_blocks`), and whether it sees all of a block (`TileMask`) or nothing of it
-// (`sees_none`). Queries are named by their position among the keys: query i of a sequence stands at kv_len - q_len +
-// i, which is negative where there are more queries than keys.
+// (`sees_none`); and the other way round, which queries see any of a range of keys (`seeing_queries`), and which blocks
+// of queries hold one (`query_blocks`). Queries are named by their position among the keys: query i of a sequence
+// stands at kv_len - q_len + i, which is negative where there are more queries than keys.
 #pragma once
 
 #include <cstdint>
@@ -165,6 +166,75 @@ FLUX_HD bool sees_none(const QueryRange& r, int32_t kv_begin, int32_t kv_end) {
   if (kv_begin >= r.q_end) return true;
   if (r.list.blocks || kv_begin < r.pattern.sink || r.q_end > r.kv_rows.size() - r.pattern.last_q) return false;
   return kv_end <= r.pattern.window_begin(max_of(r.q_pos, 0));
+}
+
+// The queries at [q_begin, q_end) that see any key in [kv_begin, kv_end), as positions: those whose window or sink
+// reaches the keys, and of the last `last_q` those behind them.
+struct SeeingQueries {
+  Span near, last;  // last.begin >= near.end
+};
+
+FLUX_HD SeeingQueries seeing_queries(const Pattern& p, int32_t kv_begin, int32_t kv_end, int32_t kv_len,
+                                     int32_t q_begin, int32_t q_end) {
+  kv_end = min_of(kv_end, kv_len);
+  q_begin = max_of(q_begin, kv_begin);
+  if (kv_begin >= kv_end || q_begin >= q_end) return {{q_end, q_end}, {q_end, q_end}};
+  int32_t near_end = q_end;
+  if (kv_begin >= p.sink && p.window < kUnlimited)  // window_begin(q) < kv_end, solved for q
+    near_end = min_of(max_of((kv_end - 1 + p.window) / p.align * p.align, q_begin), q_end);
+  return {{q_begin, near_end}, {min_of(max_of(near_end, kv_len - p.last_q), q_end), q_end}};
+}
+
+// Of each query block of the block lists (BlockTable::q_width queries), a bit: is a block of keys on its list?
+struct ListedBits {
+  const uint32_t* words = nullptr;  // null: no lists
+  int32_t rows_each = 0;            // of rows, see QueryBlocks
+
+  FLUX_HD bool operator[](int32_t entry) const { return words[entry / 32] >> entry % 32 & 1; }
+  // No entry from this one to the end of its word.
+  FLUX_HD bool none_left_of_word(int32_t entry) const { return words[entry / 32] >> entry % 32 == 0; }
+};
+
+// Ascending blocks of rows that hold a query which sees a range of keys. Row r of a sequence head is query r / group:
+//
+//   for (int32_t m = blocks.first(); m < blocks.end(); m = blocks.after(m)) ...
+struct QueryBlocks {
+  Span near{0, 0}, last{0, 0};  // blocks; last.begin >= near.end
+  ListedBits listed;
+  int32_t block = 1;  // rows of a block
+
+  FLUX_HD int32_t end() const { return last.end; }
+  FLUX_HD int32_t first() const { return from(near.begin); }
+  FLUX_HD int32_t after(int32_t m) const { return from(m + 1); }
+
+ private:
+  // The first of them that is not before m.
+  FLUX_HD int32_t from(int32_t m) const {
+    if (!listed.words) return m < near.end || m >= last.begin ? m : last.begin;
+    const int32_t blocks_each = listed.rows_each / block;
+    int32_t entry = m / blocks_each;
+    while (entry * blocks_each < last.end && !listed[entry])
+      entry = listed.none_left_of_word(entry) ? (entry / 32 + 1) * 32 : entry + 1;
+    return min_of(max_of(m, entry * blocks_each), last.end);
+  }
+};
+
+// Of a sequence head's `q_len` queries, the first at `q_pos`. With lists (`listed`), the keys must lie in one of their
+// blocks, the bits are that block's, and `block` divides `rows_each`.
+FLUX_HD QueryBlocks query_blocks(const Pattern& p, int32_t kv_begin, int32_t kv_end, int32_t kv_len, int32_t q_pos,
+                                 int32_t q_len, int32_t group, int32_t block, const ListedBits& listed = {}) {
+  const SeeingQueries q = seeing_queries(listed.words ? Pattern{} : p, kv_begin, kv_end, kv_len, q_pos, q_pos + q_len);
+  const auto blocks_of = [&](const Span& positions, int32_t none) {
+    if (positions.size() == 0) return Span{none, none};
+    return Span{(positions.begin - q_pos) * group / block, ceil_div((positions.end - q_pos) * group, block)};
+  };
+  QueryBlocks b;
+  b.near = blocks_of(q.near, 0);
+  b.last = blocks_of(q.last, b.near.end);
+  b.last.begin = max_of(b.last.begin, b.near.end);
+  b.listed = listed;
+  b.block = block;
+  return b;
 }
 
 }  // namespace flux

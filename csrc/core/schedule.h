@@ -86,6 +86,27 @@ FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, c
   return v;
 }
 
+// The gradients cut a sequence head otherwise: into blocks of equally many rows, whatever the group is. So the heads of
+// one query may stand in two blocks, but no block holds queries of two block lists (128 queries times any group).
+
+// All queries of a sequence head. (Block lists are those of the first.)
+FLUX_HD TileView view_seq_head(const AttendParams& p, int32_t seq, int32_t kv_head, int32_t kv_block) {
+  return view_tile(p, {p.q.max_len, kv_block}, {seq, kv_head, 0});
+}
+
+// The queries of which the rows [rows.begin, rows.end) of a sequence head are heads.
+FLUX_HD TileView view_rows(const AttendParams& p, const TileView& seq_head, const Span& rows, int32_t kv_block) {
+  TileView v = seq_head;
+  const Span queries{rows.begin / p.group(), ceil_div(rows.end, p.group())};
+  v.q_rows = {v.q_rows.begin + queries.begin, v.q_rows.begin + queries.end};
+  v.q_pos += queries.begin;
+  if (v.list.blocks)
+    v.list = p.routing.blocks[p.routing.mode(v.tile.seq, v.tile.kv_head)](v.tile.seq, v.tile.kv_head, p.kv.num_heads,
+                                                                          queries.begin);
+  v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), kv_block, v.list);
+  return v;
+}
+
 FLUX_HD int32_t tile_cost(const TileView& v) { return v.blocks.size() + kTileOverhead; }
 
 // The tiles [tile, end_tile], from key block `block` of the first up to `end_block` of the last.

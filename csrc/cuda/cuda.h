@@ -112,6 +112,18 @@ struct Workspace {
   size_t bytes = 0;
 };
 
+// What the kernels of the gradients leave for each other. Rows of `lse` and `delta` lie as `row` says, as those of the
+// forward pass's lse do.
+struct BackwardWorkspace {
+  float* lse = nullptr;    // times log2(e); +inf where a row sees no key, so that its probabilities are 0
+  float* delta = nullptr;  // grad_out . out
+  Strides row;
+  // Of block lists, bit i of line (sequence head, n): is block n of the keys on the list of query block i?
+  uint32_t* listed = nullptr;  // [sequence heads, listed_blocks, listed_words]
+  int32_t listed_blocks = 0, listed_words = 0;
+  size_t bytes = 0;
+};
+
 // Query tokens of a tile of `tile_rows` rows. A block list belongs to 128 query rows, so with lists a tile must not
 // straddle two of them.
 inline int32_t q_tokens_of(const AttendParams& p, int32_t tile_rows) {
@@ -124,16 +136,18 @@ inline int32_t q_tokens_of(const AttendParams& p, int32_t tile_rows) {
 
 inline int32_t num_seq_heads(const AttendParams& p) { return p.batch * p.kv.num_heads; }
 
-// Asked once per device.
-cudaError_t current_device(Device* d);
+// Hands out the memory from `base` on (null: only its size counts), counting `bytes` up.
+inline auto taking_from(void* base, size_t& bytes) {
+  return [base, &bytes](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + bytes);
+    bytes += (size_t(count) * sizeof(*pointer) + 255) / 256 * 256;
+  };
+}
 
-// Lays the workspace out from `base` (null: only its size counts).
+// Lays the workspace out from `base`.
 inline Workspace lay_out(const AttendParams& p, const AttendConfig& c, void* base) {
   Workspace w;
-  const auto take = [&](auto*& pointer, int64_t count) {
-    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(base) + w.bytes);
-    w.bytes += (size_t(count) * sizeof(*pointer) + 255) / 256 * 256;
-  };
+  const auto take = taking_from(base, w.bytes);
   const int64_t tiles = max_tiles(p, c.tile), seq_heads = num_seq_heads(p);
   const int64_t slots = 2 * int64_t(c.num_workers) * c.instance->tile_rows;
   int64_t sorted = 1;
@@ -149,6 +163,43 @@ inline Workspace lay_out(const AttendParams& p, const AttendConfig& c, void* bas
   w.partials.tile_rows = c.instance->tile_rows;
   w.partials.head_dim = p.head_dim;
   return w;
+}
+
+inline BackwardWorkspace lay_out(const AttendBackwardParams& b, void* base) {
+  const AttendParams& p = b.forward;
+  const int64_t rows = int64_t(p.q.num_heads) * p.q.rows.capacity;  // of one sequence, or packed: of all
+  BackwardWorkspace w;
+  w.row = {p.lse_stride.b ? rows : 0, 1, p.q.rows.capacity};
+  const auto take = taking_from(base, w.bytes);
+  take(w.lse, p.lse_stride.b ? p.batch * rows : rows);
+  take(w.delta, p.lse_stride.b ? p.batch * rows : rows);
+  if (p.routing.has_lists()) {
+    for (const BlockTable& t : p.routing.blocks) {
+      if (!t.blocks) continue;
+      w.listed_blocks = max_of(w.listed_blocks, ceil_div(p.kv.rows.capacity, t.kv_width));
+      w.listed_words = max_of(w.listed_words, ceil_div(t.q_blocks, 32));
+    }
+    take(w.listed, int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words);
+  }
+  return w;
+}
+
+// How many blocks of rows (of sequence heads, see view_rows), or of keys, the gradients have at most for one KV head:
+// as many for every sequence as the longest may have, or as all their rows fill. (Spans that overlap, which no valid
+// input has, are cut off.)
+constexpr int32_t kMostRowsOfBlock = 128;
+struct BlockCount {
+  int64_t padded, packed;
+  int64_t most() const { return padded < packed ? padded : packed; }
+};
+inline BlockCount count_row_blocks(const AttendParams& p, int32_t rows) {
+  return {p.batch * ceil_div_64(most_rows(p), rows), p.q.total_rows * p.group() / rows + p.batch};
+}
+inline BlockCount count_key_blocks(const AttendBackwardParams& b, int32_t keys) {
+  const AttendParams& p = b.forward;
+  const int64_t each = ceil_div(p.kv.rows.capacity, keys);
+  const bool one_tensor = b.grad_k.stride.b == 0;  // of all sequences
+  return {p.batch * each, (one_tensor ? 1 : p.batch) * each + p.batch};
 }
 
 // An error has a message the operators show; null: none.
@@ -180,6 +231,13 @@ Status configure(const AttendParams& p, AttendConfig* c);
 Status explain(const AttendParams& p, Explanation* e);
 // Runs plan, attend and combine; `memory` is 256-byte aligned device memory of lay_out(p, c, nullptr).bytes.
 Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaStream_t stream);
+
+// The gradients; `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no
+// sequence are not written.
+Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream);
+
+// Asked once per device: the driver takes microseconds to answer.
+cudaError_t current_device(Device* d);
 
 // The stages before and after the attend kernel.
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);

@@ -266,6 +266,8 @@ inline AttendBackwardParams to_backward_params(const BackwardArgs& b, const Tens
                  lse.size(lse.dim() - 1) == q.size(q.dim() - 3) && lse.size(lse.dim() - 2) == q.size(q.dim() - 2) &&
                  (q.dim() == 3 || lse.size(0) == q.size(0)),
              "lse must be float32 [B, Hq, S], as attend returned it, got ", shape_of(lse));
+  FLUX_CHECK(lse.is_cuda() == q.is_cuda() && lse.get_device_index() == q.get_device_index(),
+             "lse must be on the device of q (", device_of(q), "), got ", device_of(lse));
   set_outputs(p.forward, out, lse);
   p.grad_out = view_of(grad_out);
   p.grad_q = mutable_view_of(grad_q);

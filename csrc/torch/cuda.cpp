@@ -1,8 +1,7 @@
 // The operators on CUDA. Compiled by the host compiler; nvcc never sees a torch header.
 //
 // USE_CUDA (set by CMake for this file) declares the functions that live in libtorch_cuda; the one that is used is
-// weak, so that the library also loads beside a CPU-only torch. `attend_backward` has no CUDA kernel yet: it is not
-// registered, and torch says so by name.
+// weak, so that the library also loads beside a CPU-only torch.
 #include "cuda/cuda.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -107,6 +106,55 @@ std::tuple<Tensor, Tensor> attend(const AttendArgs& a) {
   return {out, lse};
 }
 
+// The gradient starts as 0 where rows may belong to no sequence, which nobody writes.
+Tensor new_gradient(const Tensor& t, bool may_have_gaps) {
+  return may_have_gaps ? torch::stable::new_zeros(t, t.sizes()) : torch::stable::new_empty(t, t.sizes());
+}
+
+// A tensor that autograd or the forward pass made; copied where kernels cannot read it as it is (an expanded one, say).
+Tensor readable(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  const bool ok = t.dim() > 0 && (t.stride(last) == 1 || t.size(last) <= 1) && is_aligned(t);
+  if (ok) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  return torch::stable::copy_(copy, t);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
+  const AttendArgs& a = b.forward;
+  check_on_cuda(a.q, "q");
+  const DeviceGuard guard(a.q.get_device_index());
+  const bool no_queries = a.q.numel() == 0;
+  const Tensor grad_q = new_gradient(a.q, a.q_begin || a.q_end);
+  const Tensor grad_k = new_gradient(a.k, no_queries || a.kv_begin || a.kv_end);
+  const Tensor grad_v = new_gradient(a.v, no_queries || a.kv_begin || a.kv_end);
+  static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
+  const Tensor q = aligned(a.q, "q", said_q), k = aligned(a.k, "k", said_k), v = aligned(a.v, "v", said_v);
+  const Tensor grad_out = readable(b.grad_out), out = readable(b.out), lse = torch::stable::contiguous(b.lse);
+  const AttendArgs given{q,
+                         k,
+                         v,
+                         a.route,
+                         a.patterns,
+                         a.full_blocks,
+                         a.full_counts,
+                         a.sparse_blocks,
+                         a.sparse_counts,
+                         a.scale,
+                         a.q_begin,
+                         a.q_end,
+                         a.kv_begin,
+                         a.kv_end,
+                         a.page_table};
+  AttendBackwardParams p = to_backward_params({grad_out, out, lse, given}, grad_out, grad_q, grad_k, grad_v);
+  FLUX_CHECK(p.forward.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
+  if (no_queries || p.forward.batch == 0) return {grad_q, grad_k, grad_v};
+  const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
+  const Tensor memory = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  check_status(cuda::attend_backward(p, memory.mutable_data_ptr(), current_stream(q)));
+  return {grad_q, grad_k, grad_v};
+}
+
 // The strides of a new tensor like `t`.
 Strides new_strides(const Tensor& t) {
   const int64_t n = t.dim(), row = t.size(n - 1) * t.size(n - 2);
@@ -186,6 +234,7 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
+  m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::with_backward_args<flux::torch_ops::attend_backward>));
   m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
   m.impl("select_blocks", TORCH_BOX(&flux::torch_ops::with_select_args<flux::torch_ops::select_blocks>));

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import FluxConfig, __version__
 from . import options
 
 Run = Callable[[argparse.Namespace], None]

@@ -52,11 +52,6 @@ class _Attend(torch.autograd.Function):
         q, k, v, *rest, page_table = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
         if page_table is not None:
             raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
-        if q.is_cuda:
-            raise RuntimeError(
-                "attention has no gradient on CUDA yet: train with the counterfactual objective, which needs none, "
-                "or on the CPU"
-            )
         gradients = call(_ops.attend_backward, grad_out, q, k, v, out, lse, *rest)
         return (*gradients, *(None for _ in inputs[3:]))
 

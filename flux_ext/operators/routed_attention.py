@@ -144,13 +144,14 @@ def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor
         raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
     w = route.masked_fill(outside, torch.nan)
     w = w[:, None] if w.dim() == 1 else w
-    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
+    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1)  # [B, Hq]
     if cu_seqlens is None:
-        return w[:, None, :, None]
+        return w.to(q.dtype)[:, None, :, None]
+    w = w.to(torch.promote_types(w.dtype, torch.float32))  # its gradient adds up one row after the other
     # A row's sequence, found without reading lengths back from the device; rows after the last sequence weigh 0.
     rows = torch.arange(q.shape[0], device=q.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return F.pad(w, (0, 0, 0, 1))[sequence][:, :, None]
+    return F.pad(w, (0, 0, 0, 1))[sequence].to(q.dtype)[:, :, None]
 
 
 def bound_operands(
@@ -270,7 +271,7 @@ def attention(
     Raises:
         TypeError: something else where a tensor, a pattern or a number belongs.
         ValueError: an argument breaks a rule; the message names argument, rule and value.
-        RuntimeError: in the backward pass over a ``page_table``, on CUDA (no gradient yet), and in a second one.
+        RuntimeError: in the backward pass over a ``page_table``, and in a second one.
 
     Forward-mode derivatives and ``torch.func`` are right to any order, by plain PyTorch with dense masks
     (:mod:`flux_ext.operators.reference`); ``torch.func.vmap`` calls the operator once per entry.
@@ -279,7 +280,7 @@ def attention(
 
     - bounds outside the tensors are clamped, and so are counts of block lists; rows before the first of ``cu_seqlens``
       give 0, and where bounds decrease the sequence is empty;
-    - rows of q that two sequences share have the result of either;
+    - rows of q that two sequences share have the result of either, and so have, in the gradient, rows of k and v;
     - an integer route other than 0 is sparse; a weight outside [0, 1], NaN included, makes what its sequence or head
       gives NaN (this also where ``torch.compile`` traces, on any device);
     - block lists that are not ascending, or that go beyond the diagonal, give no defined result.

@@ -261,11 +261,6 @@ def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module)
             f"n_gpu must be 1, got {args.n_gpu}: torch's DataParallel copies the model for every step, and routers in "
             "copies learn nothing. Start one process per GPU with torchrun, or show one GPU (CUDA_VISIBLE_DEVICES)"
         )
-    if args.device.type == "cuda" and recipe.objective != "counterfactual":
-        raise ValueError(
-            f"objective {recipe.objective!r} needs the gradient of attention, which CUDA has not yet: "
-            'use "counterfactual", or the CPU'
-        )
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if checkpointing.get("use_reentrant"):
         raise ValueError("use_reentrant must be False: reentrant checkpointing loses the routers' gradients")

@@ -89,9 +89,9 @@ __device__ void update_softmax(OnlineSoftmax<2 * kRowTiles>& softmax, float (&sc
     }
 }
 
-// out += probabilities x values.
-template <typename T, int kRowTiles, int kKeys, int kDim>
-__device__ void multiply_pv(float (&out)[kRowTiles][kDim / 8][4], const float (&p)[kRowTiles][kKeys / 8][4],
+// out += probabilities x values, of the first 8 * kOutTiles columns of the values.
+template <typename T, int kRowTiles, int kKeys, int kOutTiles, int kDim>
+__device__ void multiply_pv(float (&out)[kRowTiles][kOutTiles][4], const float (&p)[kRowTiles][kKeys / 8][4],
                             SmemTile<kDim> values) {
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k) {
@@ -104,7 +104,7 @@ __device__ void multiply_pv(float (&out)[kRowTiles][kDim / 8][4], const float (&
         a[m][i] = pack<T>(pair[0], pair[1]);
       }
 #pragma unroll
-    for (int n = 0; n < kDim / 16; ++n) {
+    for (int n = 0; n < kOutTiles / 2; ++n) {
       uint32_t b[4];
       values.right_transposed(b, 16 * k, 2 * n);
 #pragma unroll

@@ -18,4 +18,12 @@ struct Kernel {
   static int blocks_per_multiprocessor(int device);
 };
 
+// The kernels of the gradients, backward.h; instantiated in backward_d*.cu. The first leaves in the workspace what the
+// second reads.
+template <DType kDType, int kDim>
+struct BackwardKernels {
+  static cudaError_t launch_queries(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream);
+  static cudaError_t launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream);
+};
+
 }  // namespace flux::cuda::sm80

@@ -1,0 +1,97 @@
+// The gradients of attention on CUDA: the index of the block lists, and the choice of the kernels (backward.h).
+#include <climits>
+
+#include "cuda/cuda.h"
+#include "cuda/dependent_launch.h"
+#include "cuda/sm80/kernels.h"
+#include "cuda/sm90/backward_kernels.h"
+
+namespace flux::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Which query blocks have a block of keys on their list? A warp asks 32 lists for one word of the answer.
+__global__ void __launch_bounds__(kThreads)
+    list_kernel(const __grid_constant__ AttendParams p, const __grid_constant__ BackwardWorkspace w, int64_t words) {
+  const int64_t word = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (word >= words) return;
+  const auto first = int32_t(word % w.listed_words) * 32, block = int32_t(word / w.listed_words % w.listed_blocks);
+  const auto seq_head = int32_t(word / w.listed_words / w.listed_blocks);
+  const int32_t seq = seq_head / p.kv.num_heads, kv_head = seq_head % p.kv.num_heads;
+  const BlockTable& table = p.routing.blocks[p.routing.mode(seq, kv_head)];
+  if (!table.blocks) return;
+  const int32_t lane = threadIdx.x % 32, entry = first + lane;
+  bool listed = false;
+  if (entry < table.q_blocks) {
+    const BlockList list = table(seq, kv_head, p.kv.num_heads, entry * table.q_width);
+    KvBlocks blocks;
+    blocks.list = list.blocks;
+    blocks.window_count = list.count;
+    listed = contains(blocks, block);
+  }
+  const uint32_t bits = __ballot_sync(~0u, listed);
+  if (lane == 0) w.listed[word] = bits;
+}
+
+cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream) {
+  const int64_t words = int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words;
+  if (words == 0) return cudaSuccess;
+  return launch(list_kernel, dim3(unsigned(ceil_div_64(words, kThreads / 32))), kThreads, 0, stream, false, p, w,
+                words);
+}
+
+template <typename Kernels>
+Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
+  if (cudaError_t e = Kernels::launch_queries(b, w, stream)) return {"gradient of the queries", e};
+  if (cudaError_t e = Kernels::launch_keys(b, w, stream)) return {"gradient of the keys", e};
+  return {};
+}
+
+#ifdef FLUX_SM90
+// Its blocks own and visit 128 keys, which must be those of one entry of a list.
+bool runs_on_sm90(const AttendParams& p, const Device& device) {
+  if (device.capability != 90 || p.head_dim > 128) return false;
+  for (const BlockTable& t : p.routing.blocks)
+    if (t.blocks && t.kv_width != 128) return false;
+  return true;
+}
+#endif
+
+template <DType kDType>
+Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_unused]] const Device& device,
+           cudaStream_t stream) {
+  const int32_t dim = b.forward.head_dim;
+#ifdef FLUX_SM90
+  if (runs_on_sm90(b.forward, device)) {
+    if (dim <= 64) return run<sm90::BackwardKernels<kDType, 64>>(b, w, stream);
+    if (dim <= 96) return run<sm90::BackwardKernels<kDType, 96>>(b, w, stream);
+    return run<sm90::BackwardKernels<kDType, 128>>(b, w, stream);
+  }
+#endif
+  if (dim <= 64) return run<sm80::BackwardKernels<kDType, 64>>(b, w, stream);
+  if (dim <= 96) return run<sm80::BackwardKernels<kDType, 96>>(b, w, stream);
+  if (dim <= 128) return run<sm80::BackwardKernels<kDType, 128>>(b, w, stream);
+  return run<sm80::BackwardKernels<kDType, 256>>(b, w, stream);
+}
+
+}  // namespace
+
+Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {
+  const AttendParams& p = b.forward;
+  Device device{};
+  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
+  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
+  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
+    return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
+  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
+      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
+    return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
+  const BackwardWorkspace w = lay_out(b, memory);
+  if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};
+  return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, device, stream)
+                                    : run<DType::kBFloat16>(b, w, device, stream);
+}
+
+}  // namespace flux::cuda

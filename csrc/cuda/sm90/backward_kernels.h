@@ -1,0 +1,15 @@
+// The gradient kernels of this family, as the host names them: for head dimensions up to 128, any layout and group.
+#pragma once
+
+#include "cuda/cuda.h"
+
+namespace flux::cuda::sm90 {
+
+// Defined in launch_backward.h, instantiated in backward_d*.cu. As sm80::BackwardKernels.
+template <DType kDType, int kDim>
+struct BackwardKernels {
+  static cudaError_t launch_queries(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream);
+  static cudaError_t launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream);
+};
+
+}  // namespace flux::cuda::sm90

@@ -1,0 +1,24 @@
+// Host side of the gradient kernels of this family.
+#pragma once
+
+#include "cuda/sm90/backward.h"
+#include "cuda/sm90/backward_kernels.h"
+
+namespace flux::cuda::sm90 {
+
+template <DType kDType>
+using CutlassElement = std::conditional_t<kDType == DType::kFloat16, cutlass::half_t, cutlass::bfloat16_t>;
+
+template <DType kDType, int kDim>
+cudaError_t BackwardKernels<kDType, kDim>::launch_queries(const AttendBackwardParams& b, const BackwardWorkspace& w,
+                                                          cudaStream_t stream) {
+  return launch_queries_backward<QueriesBackward<CutlassElement<kDType>, kDim>>(b, w, stream);
+}
+
+template <DType kDType, int kDim>
+cudaError_t BackwardKernels<kDType, kDim>::launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w,
+                                                       cudaStream_t stream) {
+  return launch_keys_backward<KeysBackward<CutlassElement<kDType>, kDim>>(b, w, stream);
+}
+
+}  // namespace flux::cuda::sm90
