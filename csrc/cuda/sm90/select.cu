@@ -284,8 +284,8 @@ class SelectConsumer {
 
   // ---- what TMA leaves out ----
 
-  // Rows, counted in a sequence, that reach past its end or past the boxes of the tensor: of the `count` rows that
-  // begin at token `begin`, the last few.
+  // Of the rows (or columns) of a sequence with these tokens the last ones, which reach past its end, or past the last
+  // whole stride of a tensor of so many tokens.
   CUTLASS_DEVICE Span in_no_box(const Span& tokens, int32_t capacity) const {
     const int32_t stride = k_.select.stride, end = min_of(tokens.end, capacity / stride * stride);
     return {max_of(end - tokens.begin, 0) / stride, ceil_div(tokens.size(), stride)};
