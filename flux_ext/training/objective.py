@@ -401,7 +401,7 @@ class Counterfactual(Objective):
             was_full = (full[rows, place] & members).any(1)
             delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
             # No row has a layer twice.
-            worth[rows, place] += (scale[rows] / chance.to(delta)[place])[:, None] * delta[:, None] * members
+            worth[rows, place] += scale[rows] / chance.to(delta)[place, None] * delta[:, None] * members
             if self.chances is not None:
                 for layer in place.unique().tolist():
                     self.chances.note(layer, delta[place == layer])
