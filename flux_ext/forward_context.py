@@ -229,6 +229,8 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
             start = torch.zeros_like(mask[:, 0], dtype=torch.int32)
             return ForwardContext(policy, seq_start=start, seq_end=cache.active(mask), mask=mask)
         mask = mask[:, : seen + q_len]
+        if not torch.compiler.is_compiling() and _hides_nothing(mask, cache):
+            return ForwardContext(policy)
         start, end = span(mask[:, seen:])
         return ForwardContext(policy, seq_start=start, seq_end=end, mask=mask, seen=seen)
     if packed:
@@ -237,6 +239,18 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     if positions is None or positions.dim() != 2 or not known or seen > 0:
         return ForwardContext(policy)
     return ForwardContext(policy, cu_seqlens=restarts(positions, q_len, batch_size, cache is not None))
+
+
+def _hides_nothing(mask: Tensor, cache: Any) -> bool:
+    """Whether a mask, as ``generate`` makes one for every prompt, has no padding, now or earlier. Then no bounds are to
+    be read from the device, and attention may know all lengths.
+
+    Asked only where the cache keeps books on the host, and would read the mask anyway.
+    """
+    history = getattr(cache, "history", None)
+    if history is None or not history.cache_layers or history.valid is not None:
+        return False
+    return bool(mask.all())
 
 
 def packed_bounds(kwargs: dict[str, Any]) -> Tensor:

@@ -15,6 +15,7 @@ import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
 from flux_ext.caches.dynamic import FluxCacheLayer
 from flux_ext.caches.pages import PagedKeyValues
+from flux_ext.models import model_patch
 from flux_ext.models.patching import get_routers
 
 BATCH, LENGTH = 3, 40
@@ -302,7 +303,7 @@ def test_a_layer_that_failed_half_way_is_not_built_on(where: str, at: int, monke
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         if where == "first":
-            patch.setattr(PagedKeyValues, "append", fail)
+            patch.setattr(PagedKeyValues, "append_one" if at else "append", fail)
         else:
             patch.setattr(first, "store", fail)
         model(ids[:, :1], past_key_values=cache)
@@ -338,3 +339,27 @@ def test_cropping_an_empty_cache_changes_nothing() -> None:
     ids, cache = torch.randint(2, 128, (1, 20)), new_cache(model, "dynamic")
     cache.crop(-3)
     close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_mask_of_tokens_alone_is_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths that tensors have themselves need no bounds; the answer is that of the mask, or of none."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (2, 24))
+    contexts: list[Any] = []
+    read = model_patch.read_forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        contexts.append(read(*args, **kwargs))
+        return contexts[-1]
+
+    monkeypatch.setattr(model_patch, "read_forward", spy)
+    ones = torch.ones_like(ids)
+    plain = model.generate(ids, max_new_tokens=4, do_sample=False)
+    contexts.clear()
+    assert torch.equal(model.generate(ids, attention_mask=ones, max_new_tokens=4, do_sample=False), plain)
+    assert [c.mask is None and c.seq_start is None for c in contexts] == [True] * 4
+    contexts.clear()
+    padded = ones.clone()
+    padded[1, :5] = 0
+    model.generate(ids, attention_mask=padded, max_new_tokens=4, do_sample=False)
+    assert [c.mask is None for c in contexts] == [False] * 4
