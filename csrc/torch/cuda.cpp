@@ -129,7 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
   const Tensor grad_k = new_gradient(a.k, no_queries || a.kv_begin || a.kv_end);
   const Tensor grad_v = new_gradient(a.v, no_queries || a.kv_begin || a.kv_end);
   static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
-  const Tensor q = aligned(a.q, "q", said_q), k = aligned(a.k, "k", said_k), v = aligned(a.v, "v", said_v);
+  const char* op = "attend_backward";
+  const Tensor q = aligned(a.q, op, "q", said_q), k = aligned(a.k, op, "k", said_k), v = aligned(a.v, op, "v", said_v);
   const Tensor grad_out = readable(b.grad_out), out = readable(b.out), lse = torch::stable::contiguous(b.lse);
   const AttendArgs given{q,
                          k,
