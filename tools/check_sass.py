@@ -43,7 +43,7 @@ RULES = (
     replace(SM90, pattern=SM90.pattern + r".*Li1ELi\d+E", most_registers=240),
     replace(SM90, pattern=SM90.pattern + ".*Li256E"),
     # Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
-    replace(SM90, most=(("R2UR", 130),)),
+    replace(SM90, most=(("R2UR", 140),)),
     Rule(r"sm90.*select_kernel.*Lb1E", need=frozenset({"HGMMA", "UTMALDG"}), most_registers=168),  # by TMA
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
@@ -51,7 +51,7 @@ RULES = (
     Rule(r"backward_kernel.*sm90", need=frozenset({"HGMMA", "LDGSTS"}), forbid=SPILLS | ATOMICS | {"HMMA"}),
     Rule(r"backward_kernel.*sm80", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"route_kernel", most_registers=128),
-    Rule(r"plan_kernel", most_registers=64),
+    Rule(r"plan_kernel", most_registers=80),
     Rule(r"combine\w*_kernel", most_registers=128),
     Rule(r"append_kernel", most_registers=64),
     Rule(r""),
