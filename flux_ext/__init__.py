@@ -16,6 +16,7 @@ from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 if TYPE_CHECKING:
     from .caches.dynamic import FluxCache
     from .caches.static import FluxStaticCache
+    from .evaluation import evaluate
     from .models.patching import get_routers, is_patched, patch, patched, routes, unpatch
     from .routers.collection import FluxRouters
 
@@ -26,6 +27,7 @@ _LAZY = {
     "FluxCache": "caches.dynamic",
     "FluxRouters": "routers.collection",
     "FluxStaticCache": "caches.static",
+    "evaluate": "evaluation",
     "get_routers": "models.patching",
     "is_patched": "models.patching",
     "patch": "models.patching",
@@ -45,6 +47,7 @@ __all__ = [
     "Streaming",
     "Triangle",
     "attention",
+    "evaluate",
     "explain",
     "get_routers",
     "is_patched",
@@ -63,4 +66,4 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and would take 
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
-        return sorted({*globals(), *_LAZY})
+        return list(__all__)

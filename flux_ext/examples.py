@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,7 +135,7 @@ def load_examples(path: str | Path) -> list[Example]:
         rows = _parquet(path)
     else:
         raise ValueError(f"{path}: the name must end in .jsonl or .parquet")
-    examples = [_example(row, where) for where, row in rows]
+    examples = [_example(row, where, "a line ") for where, row in rows]
     if not examples:
         raise ValueError(f"{path}: the file has no examples")
     return examples
@@ -187,9 +187,18 @@ def _parquet(path: Path) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path}: {what} ({error})") from error
 
 
-def _example(row: object, where: str) -> Example:
+def as_examples(rows: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
+    """Examples, from ``rows`` that are examples already or have their columns: dicts, a ``datasets.Dataset``.
+
+    Raises:
+        ValueError: a row breaks a rule of the columns; the message names row and column.
+    """
+    return [row if isinstance(row, Example) else _example(row, f"examples[{i}]") for i, row in enumerate(rows)]
+
+
+def _example(row: object, where: str, what: str = "") -> Example:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: a line must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}")
+        raise ValueError(f"{where}: {what}must be an object with {', '.join(COLUMNS)}, got {type(row).__name__}")
     for column in COLUMNS:
         if column not in row:
             raise ValueError(f"{where}: the column {column!r} is missing")
@@ -206,7 +215,7 @@ def _example(row: object, where: str) -> Example:
         if value is None:  # also what Parquet has where a row has no value
             continue
         if isinstance(default, tuple):
-            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
                 raise ValueError(f"{where}: the column {column!r} must be a list of texts, got {value!r}")
             value = tuple(value)
         elif not isinstance(value, str if isinstance(default, str) else int) or isinstance(value, bool):

@@ -111,6 +111,13 @@ def test_each_right_answer_counts_though_one_before_it_is_wrong():
     assert score.accuracy == 0.5
 
 
+def test_examples_may_be_dicts_of_their_columns():
+    m = model()
+    rows = [{name: getattr(e, name) for name in ("context", "question", "answer", "task")} for e in EXAMPLES]
+    [score], [want] = (evaluate(m, Bytes(), x, ["dense"], generate=False, progress=False) for x in (rows, EXAMPLES))
+    assert score.bits_per_byte == want.bits_per_byte and score.examples == len(EXAMPLES)
+
+
 def test_each_answer_is_compared_up_to_its_own_length():
     m = model()
     answering(m, [Bytes()("abc", add_special_tokens=False)["input_ids"]] * 2)

@@ -42,7 +42,7 @@ MAY_IMPORT["training"] = {
     "examples", "sequence_parallel", "strict_json", "transformers_seam", "operators", "models", "routers"
 }  # fmt: skip
 MAY_IMPORT["cli"] = {"__init__", *MAY_IMPORT, "_C"} - {"serving"}  # the public names too, as a user has them
-MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models"}
+MAY_IMPORT["__init__"] = {"config", "operators", "routers", "caches", "models", "evaluation"}
 MAY_IMPORT["__main__"] = {"cli"}
 
 

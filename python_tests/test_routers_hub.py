@@ -261,5 +261,6 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(flux_ext.__file__).parent.parent)
     for name in flux_ext.__all__:
         assert getattr(flux_ext, name) is not None
+    assert dir(flux_ext) == sorted(flux_ext.__all__)  # what completes itself: the public names, loaded or not
     with pytest.raises(AttributeError, match="no attribute"):
         _ = flux_ext.nothing

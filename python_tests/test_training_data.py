@@ -129,6 +129,22 @@ def test_tokens_and_truncation():
         RouterDataset(EXAMPLES, Bytes(), tasks=["a"])
 
 
+def test_dicts_of_the_columns_are_examples():
+    """In place of :class:`Example`, mixed with it, and with the same rules as a line of a file."""
+    dicts = [{"context": e.context, "question": e.question, "answer": e.answer, "task": e.task} for e in EXAMPLES]
+    scored = {**dicts[0], "metric": "found", "answers": ("an", "äns"), "unknown": 1}
+    rows = RouterDataset([*dicts, EXAMPLES[0], scored], Bytes())
+    assert rows.examples == [*EXAMPLES, EXAMPLES[0], Example(*dicts[0].values(), metric="found", answers=("an", "äns"))]
+    assert [rows[i] for i in range(2)] == [RouterDataset(EXAMPLES, Bytes())[i] for i in range(2)]
+    for bad, message in (
+        ({"context": "a", "question": "b", "answer": "c"}, r"examples\[1\]: the column 'task' is missing"),
+        ({**dicts[0], "answer": 5}, r"examples\[1\]: the column 'answer' must be text, got int"),
+        ("text", r"examples\[1\]: must be an object with context, question, answer, task, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RouterDataset([dicts[0], bad], Bytes())
+
+
 def test_collators_hold_the_same_sequences():
     rows = [RouterDataset(EXAMPLES, Bytes())[i] for i in (0, 1, 1)]
     padded, packed = PaddedCollator(0)(rows), PackedCollator()(rows)

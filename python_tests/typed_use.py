@@ -114,6 +114,7 @@ def training_and_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     data = RouterDataset(examples, tokenizer)
     assert_type(data[0]["prompt"], list[int])
     RouterDataset(examples, Bytes())
+    RouterDataset([{"context": "1 + 1", "question": " = ", "answer": "2", "task": "sums"}], Bytes())
     RouterDataset(examples, bytes)  # type: ignore[arg-type]
     trainer = FluxTrainer(model, recipe, arguments, train_dataset=data, tokenizer=tokenizer)
     assert_type(trainer.train().training_loss, float)
@@ -121,4 +122,5 @@ def training_and_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     scores = evaluate(model, tokenizer, examples, ["dense", "routed"], likelihood={"retrieval": False})
     assert_type(scores, list[Score])
     assert_type(format_table(scores), str)
+    assert_type(flux_ext.evaluate(model, tokenizer, examples), list[Score])
     evaluate(model, tokenizer, examples, ["full"])  # type: ignore[list-item]

@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..examples import Example, Tokenizer, tokenized
+from ..examples import Example, Tokenizer, as_examples, tokenized
 from ..models import patching
 from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
 from . import metrics
@@ -62,7 +62,7 @@ class Score:
 def evaluate(
     model: nn.Module,
     tokenizer: DecodingTokenizer,
-    examples: Sequence[Example],
+    examples: Iterable[Example | Mapping[str, Any]],
     modes: Sequence[Mode] = MODES,
     *,
     generate: bool | Mapping[str, bool] = True,
@@ -77,8 +77,8 @@ def evaluate(
     Args:
         model: a patched causal language model.
         tokenizer: its tokenizer.
-        examples: prompts and answers; batches hold one task each and may be ragged. The examples of a task have the
-            same metric.
+        examples: prompts and answers, also as dicts of their columns; batches hold one task each and may be ragged.
+            The examples of a task have the same metric.
         modes: ``"dense"`` (all full), ``"sparse"`` (all sparse), ``"routed"``.
         generate: whether answers are generated greedily and compared, for all tasks or by task; never those whose
             metric is ``"likelihood"``. Otherwise ``accuracy`` is NaN.
@@ -101,6 +101,7 @@ def evaluate(
         ValueError: there are no examples, one has no tokens, a mode is unknown, a task is neither to be generated nor
             measured or has several metrics, the model is not patched, or ``results`` is something else.
     """
+    examples = as_examples(examples)
     if not examples:
         raise ValueError("examples must not be empty")
     if unknown := [mode for mode in modes if mode not in MODES]:

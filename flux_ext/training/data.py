@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..examples import Example, Tokenizer, tokenized
+from ..examples import Example, Tokenizer, as_examples, tokenized
 
 IGNORED = -100
 """The label of tokens without a loss, as in transformers."""
@@ -29,25 +29,26 @@ class RouterDataset(Dataset[Tokens]):
     """Examples as :class:`Tokens`.
 
     Args:
-        examples: what to learn from.
+        examples: what to learn from: each an :class:`~flux_ext.examples.Example`, or a dict with the columns
+            ``context``, ``question``, ``answer`` and ``task``.
         tokenizer: a Hugging Face tokenizer, see :func:`~flux_ext.examples.tokenized`.
         tasks: the tasks' names in order; default: those of the examples, sorted.
         max_length: tokens; longer examples lose some from the middle of the prompt, so that its beginning and the
             question stay.
 
     Raises:
-        ValueError: no examples, or one whose task is not in ``tasks``; on access, an example without tokens or
-            whose answer leaves no room for a prompt.
+        ValueError: no examples, one that lacks a column, or one whose task is not in ``tasks``; on access, an example
+            without tokens or whose answer leaves no room for a prompt.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Iterable[Example | Mapping[str, Any]],
         tokenizer: Tokenizer,
         tasks: Sequence[str] | None = None,
         max_length: int | None = None,
     ) -> None:
-        self.examples, self.tokenizer, self.max_length = list(examples), tokenizer, max_length
+        self.examples, self.tokenizer, self.max_length = as_examples(examples), tokenizer, max_length
         if not self.examples:
             raise ValueError("examples must not be empty")
         self.tasks = tuple(tasks) if tasks is not None else tuple(sorted({e.task for e in self.examples}))
