@@ -370,3 +370,31 @@ def test_padded_prompts_where_the_default_device_is_another(static: bool) -> Non
     with torch.device("meta"):
         layer.store(k, k, torch.zeros(2, 2, dtype=torch.int32, device="cpu"), mask)
     assert layer.stored_tokens().reshape(2, 2).tolist() == [[3, 3], [5, 5]]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_summary_says_what_is_kept_and_what_a_dense_cache_would_have(model: Any, static: bool) -> None:
+    flux = flux_ext.get_routers(model).config
+    make = (lambda: FluxStaticCache(model.config, flux, 100, page_size=4)) if static else lambda: new_cache(model)
+    cache, name = make(), "FluxStaticCache" if static else "FluxCache"
+    assert repr(cache) == f"{name}(4 layers, empty)" and cache.dense_nbytes() == 0
+    assert cache.summary() == "empty: nothing is routed or stored before the first forward"
+    routes = MIXED.clone()
+    routes[1] = routes[0]
+    with flux_ext.routes(model, routes):
+        model(torch.randint(2, 128, (3, 60)), past_key_values=cache)
+    stock = StaticCache(model.config, 100) if static else DynamicCache(config=model.config)
+    tiny("qwen3")(torch.randint(2, 128, (3, 60)), past_key_values=stock)
+    dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)
+    kept = cache.nbytes()
+    assert cache.dense_nbytes() == dense > kept
+    assert repr(cache) == f"{name}(4 layers, 3 sequences, {kept / 1e6:.4f} MB)"
+    assert cache.summary().splitlines() == [
+        "3 sequences, 60 tokens; routed layers, first to last (F full, s sparse, m mixed heads):",
+        "  Fmsm  2 sequences",
+        "  ssFs  1 sequence",
+        f"{kept / 1e6:.4f} MB of keys and values kept; a dense cache would have {dense / 1e6:.4f} MB "
+        f"({kept / dense:.0%})",
+    ]
+    cache.reset()
+    assert cache.summary().startswith("empty") and repr(cache) == f"{name}(4 layers, empty)"

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from flux_ext import FluxConfig, FluxRouters
+from flux_ext.caches.summary import letters
 from flux_ext.cli import commands, options
-from flux_ext.cli.layers import letters
 from flux_ext.cli.parser import parser
 from flux_ext.config import PRESETS
 from flux_ext.evaluation import MODES

@@ -89,6 +89,8 @@ def caches(model: PreTrainedModel) -> None:
     config = get_routers(model).config
     cache = FluxCache(model.config, config)
     assert_type(cache.nbytes(), int)
+    assert_type(cache.dense_nbytes(), int)
+    assert_type(cache.summary(), str)
     assert_type(cache.routes, Tensor)
     static = FluxStaticCache(model.config, config, max_cache_len=1024)
     assert_type(static.nbytes(), int)

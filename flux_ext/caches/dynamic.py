@@ -37,6 +37,7 @@ from . import steps
 from .history import FAILED, History, Step
 from .layout import PageLayout
 from .pages import PagedKeyValues, normal
+from .summary import held, summary
 
 
 class FluxCacheLayer(CacheLayerMixin):
@@ -369,6 +370,13 @@ class FluxCacheLayer(CacheLayerMixin):
         """Bytes of keys and values really allocated."""
         return self.pages.nbytes() if self.is_initialized else 0
 
+    def dense_nbytes(self) -> int:
+        """Bytes of a dense cache of the same forwards: every slot of every sequence, padding included."""
+        if not self.is_initialized:
+            return 0
+        widths = self.pages.keys.shape[-1] + self.pages.values.shape[-1]
+        return len(self.pages.length) * self.cumulative_length * widths * self.dtype.itemsize
+
 
 def _to_host(indices: Tensor) -> np.ndarray:
     array = indices.cpu().numpy()
@@ -448,6 +456,21 @@ class FluxCache(Cache):
             else sum(t.nbytes for t in (getattr(layer, n, None) for n in ("keys", "values")) if t is not None)
             for layer in self.layers
         )
+
+    def dense_nbytes(self) -> int:
+        """Bytes that transformers' own cache would have after the same forwards: everything in every layer, padding
+        included; for a :class:`~flux_ext.FluxStaticCache` that of as many tokens as it has room for."""
+        own = [layer for layer in self.layers if isinstance(layer, FluxCacheLayer)]
+        stock = self.nbytes() - sum(layer.nbytes() for layer in own)
+        return stock + sum(layer.dense_nbytes() for layer in own)
+
+    def summary(self) -> str:
+        """What the cache holds, as a few lines of text: the layers of each sequence as ``FFss`` (full, sparse), the MB
+        kept and the MB that a dense cache would have (:meth:`nbytes`, :meth:`dense_nbytes`). Waits for the device."""
+        return summary(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.layers)} layers, {held(self)})"
 
     def crop(self, tokens_to_remove: int) -> None:
         tokens_to_remove = int(tokens_to_remove)  # assisted decoding gives a tensor

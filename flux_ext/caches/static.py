@@ -223,6 +223,13 @@ class FluxStaticCacheLayer(FluxCacheLayer):
     def nbytes(self) -> int:
         return 0 if self.k_pool is None else self.k_pool.nbytes + self.v_pool.nbytes
 
+    def dense_nbytes(self) -> int:
+        """Bytes of a dense cache with as much room."""
+        if self.k_pool is None:
+            return 0
+        widths = self.k_pool.shape[-1] + self.v_pool.shape[-1]
+        return self.base.numel() * self.max_cache_len * widths * self.dtype.itemsize
+
 
 class FluxStaticCache(FluxCache):
     """A :class:`~flux_ext.FluxCache` of fixed size for compiled decoding and CUDA graphs.

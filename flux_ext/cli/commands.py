@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import FluxConfig, __version__
+from ..caches.summary import LEGEND, letters
 from . import options
-from .layers import LEGEND, letters
 from .parser import Run, parser
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import FluxConfig, get_routers, patch, pictures, strict_json
+from ..caches.summary import LEGEND, letters
 from ..evaluation import MODES, Score, evaluate, format_table, tasks
 from ..examples import Example
 from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from ..training.config import ObjectiveName
 from ..transformers_seam import cache_of
-from .layers import LEGEND, letters
 
 BACKBONE = Path(__file__).parents[1] / "assets" / "demo_backbone"
 
