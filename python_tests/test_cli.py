@@ -1,7 +1,9 @@
 """The command line, from training data to a generated text, on a tiny random model."""
 
+import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +119,31 @@ def test_help_and_facts_need_no_transformers():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(commands.__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
+
+
+def every_option():
+    """Those of the whole and of each command, with the default that the help of each must say."""
+    whole = parser(commands.COMMANDS)
+    [commands_of] = (action for action in whole._actions if isinstance(action, argparse._SubParsersAction))
+    for name, command in {"flux-ext": whole, **commands_of.choices}.items():
+        for action in command._actions:
+            if action.option_strings and not {"--help", "--version"} & set(action.option_strings):
+                yield pytest.param(action, id=f"{name} {action.option_strings[-1]}")
+
+
+@pytest.mark.parametrize("action", every_option())
+def test_help_says_what_holds_where_an_option_is_left_out(action):
+    formatter = options.Formatter("flux-ext", width=1000)
+    formatter.add_argument(action)
+    [text] = re.findall(r"\((?:default: ([^()]+)|required)\)", formatter.format_help())
+    default = action.default
+    assert bool(text) != action.required and not re.search(r"None|False|\[|SUPPRESS", text)
+    if isinstance(default, list) and default:
+        assert text == " ".join(map(str, default))
+    elif default is False:
+        assert text == "off"
+    elif default not in (None, [], argparse.SUPPRESS):
+        assert text == str(default)
 
 
 def test_letters_of_layers():

@@ -23,6 +23,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"flux-ext: error: {message}\n")
 
 
+class Formatter(argparse.HelpFormatter):
+    """Says each option's default, once: its own value, or what its help says behind ``(default: `` where the value
+    (None, an empty list) says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text} (required)"
+        exits = isinstance(action, (argparse._HelpAction, argparse._VersionAction))
+        if "(default: " in text or exits or not action.option_strings:
+            return text
+        default = action.default
+        if isinstance(action, argparse._StoreTrueAction):
+            default = "off"
+        elif isinstance(default, list):
+            default = " ".join(map(str, default))
+        if default in (None, "", argparse.SUPPRESS):
+            default = "none"
+        return f"{text} (default: {default})"
+
+
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """Whole numbers in a range."""
     rule = f"a whole number >= {least}" if most is None else f"a whole number in [{least}, {most}]"

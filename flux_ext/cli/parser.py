@@ -21,16 +21,16 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         runs: the function of each command, by its name.
     """
     whole = options.Parser(
-        prog="flux-ext", description="Attention that is full or sparse per sequence, layer and head."
+        prog="flux-ext",
+        description="Attention that is full or sparse per sequence, layer and head.",
+        formatter_class=options.Formatter,
     )
     whole.add_argument("--version", action="version", version=f"flux-ext {__version__}")
     whole.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> Callable[..., argparse.Action]:
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=options.Formatter)
         sub.set_defaults(run=runs[name])
         return sub.add_argument
 
@@ -117,14 +117,14 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--notes", type=options.COUNT, default=4, help="hidden in a prompt, where there are several")
     add("--no-chat", action="store_true", help="leave the tokenizer's chat template out")
     add("--no-opening", action="store_true", help="do not begin the answers' sentences")
-    add("--seed", type=options.SEED, default=0)
+    add("--seed", type=options.SEED, default=0, help="of all draws")
 
     add = command("train", "train the routers of a model on your own examples")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--data", type=Path, required=True, help=".jsonl or .parquet: context, question, answer, task")
     add("--output", type=options.output_folder, required=True, help="folder of the checkpoints and of the routers")
-    add("--routers", help="start from these routers; their configuration counts")
-    add("--eval-data", type=Path, help="score these examples at the end")
+    add("--routers", help="start from these routers; their configuration counts (default: new ones)")
+    add("--eval-data", type=Path, help="score these examples at the end (default: no scoring)")
     add(
         "--budget",
         type=options.budget,
@@ -142,7 +142,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         metavar="TASK=SHARE",
         help="instead of a budget: target sparsity of a task; repeat",
     )
-    add("--default-target", type=options.SHARE, help="target sparsity of all other tasks (0.5 beside --target)")
+    add(
+        "--default-target",
+        type=options.SHARE,
+        help="target sparsity of all other tasks (default: 0.5 beside --target, else none)",
+    )
     add(
         "--objective",
         default="counterfactual",
@@ -171,7 +175,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
     add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
     add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
-    add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle")
+    add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle (default: all stay)")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     add(
         "--sequence-parallel",
@@ -196,7 +200,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         const=True,
         type=Path,
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, or from the newest one in the output folder",
+        help="go on from this checkpoint, or from the newest one in the output folder (default: begin anew)",
     )
     add("--seed", type=options.SEED, default=0, help="of all draws")
     device(add)
@@ -219,7 +223,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         help="what to score",
     )
     add("--examples", type=options.COUNT, help="of each task the first so many (default: all)")
-    add("--max-length", type=options.COUNT, help="tokens; longer prompts of LongBench lose their middle")
+    add(
+        "--max-length",
+        type=options.COUNT,
+        help="tokens; longer prompts of LongBench lose their middle (default: all stay)",
+    )
     add("--no-chat", action="store_true", help="leave the chat template out of LongBench's prompts")
     add("--no-generate", action="store_true", help="score the answers' likelihood only")
     add("--no-likelihood", action="store_true", help="score generated answers only, where a task has them")
@@ -229,7 +237,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "--output",
         type=options.json_file,
         help="also write the scores as JSON, CSV and pictures, and keep each example's result: an interrupted run goes "
-        "on from there",
+        "on from there (default: print the scores only)",
     )
     device(add)
 
@@ -258,7 +266,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     teacher_forced(add)
     pattern(add)
     add("--jobs", type=options.COUNT, default=1, help="processes that share the contenders")
-    add("--only", nargs="+", default=[], metavar="NAME", help="of the contenders these alone")
+    add("--only", nargs="+", default=[], metavar="NAME", help="of the contenders these alone (default: all)")
     device(add)
 
     add = command("bench", "time attention, full and sparse, against PyTorch's")
