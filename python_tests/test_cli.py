@@ -455,11 +455,11 @@ def test_files_of_something_else_are_not_replaced(folder, tmp_path, no_model, ca
 
 
 def test_routers_beside_their_model(folder, tmp_path):
-    """Twice, and resumed: what the first training wrote is its own."""
+    """And resumed: what the first training wrote is its own."""
     shutil.copytree(folder / "model", tmp_path / "model")
     before = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
     common = ("--model", tmp_path / "model", "--batch-size", 2, "--save-steps", 1, *PATTERN)
-    for more in (("--steps", 1), ("--steps", 1), ("--steps", 2, "--resume")):
+    for more in (("--steps", 1), ("--steps", 2, "--resume")):
         assert train(folder, tmp_path / "model", *common, *more) == 0
     assert all((tmp_path / "model" / name).read_bytes() == content for name, content in before.items())
     assert len(FluxRouters.from_pretrained(tmp_path / "model").layers) == 2
@@ -530,6 +530,33 @@ def test_damaged_checkpoint(folder, routers, tmp_path, no_model, capsys):
     shutil.rmtree(tmp_path / "out" / "checkpoint-2")
     status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--resume"))
     assert status == 1 and f"no checkpoint in {tmp_path / 'out'} is whole: {file} is damaged" in line
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "is the folder of an earlier training (it has checkpoint-2, checkpoint-4, flux_config.json): go on with"),
+        (["--resume", "--objective", "soft"], "was trained with objective 'counterfactual', not 'soft'"),
+        (["--resume", "--lr", "1"], "goes on with initial_lr 0.001, the arguments ask for 1.0"),
+        (["--resume", "--window", "9"], "have other settings than these options ask for: window: 9 and 8"),
+        (["--resume", "--target", "x=0.25", "--granularity", "head"], "granularity: 'head' and 'layer'"),
+        (["--resume", "--budget", "1"], "was trained with constraint 'targets', not 'budget'"),
+    ],
+)
+def test_a_used_folder_is_gone_on_with_as_it_began_or_left_alone(
+    folder, routers, tmp_path, no_model, capsys, args, message
+):
+    shutil.copytree(routers, tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    options = [*PATTERN, *args] if "--budget" in args else [*PATTERN, "--target", "x=0.25", *args]
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", *options))
+    assert status == 1 and message in line
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == before
+
+
+def test_a_dry_run_may_name_a_used_folder(folder, routers, tmp_path):
+    shutil.copytree(routers, tmp_path / "out")
+    assert train(folder, tmp_path / "out", "--batch-size", 2, "--steps", 2, "--dry-run", *PATTERN) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

@@ -216,7 +216,7 @@ def budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
     from ..training import Recipe
-    from ..training.checkpoint import Checkpoint, check_output_folder, check_progress, latest_checkpoint
+    from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
 
     recipe = Recipe(
         objective=args.objective,
@@ -233,7 +233,8 @@ def _train(args: argparse.Namespace) -> None:
     )
     examples = load_examples(args.data)
     held_out = load_examples(args.eval_data) if args.eval_data else []
-    recipe.check_tasks({e.task for e in examples})
+    tasks = sorted({e.task for e in examples})
+    recipe.check_tasks(tasks)
     if args.routers and (given := options.given_modes(args)):
         raise ValueError(f"{given[0]} is for new routers: those of --routers have settings of their own")
     config = options.config_of(args)
@@ -241,9 +242,10 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume is True and checkpoint is None:
         raise ValueError(f"--resume: {args.output} has no checkpoint")
     if checkpoint is not None:
-        Checkpoint.read(Path(checkpoint))
-        check_progress(Path(checkpoint), 0, {"initial_lr": args.lr})
+        _check_resume(Path(checkpoint), args, recipe, tasks, config)
     check_output_folder(args.output)
+    if checkpoint is None and not args.dry_run:
+        check_unused(args.output)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args, args.routers or config)
     with contextlib.ExitStack() as stack:  # a Trainer makes its folder when it is made
@@ -261,6 +263,25 @@ def _train(args: argparse.Namespace) -> None:
         from ..evaluation import evaluate, format_table
 
         print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
+
+
+def _check_resume(
+    checkpoint: Path, args: argparse.Namespace, recipe: Recipe, tasks: Sequence[str], config: FluxConfig
+) -> None:
+    """ValueError, before the model is loaded, where a training cannot go on from a checkpoint as the options say."""
+    from ..routers.collection import FluxRouters
+    from ..training.checkpoint import Checkpoint, check_progress
+
+    saved = Checkpoint.read(checkpoint)
+    check_progress(checkpoint, 0, {"initial_lr": args.lr})
+    saved.check_goes_on(recipe, tasks)
+    if args.routers:
+        config = FluxRouters.from_pretrained(args.routers).config
+    if difference := config.differences(saved.routers.config):
+        raise ValueError(
+            f"the routers in {checkpoint} have other settings than these options ask for: {difference}; --resume goes "
+            "on with the options that the training began with"
+        )
 
 
 def _trainer(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..routers.collection import FluxRouters
-from ..routers.files import check_output
+from ..routers.files import CONFIG_FILE, check_output
 from .config import Recipe
 
 RECIPE_FILE = "recipe.json"
@@ -47,6 +47,18 @@ def check_output_folder(folder: str | os.PathLike[str]) -> None:
         _read_recipe(folder / RECIPE_FILE)
         also = ()  # they are those of a training
     check_output(folder, also)
+
+
+def check_unused(folder: Path) -> None:
+    """ValueError where a folder has the checkpoints or routers of an earlier training, which a new one would replace or
+    be taken for."""
+    found = sorted((n for n in _names(folder) if _NAME.fullmatch(n)), key=lambda n: int(n.removeprefix("checkpoint-")))
+    found += [name for name in (CONFIG_FILE,) if (folder / name).is_file()]
+    if found:
+        raise ValueError(
+            f"{folder} is the folder of an earlier training (it has {', '.join(found)})"
+            ": go on with it (--resume), or choose another folder"
+        )
 
 
 @dataclass(frozen=True)
