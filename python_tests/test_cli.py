@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from flux_ext.evaluation.ruler import TASKS, TRAINING_TASKS
 from flux_ext.evaluation.tasks import SPLITS
 from flux_ext.examples import Example, load_examples
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
-from flux_ext.training import Recipe, save_examples, training_arguments
+from flux_ext.training import FluxTrainer, Recipe, save_examples, training_arguments
 from flux_ext.training.config import MULTIPLIER_FORMS, OBJECTIVES
 
 PATTERN = ["--sink", "2", "--window", "8", "--pool-size", "4"]
@@ -479,6 +480,83 @@ def test_budgets(folder, tmp_path, options, expected):
     assert train(folder, tmp_path / "out", "--batch-size", 2, "--steps", 1, "--save-steps", 1, *PATTERN, *given) == 0
     recipe = json.loads((tmp_path / "out" / "checkpoint-1" / "recipe.json").read_text())
     assert {name: recipe[name] for name in expected} == expected
+
+
+class Interrupted:
+    """Presses Ctrl-C while a step of a training runs."""
+
+    def __init__(self, monkeypatch, step, times):
+        self.step, self.times, self.real = step, times, FluxTrainer.training_step
+        monkeypatch.setattr(FluxTrainer, "training_step", lambda trainer, *args: self.run(trainer, *args))
+
+    def run(self, trainer, *args):
+        if trainer.state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+        return self.real(trainer, *args)
+
+
+STEPS = ("--batch-size", 2, "--steps", 5, "--save-steps", 3, *PATTERN)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(folder, tmp_path, monkeypatch, capfd):
+    assert train(folder, tmp_path / "whole", *STEPS) == 0
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patches:
+        Interrupted(patches, step=2, times=1)
+        assert train(folder, tmp_path / "out", *STEPS) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    text = capfd.readouterr().err
+    assert "this step ends, then a checkpoint is written; Ctrl-C again stops at once" in text
+    assert text.splitlines()[-1] == (
+        f"flux-ext: stopped after step 2 of 5, with a checkpoint in {tmp_path / 'out'}: the same command with --resume "
+        "goes on from there"
+    )
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert train(folder, tmp_path / "out", *STEPS, "--resume") == 0
+    want, got = (FluxRouters.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    "step, left", [(2, "there is no checkpoint, all is lost"), (5, "goes on from {}, later steps are lost")]
+)
+def test_ctrl_c_twice_stops_at_once_and_says_what_is_lost(folder, tmp_path, monkeypatch, capsys, step, left):
+    Interrupted(monkeypatch, step, times=2)
+    assert train(folder, tmp_path / "out", *STEPS) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"interrupted after step {step - 1} of 5: " in last
+    assert left.format(tmp_path / "out" / "checkpoint-3") in last
+
+
+def test_the_end_of_a_training_says_what_came_of_it_and_what_to_do_next(folder, tmp_path, capsys):
+    """Here nothing is sparse: routers that have learnt nothing start with everything full."""
+    assert train(folder, tmp_path / "a b", "--batch-size", 8, "--steps", 2, "--lr", 1e-9, *PATTERN) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r" 1/2 \[[^]]*, sparsity=0, price=\S+, extra_loss=0", err)  # figures from the first step on
+    lines = out.splitlines()
+    [head] = (i for i, line in enumerate(lines) if line.startswith("the latest 16 sequences, losses in nats"))
+    names, *rows = (line.split("  ") for line in lines[head + 1 : head + 4])
+    table = [[x.strip() for x in row if x.strip()] for row in (names, *rows)]
+    assert table[0] == ["task", "sequences", "sparsity", "extra loss", "dense loss", "training loss"]
+    for task, row in zip("xy", table[1:], strict=True):
+        assert row[:4] == [task, "8", "0.00", "+0.0000"] and 2 < float(row[4]) < 8 and 2 < float(row[5]) < 8
+    remark = lines[head + 4]
+    assert remark.startswith("routed equals dense so far: for all of the latest 16 sequences")
+    assert "sampling explores; in use argmax decides" in remark
+    *_, written, score, generate = lines
+    out = tmp_path / "a b"
+    assert written == f"routers written to {out}; next, on data that the training has not seen:"
+    assert score == f"    flux-ext eval --model {folder / 'model'} --routers '{out}' --data FILE.jsonl"
+    assert generate == f"    flux-ext generate --model {folder / 'model'} --routers '{out}' --prompt-file FILE.txt"
+
+
+def test_targets_stand_in_the_table(folder, tmp_path, capsys):
+    args = ("--batch-size", 8, "--steps", 2, "--target", "x=0.25", "--default-target", 0.75, *PATTERN)
+    assert train(folder, tmp_path / "out", *args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = lines.index("task  sequences  sparsity  target  training loss")
+    assert [line.split()[3] for line in lines[names + 1 : names + 3]] == ["0.25", "0.75"]
 
 
 def test_collapsed_routers_are_named(folder, tmp_path):

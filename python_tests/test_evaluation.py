@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flux_ext
 from flux_ext import strict_json
-from flux_ext.evaluation import evaluate
+from flux_ext.evaluation import Score, evaluate
+from flux_ext.evaluation.report import dense_remark
 from flux_ext.examples import Example
 
 EXAMPLES = [Example("The source of it", " is?", answer, "q") for answer in ("abc", "a")]
@@ -116,6 +117,15 @@ def test_examples_may_be_dicts_of_their_columns():
     rows = [{name: getattr(e, name) for name in ("context", "question", "answer", "task")} for e in EXAMPLES]
     [score], [want] = (evaluate(m, Bytes(), x, ["dense"], generate=False, progress=False) for x in (rows, EXAMPLES))
     assert score.bits_per_byte == want.bits_per_byte and score.examples == len(EXAMPLES)
+
+
+def test_routed_that_equals_dense_is_said():
+    def score(task, mode, sparsity):
+        return Score(task, mode, 1, 1.0, math.nan, sparsity, 1.0, (1 - sparsity,), 1.0)
+
+    scores = [score("a", "dense", 0.0), score("a", "routed", 0.0), score("b", "dense", 0.0), score("b", "routed", 0.1)]
+    assert dense_remark(scores).startswith("routed equals dense on a: the routers chose full attention in every layer")
+    assert dense_remark(scores[2:]) is None and dense_remark(scores[:1]) is None
 
 
 def test_each_answer_is_compared_up_to_its_own_length():

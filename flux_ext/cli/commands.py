@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .. import FluxRouters
+    from ..evaluation import Score
     from ..examples import Example
     from ..training import FluxTrainer, Recipe
 
@@ -41,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        print("flux-ext: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"flux-ext: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError) as error:
         if args.traceback:
@@ -216,6 +218,7 @@ def budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
     from ..training import Recipe
+    from ..training.callbacks import StopOnInterrupt
     from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
 
     recipe = Recipe(
@@ -256,13 +259,25 @@ def _train(args: argparse.Namespace) -> None:
             if trainer.is_world_process_zero():
                 print(cost)
             return
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with StopOnInterrupt() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if stop.asked and step < steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {step} of {steps}, with a checkpoint in {args.output}: the same command with --resume "
+            "goes on from there"
+        )
     trainer.save_model()
-    print(f"routers written to {args.output}")
+    if trainer.is_world_process_zero():
+        print(f"routers written to {args.output}; next, on data that the training has not seen:")
+        for command, data in (("eval", ("--data", "FILE.jsonl")), ("generate", ("--prompt-file", "FILE.txt"))):
+            used = ("--model", args.model, "--routers", str(args.output), *data)
+            print("   ", shlex.join(["flux-ext", command, *used]))
     if held_out:
-        from ..evaluation import evaluate, format_table
+        from ..evaluation import evaluate
 
-        print(format_table(evaluate(model, tokenizer, held_out, batch_size=args.batch_size)))
+        _print_scores(evaluate(model, tokenizer, held_out, batch_size=args.batch_size))
 
 
 def _check_resume(
@@ -325,7 +340,7 @@ def _make_data(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from ..evaluation import evaluate, format_table, report
+    from ..evaluation import evaluate, report
     from .data import read
 
     examples = read(args)
@@ -341,9 +356,18 @@ def _eval(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         results=report.files_of(args.output)["results"] if args.output else None,
     )
-    print(format_table(scores))
+    _print_scores(scores)
     if args.output:
         report.write_report(scores, args.output)
+
+
+def _print_scores(scores: Sequence[Score]) -> None:
+    from ..evaluation import format_table
+    from ..evaluation.report import dense_remark
+
+    print(format_table(scores))
+    if remark := dense_remark(scores):
+        print(remark)
 
 
 def _frontier(args: argparse.Namespace) -> None:

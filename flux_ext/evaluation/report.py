@@ -52,6 +52,18 @@ def write_report(scores: Sequence[Score], output: Path) -> None:
         pictures.routes(routed).savefig(files["routes"], dpi=150)
 
 
+def dense_remark(scores: Sequence[Score]) -> str | None:
+    """Why a task's routed scores are its dense ones, where they are because all its routes were full; else None."""
+    tasks = [s.task for s in scores if s.mode == "routed" and s.sparsity == 0]
+    if not tasks:
+        return None
+    return (
+        f"routed equals dense on {', '.join(tasks)}: the routers chose full attention in every layer and example, "
+        "as new ones do. Training may have shown some sparsity all the same, because its sampling explores; in use "
+        "argmax decides. Train for more steps, or with a larger budget or target"
+    )
+
+
 def frontier(scores: Sequence[Score]) -> Figure:
     """Scores against sparsity: on the left the accuracy of generated answers, on the right bits per byte, a line per
     task and a mark per mode; what was not measured has no side."""

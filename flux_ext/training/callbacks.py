@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .dry_run import duration, lengths, peak, reset_peak
+from .report import training_report
 
 if TYPE_CHECKING:
     from .trainer import FluxTrainer
@@ -78,7 +82,20 @@ class CostReport(TrainerCallback):
 
 
 class RouterProgress(ProgressCallback):
-    """A progress bar with sparsity and losses behind it, instead of a line per report."""
+    """A progress bar with sparsity and losses of the latest sequences behind it, from the first step on, instead of a
+    line per report; and a table of the tasks at the end."""
+
+    def __init__(self, trainer: FluxTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if self.training_bar is None:
+            return
+        figures = self.trainer.figures(self.trainer.recent.sums())
+        names = ("price", "extra_loss", "sparsity") if "price" in figures else ("/sparsity", "/lm_loss")
+        self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k.endswith(names)})
 
     def on_log(
         self,
@@ -88,12 +105,53 @@ class RouterProgress(ProgressCallback):
         logs: dict[str, float | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
-        if "price" in logs:
-            names: tuple[str, ...] = ("price", "extra_loss", "sparsity")
-        else:
-            names = ("/sparsity", "/lm_loss")
-        shown = {k: f"{v:.3g}" for k, v in logs.items() if k.endswith(names) and v is not None}
-        if shown:
-            self.training_bar.set_postfix(shown)
+        """Nothing: the bar has the figures."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
+        if state.is_world_process_zero and self.trainer.recent.count:
+            tqdm.write(training_report(self.trainer))
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Within its ``with`` block Ctrl-C ends a training after the step that runs, with a checkpoint.
+
+    A second one ends it at once, and so does one before the first step, or in a training of several processes: they
+    would not agree on the step.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.running = False
+        self._before: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: object) -> None:
+        if self.asked or not self.running:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print: the signal may have come while something is being printed.
+        os.write(2, b"\nflux-ext: this step ends, then a checkpoint is written; Ctrl-C again stops at once\n")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.running = args.world_size == 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.running = False

@@ -264,6 +264,18 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def what_is_lost(folder: Path, step: int, steps: int) -> str:
+    """What an interruption costs after so many steps of a training whose checkpoints are in a folder, in words."""
+    if step == 0:
+        return "interrupted before the first step was done"
+    newest = None
+    with contextlib.suppress(ValueError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        newest = latest_checkpoint(folder)
+    lost = f"resuming goes on from {newest}, later steps are lost" if newest else "there is no checkpoint, all is lost"
+    return f"interrupted after step {step} of {steps}: {lost}"
+
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

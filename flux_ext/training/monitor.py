@@ -1,10 +1,46 @@
-"""Whether routers look at their input: how many of them have given different routes of late."""
+"""What the latest sequences of a training gave: whether routers look at their input, and sums of each task."""
 
 from __future__ import annotations
 
 from collections import deque
 
+import torch
 from torch import Tensor
+
+SUMS = ("count", "sparsity", "own_sparsity", "lm_loss", "deployed", "extra", "dense")
+"""What is summed over the sequences of each task; the last three over those that ran under the routers' own routes."""
+
+
+class RecentSums:
+    """The sums (:data:`SUMS`) of each task over the latest sequences.
+
+    Args:
+        tasks: how many there are.
+        size: sequences, at least; whole steps are kept.
+    """
+
+    def __init__(self, tasks: int, size: int = 64) -> None:
+        self.tasks, self.size = tasks, size
+        self._steps: deque[Tensor] = deque()
+
+    def clear(self) -> None:
+        """Forgets all sums."""
+        self._steps.clear()
+
+    def note(self, sums: Tensor) -> None:
+        """One step's sums, fp64 ``[SUMS, tasks]``."""
+        self._steps.append(sums)
+        while self.count - float(self._steps[0][0].sum()) >= self.size:
+            self._steps.popleft()
+
+    @property
+    def count(self) -> int:
+        """The sequences that are summed."""
+        return int(sum(float(step[0].sum()) for step in self._steps))
+
+    def sums(self) -> Tensor:
+        """fp64 ``[SUMS, tasks]``."""
+        return sum(self._steps, torch.zeros(len(SUMS), self.tasks, dtype=torch.float64))
 
 
 class RouteWatch:

@@ -37,20 +37,18 @@ from .checkpoint import (
     flush,
     latest_checkpoint,
     objective_file,
+    what_is_lost,
 )
 from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
 from .data import PackedCollator, PaddedCollator, Tokens
 from .distributed import alone, average_gradients, keep_whole, most, spread
 from .dry_run import Cost, Measured, measure
-from .monitor import RouteWatch
+from .monitor import SUMS, RecentSums, RouteWatch
 from .objective import Multipliers, Objective, Step, full_route, make_objective
 from .sequence_parallel import batch_of, make_group
 from .start import check_pooled, is_new, pooled_states, start_at, whiten
 
 check_trainer(Trainer)  # an override of a method that was renamed would never be called
-
-_SUMS = ("count", "sparsity", "own_sparsity", "lm_loss", "deployed", "extra", "dense")
-"""What is summed over the sequences of each task; the last three over those that ran under the routers' own routes."""
 
 # Arguments of the Trainer that nothing here would use; giving one is an error.
 _UNUSED = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
@@ -124,10 +122,10 @@ class FluxTrainer(Trainer):
         ).to(args.device)
         self._layer_index = config.routed_layers()
         self.dense_losses = DenseLosses()
-        self.route_watch = RouteWatch()
+        self.route_watch, self.recent = RouteWatch(), RecentSums(len(self.tasks))
         # The sums of each task since the last step and since the last report, and for how many sequences since the
         # last step each unit (a layer, or a KV head of one) was sparse.
-        self._step_sums = torch.zeros(len(_SUMS), len(self.tasks), dtype=torch.float64)
+        self._step_sums = torch.zeros(len(SUMS), len(self.tasks), dtype=torch.float64)
         self._log_sums = torch.zeros_like(self._step_sums)
         self._step_routes = torch.zeros(self.objective.num_layers * self.objective.num_heads, dtype=torch.float64)
         model.requires_grad_(False)
@@ -165,7 +163,7 @@ class FluxTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(CostReport(self))
-            self.add_callback(RouterProgress())
+            self.add_callback(RouterProgress(self))
         for router in self._layer_routers():
             start_at(router, self.recipe.initial_bias)
 
@@ -175,6 +173,7 @@ class FluxTrainer(Trainer):
         Raises:
             ValueError: before it begins: the checkpoint is damaged, or the routers could not be saved in its output
                 folder.
+            KeyboardInterrupt: with a message that says which steps are lost.
         """
         folder = Path(self.args.output_dir or ".")
         resumed = latest_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
@@ -184,7 +183,10 @@ class FluxTrainer(Trainer):
             check_output_folder(folder)
             self.routers.check_savable(folder)
         self._begins = not resumed
-        result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
+        try:
+            result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(what_is_lost(folder, self.state.global_step, self.state.max_steps)) from None
         if advice := self.collapse():
             warnings.warn(advice, stacklevel=2)
         return result
@@ -241,6 +243,7 @@ class FluxTrainer(Trainer):
         self._log_sums.zero_()
         self._step_routes.zero_()
         self.route_watch.clear()
+        self.recent.clear()
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
@@ -355,14 +358,14 @@ class FluxTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the tasks' figures since the last report."""
         if "loss" in logs:
-            logs.update(self._figures())
+            logs.update(self.figures(self._log_sums))
             self._log_sums.zero_()
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])  # it is going to be a JSON file
 
-    def _figures(self) -> dict[str, float]:
-        """The figures since the last report."""
-        sums = dict(zip(_SUMS, self._log_sums, strict=True))
+    def figures(self, of: Tensor) -> dict[str, float]:
+        """The figures that are logged, of these sums (:data:`~.monitor.SUMS`), fp64 ``[SUMS, tasks]``."""
+        sums = dict(zip(SUMS, of, strict=True))
         m, figures = self.objective.multipliers, {}
         if self.route_watch.count:
             figures = {"sparsity": self.route_watch.sparsity, "routes_vary": self.route_watch.vary}
@@ -403,7 +406,7 @@ class FluxTrainer(Trainer):
         }
         if self.group is not None and self._turn != self.group.rank:
             return  # the process whose batch it is counts it
-        values = torch.stack([kept[name].double() for name in _SUMS]).cpu()
+        values = torch.stack([kept[name].double() for name in SUMS]).cpu()
         self._step_sums.index_add_(1, tasks.cpu(), values)
         self._step_routes += step.choice.double().sum(0).flatten().cpu()
 
@@ -415,13 +418,14 @@ class FluxTrainer(Trainer):
         flat, routes = own.split([self._step_sums.numel(), len(self._step_routes)])
         self._step_sums.zero_()
         self._step_routes.zero_()
-        sums = dict(zip(_SUMS, flat.float().view_as(self._step_sums), strict=True))
+        sums = dict(zip(SUMS, flat.float().view_as(self._step_sums), strict=True))
         m, count = self.objective.multipliers, sums["count"]
         if isinstance(m, Price):
             m.ascend(sums["deployed"], sums["extra"], sums["dense"])
         else:
             m.ascend(sums["sparsity"] / count, count, sums["own_sparsity"] / count)
-        self._log_sums += flat.view_as(self._step_sums).cpu()
+        self._log_sums += (step := flat.view_as(self._step_sums).cpu())
+        self.recent.note(step)
         self.route_watch.note(int(count.sum()), routes.cpu())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
