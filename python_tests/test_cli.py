@@ -546,6 +546,9 @@ def test_the_end_of_a_training_says_what_came_of_it_and_what_to_do_next(folder, 
     assert "sampling explores; in use argmax decides" in remark
     *_, written, score, generate = lines
     out = tmp_path / "a b"
+    card = (out / "README.md").read_text()
+    assert "2 of 2 steps of 8 sequences; objective counterfactual; budget 0.01 of the dense loss; learning" in card
+    assert "\n".join(lines[head : head + 4]) in card
     assert written == f"routers written to {out}; next, on data that the training has not seen:"
     assert score == f"    flux-ext eval --model {folder / 'model'} --routers '{out}' --data FILE.jsonl"
     assert generate == f"    flux-ext generate --model {folder / 'model'} --routers '{out}' --prompt-file FILE.txt"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from models import SMALL, patched_model, scramble, tiny
 from safetensors.torch import save_file
@@ -406,3 +406,21 @@ def test_a_patched_model_is_pushed_with_its_routers(tmp_path: Path, monkeypatch:
     model.save_pretrained(tmp_path / "name", push_to_hub=True, private=True, token="secret")
     assert calls == [(("name",), {"token": "secret", "private": True})]
     assert set(files(tmp_path / "name")) >= OURS | {"model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["me/a-model", "/data/a-model", None])
+def test_the_card_says_what_the_routers_are_for(tmp_path: Path, name: str | None) -> None:
+    routers = small_routers()
+    routers.config.base_model_name_or_path = name
+    routers.save_pretrained(tmp_path, model_card_kwargs={"training": "On *everything*."})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == (name if name == "me/a-model" else None)  # the Hub refuses paths
+    assert card.data.library_name == "flux-ext" and "sparse-attention" in card.data.tags
+    assert f"# Routers of {name or 'MODEL'}\n" in card.text and card.text.rstrip().endswith("\nOn *everything*.")
+    assert f"({sum(p.numel() for p in routers.parameters()):,} parameters)" in card.text
+    assert "More Information Needed" not in card.text and "Hub using the" not in card.text
+    for field in ("granularity", "pattern", "sink", "window"):
+        assert f"| `{field}` | {getattr(routers.config, field)} |" in card.text
+    assert "None" not in card.text
+    untold = small_routers().generate_model_card()
+    assert "Nothing is recorded about how these routers were trained." in untold.text

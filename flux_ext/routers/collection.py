@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi, PyTorchModelHubMixin
+from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ..config import FluxConfig, check_integer
-from . import files
+from . import card, files
 from .files import CARD_FILE, CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_WEIGHTS_FILE, WEIGHTS_FILE, Place
 from .files import check_output as check_output  # public here
 from .modules import PUBLISHED_CLASSIFIER, PUBLISHED_ENCODER, HeadRouter, LayerRouter, Router
@@ -26,6 +26,7 @@ class FluxRouters(
     PyTorchModelHubMixin,
     library_name="flux-ext",
     tags=["flux-ext", "sparse-attention"],
+    model_card_template=card.TEMPLATE,
 ):
     """One router (:mod:`flux_ext.routers.modules`) per routed layer.
 
@@ -63,7 +64,8 @@ class FluxRouters(
         Args:
             save_directory: made where it is missing; may hold a model.
             config: as the Hub's ``push_to_hub`` gives it; the routers' own is saved.
-            repo_id, push_to_hub, model_card_kwargs, push_to_hub_kwargs: see the Hub's ``save_pretrained``.
+            repo_id, push_to_hub, model_card_kwargs, push_to_hub_kwargs: see the Hub's ``save_pretrained``. Of the card,
+                ``{"training": text}`` says how the routers were trained.
 
         Raises:
             ValueError: a file of something else would be replaced, or a router's layer was (an adapter's, a
@@ -76,6 +78,11 @@ class FluxRouters(
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that :meth:`save_pretrained` writes; ``kwargs`` replace values of ``flux_ext.routers.card.facts``."""
+        known = card.facts(self.config, sum(p.numel() for p in self.parameters()))
+        return super().generate_model_card(*args, **{**known, **kwargs})
 
     def check_savable(self, folder: str | os.PathLike[str]) -> None:
         """ValueError where :meth:`save_pretrained` would refuse the folder or these routers."""

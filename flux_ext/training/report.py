@@ -44,6 +44,25 @@ def training_report(trainer: FluxTrainer) -> str:
     return "\n".join([head, *lines, *([remark] if (remark := dense_remark(trainer)) else [])])
 
 
+def training_record(trainer: FluxTrainer) -> str | None:
+    """How the routers were trained so far, for their model card; None before the first step."""
+    recipe, args = trainer.recipe, trainer.args
+    if not trainer.state.global_step:
+        return None
+    if recipe.has_budget:
+        unit = "of the dense loss" if recipe.budget_unit == "share" else "nats per answer token"
+        own = [f"{budget:g} for {task}" for task, budget in sorted(recipe.budgets.items())]
+        goal = f"budget {', '.join([f'{recipe.quality_budget:g}', *own])} {unit}"
+    else:
+        goal = f"target sparsity {', '.join(f'{recipe.target(task):g} for {task}' for task in trainer.tasks)}"
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    text = (
+        f"{trainer.state.global_step} of {trainer.state.max_steps} steps of {sequences} sequences; "
+        f"objective {recipe.objective}; {goal}; learning rate {args.learning_rate:g}; seed {args.seed}."
+    )
+    return f"{text}\n\n```\n{training_report(trainer)}\n```" if trainer.recent.count else text
+
+
 def dense_remark(trainer: FluxTrainer) -> str | None:
     """Why routed equals dense, where it does of late; else None."""
     watch, sums = trainer.route_watch, dict(zip(SUMS, trainer.recent.sums().sum(1).tolist(), strict=True))

@@ -45,6 +45,7 @@ from .distributed import alone, average_gradients, keep_whole, most, spread
 from .dry_run import Cost, Measured, measure
 from .monitor import SUMS, RecentSums, RouteWatch
 from .objective import Multipliers, Objective, Step, full_route, make_objective
+from .report import training_record
 from .sequence_parallel import batch_of, make_group
 from .start import check_pooled, is_new, pooled_states, start_at, whiten
 
@@ -432,7 +433,7 @@ class FluxTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         check_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.routers.save_pretrained(folder)
+        self.routers.save_pretrained(folder, model_card_kwargs={"training": training_record(self)})
         self._save_objective(folder)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
