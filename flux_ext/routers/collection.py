@@ -80,7 +80,7 @@ class FluxRouters(
         return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that :meth:`save_pretrained` writes; ``kwargs`` replace values of ``flux_ext.routers.card.facts``."""
+        """The card that :meth:`save_pretrained` writes; ``kwargs`` replace those of ``routers.card.facts``."""
         known = card.facts(self.config, sum(p.numel() for p in self.parameters()))
         return super().generate_model_card(*args, **{**known, **kwargs})
 
