@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from packaging.version import Version
 from processes import allow_fsdp, launch, run
 from test_distributed import needs_resuming, one_step, one_step_of_the_budget, resumed
 from tiny_training import dataset, trainer
@@ -23,8 +25,13 @@ from transformers import TrainerCallback
 import flux_ext
 from flux_ext.training import Recipe
 from flux_ext.training.checkpoint import latest_checkpoint
+from flux_ext.training.config import FSDP_ACCELERATE
 from flux_ext.training.distributed import keep_whole
 
+pytestmark = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version(FSDP_ACCELERATE),
+    reason=f"FSDP needs accelerate >= {FSDP_ACCELERATE}, this is {accelerate.__version__}",
+)
 RANKS = ((2, 1), (4, 2))
 """Processes, and how many of them share a sequence."""
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}

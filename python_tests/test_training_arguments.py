@@ -8,7 +8,7 @@ import transformers
 from tiny_training import Bytes, Grab, dataset, model, trainer
 
 import flux_ext
-from flux_ext.training import FluxTrainer, Recipe, training_arguments
+from flux_ext.training import FluxTrainer, Recipe, config, training_arguments
 
 
 def stock(tmp_path, **changes):
@@ -81,6 +81,14 @@ def test_arguments_that_are_refused(tmp_path, name, value, rule):
 def test_batches_are_not_dispatched(tmp_path):
     with pytest.raises(ValueError, match="dispatch_batches must be False, got True"):
         trainer(tmp_path, accelerator_config={"dispatch_batches": True})
+
+
+def test_an_accelerate_that_is_too_old_for_fsdp_is_named(tmp_path, monkeypatch):
+    args = stock(tmp_path)
+    args.fsdp = True
+    monkeypatch.setattr(config.importlib.metadata, "version", lambda name: "1.11.0")
+    with pytest.raises(ValueError, match="fsdp needs accelerate >= 1.12, .* found 1.11.0"):
+        FluxTrainer(model(), args=args, train_dataset=dataset(), tokenizer=Bytes())
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from packaging.version import Version
 from torch import nn
 
 if TYPE_CHECKING:
@@ -232,6 +234,10 @@ _ALLOWED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 """Of these TrainingArguments only some values work here: name, values, reason."""
 
 
+FSDP_ACCELERATE = "1.12"
+"""The oldest accelerate that FSDP2 was tried with."""
+
+
 def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module) -> TrainingArguments:
     """A copy of the ``TrainingArguments`` with what training routers takes; the given ones stay as they are.
 
@@ -255,6 +261,9 @@ def checked_arguments(args: TrainingArguments, recipe: Recipe, model: nn.Module)
                 f"parallelism_config.{name} must be 1, got {size}: it is for stock attention functions. Sequences are "
                 "spread over processes with FluxTrainer(sequence_parallel=...)"
             )
+    found = importlib.metadata.version("accelerate")
+    if args.fsdp and Version(found) < Version(FSDP_ACCELERATE):
+        raise ValueError(f"fsdp needs accelerate >= {FSDP_ACCELERATE}, which cuts up what is frozen; found {found}")
     placed = {d for d in (getattr(model, "hf_device_map", None) or {}).values() if d not in ("cpu", "disk")}
     if args.n_gpu > 1 and placed <= {args.device, args.device.index, str(args.device)}:
         raise ValueError(
