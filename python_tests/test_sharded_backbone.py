@@ -172,4 +172,5 @@ if __name__ == "__main__":
         training(folder, callbacks=[Killed(sys.argv[3] == "True")])
     else:
         torch.save(training(folder, True), folder / f"seen-{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends while they run
+    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that ends while they run

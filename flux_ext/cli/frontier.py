@@ -45,8 +45,9 @@ from ..models import patching
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PROGRAM = [sys.executable, "-m", "flux_ext", "frontier"]
-"""What a process of ``--jobs`` runs, with the options behind it."""
+_MAIN = "import sys; sys.path[0] = {!r}; from flux_ext.cli.commands import main; sys.exit(main())"
+PROGRAM = [sys.executable, "-c", _MAIN.format(str(Path(__file__).parents[2])), "frontier"]
+"""What a process of ``--jobs`` runs, with the options behind it: this package, wherever it is started from."""
 _NOT_SETTINGS = ("run", "traceback", "output", "jobs", "only", "argv", "budgets", "seeds", "granularity", "static")
 """Options that name contenders or say how the work is done: they may differ from one call to the next."""
 
