@@ -38,7 +38,7 @@ __device__ void sort(int64_t* keys, int32_t n) {
 }
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few registers, however many threads
     plan_kernel(const __grid_constant__ AttendParams p, const TileShape tile, const int32_t tiles_max,
                 const int32_t num_workers, PlanView plan) {
   __shared__ Shared shared;
@@ -115,19 +115,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
   const bool whole = !shared.any_late;
   int32_t sharing = sharing_workers(total, num_tiles, num_workers);
-  if (!whole && num_tiles <= kThreads) {
-    const auto shares_of = [&](int64_t share) {
+  if (!whole && num_tiles <= kThreads && total <= INT_MAX / 2) {  // 32 bits; longer lines are cut evenly
+    const auto shares_of = [&](uint32_t share) {
       uint32_t shares = 0;
-      for (int32_t t = tid % 32; t < num_tiles; t += 32)
-        shares += whole_shares(uint32_t(cost[t + 1] - cost[t]), uint32_t(share));
+      for (int32_t t = tid % 32; t < num_tiles; t += 32) shares += whole_shares(uint32_t(cost[t + 1] - cost[t]), share);
       return __reduce_add_sync(~0u, shares);
     };
-    const int64_t smallest_cost = -int64_t(shared.minus_smallest_cost);
-    const Cut<int64_t> cut = cut_apart<int64_t>(total, smallest_cost, largest_cost, num_tiles, sharing, shares_of);
+    const Cut<uint32_t> cut =
+        cut_apart<uint32_t>(uint32_t(total), -shared.minus_smallest_cost, largest_cost, num_tiles, sharing, shares_of);
     if (cut.unit > 1) {  // from now on costs are those shared out
-      const auto unit = int32_t(cut.unit), own = tid < num_tiles ? int32_t(cost[tid + 1] - cost[tid]) : 0;
+      const uint32_t own = tid < num_tiles ? uint32_t(cost[tid + 1] - cost[tid]) : 0;
       __syncthreads();
-      if (tid < num_tiles) cost[tid] = int64_t(whole_shares(own, unit)) * unit;
+      if (tid < num_tiles) cost[tid] = whole_shares(own, cut.unit) * cut.unit;
       __syncthreads();
       exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
     }

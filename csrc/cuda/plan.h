@@ -171,8 +171,11 @@ struct FewTiles {
 
   __device__ WorkRange range(int32_t num_tiles, int32_t worker) const {
     if (worker >= workers) return {num_tiles, 0, num_tiles, 0};
-    const Position first = position_of_warp(end, num_tiles, uint32_t(share_unit(total, worker, workers)));
-    const Position last = position_of_warp(end, num_tiles, uint32_t(share_unit(total, worker + 1, workers)));
+    const uint32_t share = total / workers, rest = total % workers;
+    const auto position = [&](uint32_t w) {  // share_unit with 32 bits
+      return position_of_warp(end, num_tiles, share * w + rest * w / workers);
+    };
+    const Position first = position(worker), last = position(worker + 1);
     return {first.tile, first.block, last.tile, last.block};
   }
 };
