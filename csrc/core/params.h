@@ -33,12 +33,14 @@ struct Strides {
   int64_t b = 0, s = 0, h = 0;  // sequence (or page), row, head; the last dimension is contiguous
 };
 
+constexpr int32_t kQueryBlock = 128;  // queries that share a block list
+
 // Block lists of every (sequence, KV head, query block of `width` rows). Null blocks: none.
 struct BlockTable {
   const int32_t* blocks = nullptr;  // [B, Hkv, q_blocks, max_count]
   const int32_t* counts = nullptr;  // [B, Hkv, q_blocks]
   int32_t q_blocks = 0, max_count = 0;
-  int32_t q_width = 128, kv_width = 128;
+  int32_t q_width = kQueryBlock, kv_width = 128;
 
   FLUX_HD BlockList operator()(int32_t b, int32_t h, int32_t num_kv_heads, int32_t q_row) const {
     if (!blocks) return {};

@@ -11,10 +11,9 @@
 #include <cstdint>
 
 #include "core/params.h"
+#include "core/softmax_state.h"
 
 namespace flux {
-
-constexpr int32_t kQueryBlock = 128;  // queries that share a list
 
 struct SelectParams {
   int32_t batch = 0, head_dim = 0;
@@ -34,7 +33,7 @@ struct SelectParams {
   FLUX_HD int32_t columns_per_block() const { return width / stride; }
   FLUX_HD int32_t rows_per_block() const { return kQueryBlock / stride; }
   // Of a softmax in base 2.
-  FLUX_HD float log2_scale() const { return scale / float(stride) * 1.4426950408889634f; }
+  FLUX_HD float log2_scale() const { return scale / float(stride) * kLog2e; }
   FLUX_HD int64_t list(int32_t seq, int32_t kv_head, int32_t q_block) const {
     return (int64_t(seq) * kv.num_heads + kv_head) * q_blocks + q_block;
   }
@@ -59,7 +58,7 @@ struct StridedView {
     return end <= 0 ? 0 : ceil_div(end, stride);
   }
   FLUX_HD int32_t q_blocks() const { return ceil_div(q_rows.size(), kQueryBlock); }
-  // Key blocks up to the last query's.
+  // Key blocks up to the last query's; of a block behind the last one, up to the end.
   FLUX_HD int32_t blocks_seen(int32_t q_block) const {
     const int32_t end = min_of((q_block + 1) * kQueryBlock, q_rows.size()) + offset();
     return end <= 0 ? 0 : ceil_div(end, width);
