@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
-from flux_ext.caches.dynamic import FluxCacheLayer
+from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
 from flux_ext.operators.patterns import dense_mask

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
-from flux_ext.caches.dynamic import FluxCacheLayer
+from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.caches.pages import PagedKeyValues
 from flux_ext.models import model_patch
 from flux_ext.models.patching import get_routers

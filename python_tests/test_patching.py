@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import flux_ext
 from flux_ext import FluxConfig, FluxRouters
-from flux_ext.caches.dynamic import FluxCacheLayer
+from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.models.patching import get_routers, last_routing, policy
 
 # --- Routes and policies

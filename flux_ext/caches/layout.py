@@ -26,7 +26,7 @@ class PageLayout:
         page_size: tokens per page.
         sink_pages, sink_tokens: what precedes the gap: the sink, rounded up to whole pages.
         unit: tokens are dropped by this many: whole pages, so that the others stay where they are, and a multiple of
-            ``pattern.align``, so that the pattern is the same on what is left (see :mod:`flux_ext.caches.dynamic`).
+            ``pattern.align``, so that the pattern is the same on what is left (see :mod:`flux_ext.caches.layer`).
         least_trimmed: with fewer tokens stored there is no such unit to drop.
     """
 

@@ -9,7 +9,7 @@ tables are tensors that the step itself writes (:func:`flux_ext.operators.append
 - The ring of a full sequence head holds the whole length of the cache and is never gone round. That of a sparse one is
   as long as the window, so what is overwritten is what no query sees any more.
 - The page table lists the pages in the order of their tokens, without those that were dropped. For attention this is a
-  paged cache like the dynamic one, with the same gap after the sink (:mod:`flux_ext.caches.dynamic`).
+  paged cache like the dynamic one, with the same gap after the sink (:mod:`flux_ext.caches.layer`).
 
 The prompt is stored by torch's operators. In a step, some sequences may have padding instead of a token: the cache is
 told by a tensor on the device (:meth:`FluxStaticCache.active`), read off the attention mask in the column of this step.
@@ -29,8 +29,9 @@ from ..config import FluxConfig
 from ..forward_context import ForwardContext
 from ..operators import KeyValues
 from ..transformers_seam import Cache, DynamicLayer
-from .dynamic import FluxCache, FluxCacheLayer, stock_cache_layers
+from .dynamic import FluxCache, stock_cache_layers
 from .history import FAILED, History, token_rows
+from .layer import FluxCacheLayer
 from .pages import normal
 
 
@@ -38,7 +39,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
     """The keys and values of one decoder layer: a prompt, then steps of one token per sequence.
 
     Args:
-        config, page_size, routed: as for :class:`~flux_ext.caches.dynamic.FluxCacheLayer`.
+        config, page_size, routed: as for :class:`~flux_ext.caches.layer.FluxCacheLayer`.
         max_cache_len: tokens per sequence, padding included.
         any_routes: whether the pools have room for everything routed full, whatever the first routes are.
     """

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import operators
-from ..caches.dynamic import FluxCacheLayer
+from ..caches.layer import FluxCacheLayer
 from ..forward_context import ForwardContext
 from ..operators import KeyValues, Routing
 from ..operators.patterns import Streaming

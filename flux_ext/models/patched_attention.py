@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..caches.dynamic import FluxCacheLayer
+from ..caches.layer import FluxCacheLayer
 from ..forward_context import Decision, ForwardContext, Policy
 from ..operators import Routing
 from ..operators.patterns import Full
