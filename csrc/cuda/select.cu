@@ -13,7 +13,7 @@ int32_t num_seq_heads(const SelectParams& p) { return p.batch * p.kv.num_heads; 
 
 }  // namespace
 
-const SelectInstance* select_instance(const SelectParams& p, int index) {
+const SelectInstance* select_instance([[maybe_unused]] const SelectParams& p, int index) {
   Device device{};
   if (current_device(&device) != cudaSuccess) return nullptr;
 #ifdef FLUX_SM90
