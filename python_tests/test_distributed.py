@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from processes import launch
+from processes import end, launch
 from tiny_training import LAYERS, Grab, dataset, model, trainer
 
 from flux_ext.training import Recipe
@@ -159,4 +159,4 @@ def test_more_processes_than_before_go_on_with_their_own_draws(seen):
 
 if __name__ == "__main__":
     process(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends while they run
+    end()

@@ -15,7 +15,7 @@ import accelerate
 import pytest
 import torch
 from packaging.version import Version
-from processes import allow_fsdp, launch, run
+from processes import allow_fsdp, end, launch, run
 from test_distributed import needs_resuming, one_step, one_step_of_the_budget, resumed
 from tiny_training import dataset, trainer
 from torch.distributed.fsdp import FSDPModule
@@ -172,5 +172,4 @@ if __name__ == "__main__":
         training(folder, callbacks=[Killed(sys.argv[3] == "True")])
     else:
         torch.save(training(folder, True), folder / f"seen-{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads may abort a process that ends while they run
+    end()

@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
-from processes import launch
+from processes import end, launch
 from test_distributed import OBJECTIVES, needs_resuming, one_step, one_step_of_the_budget, resumed, some_steps
 from tiny_training import Bytes, batch_rows, dataset, model, trainer
 
@@ -166,4 +166,4 @@ def test_one_process_shares_with_nobody(tmp_path):
 
 if __name__ == "__main__":
     process(Path(sys.argv[1]), int(sys.argv[2]))
-    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends while they run
+    end()
