@@ -15,7 +15,7 @@ from cli_folder import PATTERN, error_of, folder, no_model, routers, run, train 
 
 from flux_ext import FluxConfig, FluxRouters
 from flux_ext.caches.summary import letters
-from flux_ext.cli import commands, options
+from flux_ext.cli import commands, dtypes, options
 from flux_ext.cli.parser import parser
 from flux_ext.config import PRESETS
 from flux_ext.evaluation import MODES
@@ -181,6 +181,22 @@ def test_info(capsys):
     assert run("info", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["torch"].startswith(torch.__version__)
+    fast = "bfloat16" if "bf16" in facts["CPU kernels"].split(";")[0] else "float32"
+    assert facts["CPU kernels"].endswith(f"; {fast} is the fast dtype here")
+
+
+@pytest.mark.parametrize("fast", [torch.bfloat16, torch.float32])
+def test_weights_are_loaded_as_stored_where_that_is_fast(folder, monkeypatch, tmp_path, fast):
+    monkeypatch.setattr(dtypes, "fast_on_cpu", lambda: fast)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for stored, loaded in {torch.bfloat16: fast, torch.float16: torch.float32, torch.float32: torch.float32}.items():
+        AutoModelForCausalLM.from_pretrained(folder / "model").to(stored).save_pretrained(tmp_path / str(stored))
+        AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / str(stored))
+        for asked, got in {"auto": loaded, "float16": torch.float16}.items():
+            args = argparse.Namespace(model=str(tmp_path / str(stored)), device="cpu", dtype=asked)
+            assert commands.load_model(args, None)[0].dtype == got
+    assert dtypes.default("cuda", torch.float32) == "auto"
 
 
 def test_bench(capsys):

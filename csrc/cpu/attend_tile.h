@@ -7,6 +7,9 @@
 
 #include "core/softmax_state.h"
 #include "cpu/addresses.h"
+#ifdef __AMX_BF16__
+#include "cpu/amx.h"
+#endif
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 
@@ -115,8 +118,48 @@ FLUX_HD void softmax_panel(int32_t padded, float* scores, float* max, float* sum
   }
 }
 
-// How the two products take their operands.
-struct Float32Product : Float32Units {
+// The two products on a panel by vector instructions, whatever their units are.
+template <typename Units>
+struct VectorProduct : Units {
+  using Unit = typename Units::Unit;
+  struct Registers {};                        // what a thread has to hold meanwhile
+  static constexpr int kKeyStep = kStepRows;  // keys, and units along head_dim, are padded to a multiple
+  static constexpr int kUnitStep = 1;
+
+  // scores[keys, kPanel] = scale K Q^T. k [keys][stride], q [units][kPanel]
+  static FLUX_HD void score(const Unit* k, int64_t stride, const Unit* q, int32_t units, int32_t keys, float scale,
+                            float* scores) {
+    for (int32_t j = 0; j < keys; j += kStepRows) {
+      Accumulators s;
+      clear(s);
+      multiply<Units>(k + j * stride, stride, 1, q, kPanel, units, s);
+      store_step(s, scale, scores + j * kPanel);
+    }
+  }
+
+  // out[rows, dim] = rescale out + P V. p [units][kPanel], values [units][stride]
+  static FLUX_HD void add_values(const Unit* p, const Unit* values, int64_t stride, int32_t units, int32_t rows,
+                                 int32_t dim, const float* rescale, float* out, int64_t out_stride) {
+    for (int32_t d = 0; d < dim; d += kPanel)
+      for (int32_t r = 0; r < rows; r += kStepRows) {
+        float* to = out + r * out_stride + d;
+        Accumulators o;
+#pragma GCC unroll 8
+        for (int i = 0; i < kStepRows; ++i) {
+          o.c[i][0] = load(to + i * out_stride) * rescale[r + i];
+          o.c[i][1] = load(to + i * out_stride + kLanes) * rescale[r + i];
+        }
+        multiply<Units>(p + r, 1, kPanel, values + d, stride, units, o);
+#pragma GCC unroll 8
+        for (int i = 0; i < kStepRows; ++i) {
+          store(to + i * out_stride, o.c[i][0]);
+          store(to + i * out_stride + kLanes, o.c[i][1]);
+        }
+      }
+  }
+};
+
+struct Float32Product : VectorProduct<Float32Units> {
   template <typename T>
   static FLUX_HD void pack_keys(const T* x, int32_t dim, float* to) {
     pack_row(x, dim, to);
@@ -130,7 +173,13 @@ struct Float32Product : Float32Units {
 };
 
 #ifdef __AVX512BF16__
-struct BFloat16Product : BFloat16Pairs {
+// Two neighbouring keys of a panel, as bf16.
+FLUX_HD BitsVec key_pair(const float* p) {
+  const auto lo = (HalfVec)_mm512_cvtneps_pbh(load(p)), hi = (HalfVec)_mm512_cvtneps_pbh(load(p + kPanel));
+  return __builtin_convertvector(lo, BitsVec) | __builtin_convertvector(hi, BitsVec) << 16;
+}
+
+struct BFloat16Product : VectorProduct<BFloat16Pairs> {
   static FLUX_HD void pack_keys(const BFloat16* x, int32_t dim, uint32_t* to) { pack_row(x, dim, to); }
   // Two keys to a unit: [ceil(n / 2)][stride]
   template <typename Row>
@@ -150,13 +199,52 @@ struct BFloat16Product : BFloat16Pairs {
   // p: [n (even), kPanel] -> [n / 2, kPanel]
   static FLUX_HD const uint32_t* pack_probabilities(const float* p, int32_t n, uint32_t* to) {
     for (int32_t j = 0; j < n; j += 2)
+      for (int half = 0; half < kPanel; half += kLanes)
+        store(to + j / 2 * kPanel + half, key_pair(p + j * kPanel + half));
+    return to;
+  }
+};
+#endif
+
+#ifdef __AMX_BF16__
+// The same operands for the matrix unit, but for the probabilities: it takes the left operand row by row.
+struct TileProduct : BFloat16Product {
+  using Registers = TileRegisters;
+  static constexpr int kKeyStep = 2 * kTile, kUnitStep = kTile;
+  static_assert(kPanel == 2 * kTile && kKvBlock % kKeyStep == 0);
+
+  static FLUX_HD void score(const uint32_t* k, int64_t stride, const uint32_t* q, int32_t units, int32_t keys,
+                            float scale, float* scores) {
+    for (int32_t j = 0; j < keys; j += kKeyStep)
+      multiply_tiles<false>(k + j * stride, stride, q, kPanel, units, scores + j * kPanel, kPanel);
+    for (int32_t i = 0; i < keys * kPanel; i += kLanes) store(scores + i, load(scores + i) * scale);
+  }
+
+  // p: [n, kPanel] -> [kPanel, n / 2]
+  static FLUX_HD const uint32_t* pack_probabilities(const float* p, int32_t n, uint32_t* to) {
+    for (int32_t unit = 0; unit < n / 2; unit += kTile)
       for (int half = 0; half < kPanel; half += kLanes) {
-        const auto lo = _mm512_cvtneps_pbh(load(p + j * kPanel + half));
-        const auto hi = _mm512_cvtneps_pbh(load(p + (j + 1) * kPanel + half));
-        store(to + j / 2 * kPanel + half,
-              __builtin_convertvector((HalfVec)lo, BitsVec) | __builtin_convertvector((HalfVec)hi, BitsVec) << 16);
+        BitsVec tile[kTile];
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile; ++i) tile[i] = key_pair(p + 2 * (unit + i) * kPanel + half);
+        transpose(tile);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile; ++i) store(to + (half + i) * (n / 2) + unit, tile[i]);
       }
     return to;
+  }
+
+  // p [kPanel][units]. All rows of the panel are computed.
+  static FLUX_HD void add_values(const uint32_t* p, const uint32_t* values, int64_t stride, int32_t units, int32_t,
+                                 int32_t dim, const float* rescale, float* out, int64_t out_stride) {
+    for (int r = 0; r < kPanel; ++r)
+      if (rescale[r] != 1.f)  // seldom, once the largest scores have been seen
+        for (int32_t d = 0; d < dim; d += kLanes) {
+          float* to = out + r * out_stride + d;
+          store(to, load(to) * rescale[r]);
+        }
+    for (int32_t d = 0; d < dim; d += kPanel)
+      multiply_tiles<true>(p, units, values + d, stride, units, out + d, out_stride);
   }
 };
 #endif
@@ -165,7 +253,7 @@ template <typename Op, typename T>
 void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                  const TileState& state) {
   using Unit = typename Op::Unit;
-  const int32_t group = p.group(), dim = p.head_dim, dim_units = dim / Op::kPerUnit;
+  const int32_t group = p.group(), dim = p.head_dim, dim_units = round_up(dim / Op::kPerUnit, Op::kUnitStep);
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
   const int32_t out_stride = padded_dim(p);
   const int64_t stride = out_stride + kLanes;  // not a power of two: neighbouring rows share no cache set
@@ -181,6 +269,11 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
   int32_t* const pos = memory.take<int32_t>(padded_rows);
   int32_t* const first_key = memory.take<int32_t>(padded_rows);
 
+  [[maybe_unused]] const typename Op::Registers registers;
+  clear_rows(staging, stride, int32_t(stride), 0, kPanel);  // columns beyond head_dim stay 0, here and below
+  clear_rows(k, stride, int32_t(stride), 0, kKvBlock);
+  clear_rows(values, stride, int32_t(stride), 0, kKvBlock);
+
   for (int32_t panel = 0; panel < panels; ++panel) {
     for (int32_t i = 0; i < kPanel; ++i) {
       const int32_t r = panel * kPanel + i;
@@ -195,49 +288,28 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
   find_visible(v, group, rows, padded_rows, pos, first_key);
   for (int32_t r = 0; r < padded_rows; ++r) max[r] = -INFINITY, sum[r] = 0.f;
   std::memset(state.out, 0, size_t(padded_rows) * out_stride * sizeof(float));
-  clear_rows(values, stride, int32_t(stride), 0, kKvBlock);  // columns beyond head_dim stay 0
   const float scale = p.scale * kLog2e;
 
   for (int32_t n = begin; n < end; ++n) {
     const KeyRange keys = keys_of(v, v.blocks[n]);
-    const int32_t padded = round_up(keys.size, kStepRows);
-    const int32_t key_units = ceil_div(keys.size, Op::kPerUnit);
+    const int32_t padded = round_up(keys.size, Op::kKeyStep), padded_units = padded / Op::kPerUnit;
     for (int32_t j = 0; j < keys.size; ++j)
       Op::pack_keys(kv_row<T>(p.kv, p.kv.k, v, keys.begin + j), dim, k + j * stride);
     clear_rows(k, stride, dim_units, keys.size, padded);
     Op::pack_values([&](int32_t j) { return kv_row<T>(p.kv, p.kv.v, v, keys.begin + j); }, keys.size, dim, stride,
                     values);
+    clear_rows(values, stride, out_stride, ceil_div(keys.size, Op::kPerUnit), padded_units);
     for (int32_t panel = 0; panel < panels; ++panel) {
       const int32_t row = panel * kPanel;
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
       if (sees_nothing(v, seen, keys)) continue;
-      const Unit* q_panel = q + int64_t(panel) * dim_units * kPanel;
-      for (int32_t j = 0; j < padded; j += kStepRows) {
-        Accumulators s;
-        clear(s);
-        multiply<Op>(k + j * stride, stride, 1, q_panel, kPanel, dim_units, s);
-        store_step(s, scale, scores + j * kPanel);
-      }
+      Op::score(k, stride, q + int64_t(panel) * dim_units * kPanel, dim_units, padded, scale, scores);
       if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, scores);
       float rescale[kPanel];
       softmax_panel(padded, scores, max + row, sum + row, rescale);
       const auto* left = Op::pack_probabilities(scores, padded, probabilities);
-      for (int32_t d = 0; d < dim; d += kPanel)
-        for (int32_t r = 0; r < kPanel && row + r < rows; r += kStepRows) {
-          float* out = state.out + int64_t(row + r) * out_stride + d;
-          Accumulators o;
-#pragma GCC unroll 8
-          for (int i = 0; i < kStepRows; ++i) {
-            o.c[i][0] = load(out + i * out_stride) * rescale[r + i];
-            o.c[i][1] = load(out + i * out_stride + kLanes) * rescale[r + i];
-          }
-          multiply<Op>(left + r, 1, kPanel, values + d, stride, key_units, o);
-#pragma GCC unroll 8
-          for (int i = 0; i < kStepRows; ++i) {
-            store(out + i * out_stride, o.c[i][0]);
-            store(out + i * out_stride + kLanes, o.c[i][1]);
-          }
-        }
+      Op::add_values(left, values, stride, padded_units, flux::min_of(rows - row, kPanel), dim, rescale,
+                     state.out + int64_t(row) * out_stride, out_stride);
     }
   }
   for (int32_t r = 0; r < rows; ++r) state.rows[r] = {max[r], sum[r]};

@@ -10,6 +10,12 @@
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
 
+#ifdef FLUX_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace flux::cpu {
 
 namespace portable {
@@ -25,6 +31,9 @@ extern const Kernels table;
 namespace avx512_bf16 {
 extern const Kernels table;
 }
+namespace amx_bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -32,7 +41,24 @@ namespace {
 struct Build {
   const Kernels& kernels;
   bool runs_here;
+  bool by_name_only = false;
 };
+
+#ifdef FLUX_X86
+// Whether the processor has the matrix unit and Linux lets this process use it. (It wants to be asked: a thread's tiles
+// are 8 KiB to save.)
+bool may_use_amx() {
+#ifdef FLUX_EMULATE_AMX
+  return true;
+#else
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7.0 EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTiles) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 // Best first.
 std::vector<Build> builds() {
@@ -43,7 +69,10 @@ std::vector<Build> builds() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  found.push_back({avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  // Tests have run it on an emulated unit only, so nobody gets it who did not ask for it.
+  found.push_back({amx_bf16::table, has_avx512_bf16 && may_use_amx(), true});
+  found.push_back({avx512_bf16::table, has_avx512_bf16});
   found.push_back({avx512::table, has_avx512});
   found.push_back({avx2::table, has_avx2});
 #endif
@@ -51,11 +80,11 @@ std::vector<Build> builds() {
   return found;
 }
 
-// FLUX_EXT_ISA names the best that may be used, for tests and comparisons.
+// FLUX_EXT_ISA names the best that may be used.
 const Kernels& choose() {
   const std::vector<Build> all = builds();
   const char* limit = std::getenv("FLUX_EXT_ISA");
-  auto best = all.begin();
+  auto best = std::find_if(all.begin(), all.end(), [](const Build& b) { return !b.by_name_only; });
   if (limit && *limit) {
     best = std::find_if(all.begin(), all.end(), [&](const Build& b) { return !std::strcmp(b.kernels.isa, limit); });
     if (best == all.end()) {

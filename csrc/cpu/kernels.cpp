@@ -15,11 +15,16 @@ using ProductOfBFloat16 = BFloat16Product;
 #else
 using ProductOfBFloat16 = Float32Product;
 #endif
+#ifdef __AMX_BF16__
+using AttendsBFloat16 = TileProduct;
+#else
+using AttendsBFloat16 = ProductOfBFloat16;
+#endif
 
 extern const Kernels table;
 const Kernels table = {
     FLUX_STRING(FLUX_ISA),
-    {attend_tile<Float32Product, float>, attend_tile<Float32Product, Half>, attend_tile<ProductOfBFloat16, BFloat16>},
+    {attend_tile<Float32Product, float>, attend_tile<Float32Product, Half>, attend_tile<AttendsBFloat16, BFloat16>},
     {queries_backward<Float32Product, float>, queries_backward<Float32Product, Half>,
      queries_backward<ProductOfBFloat16, BFloat16>},
     {keys_backward<Float32Product, float>, keys_backward<Float32Product, Half>,

@@ -21,7 +21,7 @@ import torch
 
 from .. import FluxConfig, __version__
 from ..caches.summary import LEGEND, letters
-from . import options
+from . import dtypes, options
 from .parser import Run, parser
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def info() -> dict[str, str]:
     try:
         from .._C import isa
 
-        cpu_kernels = isa()
+        fast = str(dtypes.fast_on_cpu()).removeprefix("torch.")
+        cpu_kernels = f"{isa()}; {fast} is the fast dtype here"
     except ImportError as error:
         cpu_kernels = f"unknown: the module _C does not load ({error})"
     cuda = "loaded" if _library.has_cuda_library else "not built (no nvcc at build time, or FLUX_CUDA=OFF)"
@@ -127,17 +128,18 @@ def load_model(
     args: argparse.Namespace, routers: str | FluxConfig | FluxRouters | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The patched model (not patched where ``routers`` is None), in evaluation mode, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import flux_ext
 
-    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
-    if args.dtype == "auto" and torch.device(args.device).type == "cpu":
-        dtype = torch.float32  # half precision is slow on most CPUs
     if isinstance(routers, str):  # the smaller files first
         routers = flux_ext.FluxRouters.from_pretrained(routers)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if args.dtype == "auto":
+            dtype = dtypes.default(args.device, AutoConfig.from_pretrained(args.model).dtype)
+        else:
+            dtype = getattr(torch, args.dtype)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
     except Exception as error:  # of any type: the readers of safetensors and tokenizers have their own
         raise ValueError(f"--model {args.model} cannot be loaded: {error}") from error
@@ -386,9 +388,10 @@ def _bench(args: argparse.Namespace) -> None:
 
     if args.heads % args.kv_heads:
         raise ValueError(f"--heads must be a multiple of --kv-heads, {args.kv_heads}, got {args.heads}")
-    dtype = torch.float32 if args.dtype == "auto" else getattr(torch, args.dtype)
-    if args.dtype == "auto" and torch.device(args.device).type == "cuda":
-        dtype = torch.bfloat16
+    if args.dtype == "auto":
+        dtype = dtypes.fast_on_cpu() if torch.device(args.device).type == "cpu" else torch.bfloat16
+    else:
+        dtype = getattr(torch, args.dtype)
     on_gpu = torch.device(args.device).type == "cuda"
     sparse = Streaming(args.sink, args.window)
 

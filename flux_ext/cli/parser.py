@@ -42,7 +42,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             "--dtype",
             default="auto",
             choices=["auto", "float32", "bfloat16", "float16"],
-            help="of the weights",
+            help="of the weights; auto: as stored, but float32 on a CPU for which that is not the fast one",
         )
 
     def pattern(add: Callable[..., argparse.Action]) -> None:

