@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -340,35 +339,6 @@ def test_peft_can_train_and_save_the_routers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     fresh = peft.PeftModel.from_pretrained(flux_ext.patch(tiny("qwen3"), FluxConfig(**SMALL)), tmp_path).eval()
     torch.testing.assert_close(fresh(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_threads_share_one_model() -> None:
-    model = patched_model()
-    prompts = [torch.randint(2, 128, (1, 20 + 9 * i)) for i in range(4)]
-    routes = ["full", "sparse", torch.tensor([0, 1, 0, 1]), None]
-
-    def generate(i: int) -> Tensor:
-        kwargs: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
-        if routes[i] is None:
-            return model.generate(prompts[i], **kwargs)
-        with flux_ext.routes(model, routes[i]):
-            return model.generate(prompts[i], **kwargs)
-
-    want = [generate(i) for i in range(4)]
-    wrong: list[Any] = []
-
-    def work(i: int) -> None:
-        try:
-            wrong.extend(i for _ in range(3) if not torch.equal(generate(i), want[i]))
-        except Exception as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
 
 
 def test_offloaded_weights() -> None:

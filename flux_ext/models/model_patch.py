@@ -23,6 +23,7 @@ from ..routers.collection import FluxRouters
 from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, take_cache
 from . import attention_function, families, proof
 from .config_view import Views
+from .forced_routes import ForcedRoutes
 from .model_methods import HELD_ROUTES, ModelMethods
 from .patched_attention import CONTEXT, PatchedAttention, ThreadState
 
@@ -46,6 +47,7 @@ class Patch:
         self.text_config = model.config.get_text_config(decoder=True)
         families.refuse_unsupported(model, self.decoder, self.text_config)
         self.local = ThreadState()
+        self.forced = ForcedRoutes()
         self.hands_on_keywords = True  # the decoder's layers, to their attention: until a forward shows otherwise
         with proof.refusing(type(model).__name__, "no cache can be made for it"):
             stock = stock_cache_layers(model.config)
@@ -224,10 +226,13 @@ class Patch:
         if cache is not None:
             cache.check_batch(tokens.shape[0])
         self.check_checkpointing()
+        policy = self.local.policy
+        if policy is None:
+            policy = self.forced.everywhere()
         if self.local.shard is None:
-            context = read_forward(self.local.policy, kwargs, tokens, cache)
+            context = read_forward(policy, kwargs, tokens, cache)
         else:
-            context = read_part(self.local.policy, kwargs, tokens, cache, self.local.shard)
+            context = read_part(policy, kwargs, tokens, cache, self.local.shard)
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
         if context.held is not None:

@@ -171,6 +171,8 @@ class PatchedAttention:
         logits, route = router(*states, with_route=True)
         if context.policy is not None:
             route = context.policy(self.place, logits)
+        elif self.place == 0 and not torch.compiler.is_compiling():
+            self.patch.forced.warn_of_others()
         route = self.patch.check_route(route, logits)
         if cache_layer is not None:
             if route.is_floating_point():
