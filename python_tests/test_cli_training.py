@@ -148,6 +148,19 @@ def test_ctrl_c_writes_a_checkpoint_and_loses_nothing(folder, tmp_path, monkeypa
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_resumed_training_with_nothing_left_to_do_says_so(folder, routers, tmp_path, capfd, steps):
+    out = shutil.copytree(routers, tmp_path / "out")
+    options = ("--steps", steps, "--batch-size", 2, "--accumulate", 2, "--target", "x=0.25", *PATTERN)
+    capfd.readouterr()
+    assert train(folder, out, *options, "--resume") == 0
+    text = "".join(capfd.readouterr())
+    assert f"nothing is left to do: the checkpoint is at step 4, and {steps} steps were asked for" in text
+    assert f"routers written to {out}; next" in text and "steps of 4 sequences" not in text
+    want, got = (FluxRouters.from_pretrained(folder).state_dict() for folder in (routers, out))
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 @pytest.mark.parametrize(
     "step, left", [(2, "there is no checkpoint, all is lost"), (5, "goes on from {}, later steps are lost")]
 )
