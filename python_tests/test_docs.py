@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import re
+import shlex
 import textwrap
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+IN_ORDER = [ROOT / "docs" / "quickstart.md"]
+"""Pages whose examples build on each other."""
 EXAMPLES = [
     (path.name, i, code)
     for path in DOCUMENTS
+    if path not in IN_ORDER
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
 ]
 
@@ -24,6 +28,29 @@ EXAMPLES = [
 def test_python_examples_run(name, index, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"{name}, example {index}", "exec"), {})
+
+
+@pytest.mark.parametrize("page", IN_ORDER, ids=lambda p: p.name)
+def test_examples_that_build_on_each_other_run(page, tmp_path, monkeypatch, capsys):
+    """Python and commands, in order; the lines of a block of text are printed by the code before it."""
+    from flux_ext.cli import commands
+
+    monkeypatch.chdir(tmp_path)
+    names, printed = {}, ""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)
+    assert {language for language, _ in blocks} == {"python", "sh", "text"}
+    for i, (language, block) in enumerate(blocks):
+        if language == "python":
+            exec(compile(block, f"{page.name}, block {i}", "exec"), names)
+        elif language == "sh":
+            for line in block.splitlines():
+                command, *arguments = shlex.split(line)
+                assert (command, commands.main(arguments)) == ("flux-ext", 0), line
+        else:
+            lines = iter(printed.splitlines())  # which are searched on from where the last one was found
+            assert [line for line in block.splitlines() if line not in lines] == []
+            continue
+        printed = capsys.readouterr().out
 
 
 def test_the_readme_has_an_example():
@@ -37,18 +64,18 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_the_command_line_in_the_readme_exists(capsys):
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_that_are_shown_exist(path, capsys):
+    """Each with its options."""
     from flux_ext.cli import commands
 
-    for command in sorted(set(re.findall(r"^    flux-ext ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))):
+    shown = re.findall(r"^(?:    )?flux-ext ([a-z][\w-]*)(.*?)(?:#|$)", path.read_text(), re.MULTILINE)
+    for command in sorted({command for command, _ in shown}):
         with pytest.raises(SystemExit) as stop:
             commands.main([command, "--help"])
         assert stop.value.code == 0
-        options = set(
-            re.findall(rf"^    flux-ext {command} (.*?)(?:#|$)", (ROOT / "README.md").read_text(), re.MULTILINE)
-        )
         text = capsys.readouterr().out
-        for option in re.findall(r"--[\w-]+", " ".join(options)):
+        for option in re.findall(r"--[\w-]+", " ".join(options for name, options in shown if name == command)):
             assert option in text, f"flux-ext {command} has no {option}"
 
 
