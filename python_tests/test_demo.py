@@ -45,6 +45,7 @@ GOOD = [
 
 def test_verdicts_say_no_where_it_is_no():
     assert all(verdict.holds and str(verdict).startswith("[yes]") for verdict in demo.verdicts(GOOD))
+    assert [v.text.split(":")[0] for v in demo.verdicts(GOOD)] == ["retrieval"] * 3 + ["continuation"] * 2
     bad = [
         replace(s, accuracy=0.5, bits_per_byte=s.bits_per_byte * (1.1 if s.mode == "routed" else 1), sparsity=0.1)
         for s in GOOD
@@ -62,7 +63,7 @@ def test_a_missed_expectation_is_an_error_only_where_it_is_asked_for(monkeypatch
     assert status(GOOD, "--check") == status(missed) == 0
     assert capsys.readouterr().err == ""
     assert status(missed, "--check") == 1
-    assert "missed what is expected of it: routed keeps 50.5% of dense (expected >= 95 %)" in capsys.readouterr().err
+    assert "missed what is expected of it: retrieval: routed keeps 50.5% of dense (expected >= 95 %)" in capsys.readouterr().err
 
 
 def test_bad_input(tmp_path):

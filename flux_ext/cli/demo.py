@@ -186,19 +186,22 @@ def verdicts(scores: Sequence[Score]) -> list[Verdict]:
     return [
         Verdict(
             dense.accuracy > 0.90,
-            f"dense attention answers the questions: {dense.accuracy:.1%} (expected > 90 %)",
+            f"{tasks.RETRIEVAL}: dense attention answers {dense.accuracy:.1%} (expected > 90 %)",
         ),
-        Verdict(sparse.accuracy < 0.30, f"sparse attention alone does not: {sparse.accuracy:.1%} (expected < 30 %)"),
+        Verdict(
+            sparse.accuracy < 0.30,
+            f"{tasks.RETRIEVAL}: sparse attention alone answers {sparse.accuracy:.1%} (expected < 30 %)",
+        ),
         Verdict(
             routed.accuracy >= 0.95 * dense.accuracy,
-            f"routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense (expected >= 95 %) "
+            f"{tasks.RETRIEVAL}: routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense (expected >= 95 %) "
             f"at sparsity {routed.sparsity:.2f}",
         ),
         Verdict(
             routed_code.sparsity >= 0.75,
-            f"code is continued at sparsity {routed_code.sparsity:.2f} (expected >= 0.75)",
+            f"{tasks.CONTINUATION}: routed at sparsity {routed_code.sparsity:.2f} (expected >= 0.75)",
         ),
-        Verdict(more_bits <= 0.02, f"with {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
+        Verdict(more_bits <= 0.02, f"{tasks.CONTINUATION}: routed takes {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
     ]
 
 
