@@ -1,11 +1,14 @@
 """The files in examples/ run as they stand."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 import flux_ext
@@ -61,3 +64,28 @@ def test_layers_and_heads_that_are_made_sparse_without_training(tmp_path):
     layer = (kept["layer 0 alone"] - kept["layers [0, 1, 2, 3, 4, 5, 6, 7]"]) / 7
     assert layer > 1
     assert measured("--sparse", 1, "2:0")["1 2:0"][1] == pytest.approx(kept["layer 0 alone"] - layer / 2, abs=0.15)
+
+
+NOTEBOOK = Path(__file__).parent.parent / "examples" / "first_hour.ipynb"
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Its cells in order, as plain Python: it has neither magics nor commands of the shell."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    matplotlib.use("agg")
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    names = {}
+    for i, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {i}", "exec"), names)
+    assert max(range(8), key=names["costs"]["retrieval"].__getitem__) == 3
+    assert {(s.task, s.mode) for s in names["scores"]} == {
+        (task, mode) for task in ("retrieval", "continuation") for mode in ("dense", "sparse", "routed")
+    }
+    assert "1 sequence, " in capsys.readouterr().out  # the last cell's summary
+
+
+def test_the_notebook_has_no_outputs():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if "outputs" in cell)
