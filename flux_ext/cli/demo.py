@@ -194,14 +194,17 @@ def verdicts(scores: Sequence[Score]) -> list[Verdict]:
         ),
         Verdict(
             routed.accuracy >= 0.95 * dense.accuracy,
-            f"{tasks.RETRIEVAL}: routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense (expected >= 95 %) "
-            f"at sparsity {routed.sparsity:.2f}",
+            f"{tasks.RETRIEVAL}: routed keeps {routed.accuracy / max(dense.accuracy, 1e-9):.1%} of dense "
+            f"(expected >= 95 %) at sparsity {routed.sparsity:.2f}",
         ),
         Verdict(
             routed_code.sparsity >= 0.75,
             f"{tasks.CONTINUATION}: routed at sparsity {routed_code.sparsity:.2f} (expected >= 0.75)",
         ),
-        Verdict(more_bits <= 0.02, f"{tasks.CONTINUATION}: routed takes {more_bits:+.2%} bits per byte (expected within 2 % of dense)"),
+        Verdict(
+            more_bits <= 0.02,
+            f"{tasks.CONTINUATION}: routed takes {more_bits:+.2%} bits per byte (expected within 2 % of dense)",
+        ),
     ]
 
 

@@ -44,7 +44,7 @@ class StepGuard(TrainerCallback):
 
 
 class CostReport(TrainerCallback):
-    """Says at the start how much there is to do, also where that is nothing, and after the second step how long it is going to take."""
+    """Says at the start how much there is to do, also if nothing, and after the second step how long it will take."""
 
     def __init__(self, trainer: FluxTrainer) -> None:
         self.trainer, self.steps, self.began = trainer, 0, 0.0
@@ -58,8 +58,8 @@ class CostReport(TrainerCallback):
             return
         if state.global_step >= state.max_steps:
             tqdm.write(
-                f"nothing is left to do: the checkpoint is at step {state.global_step}, and {state.max_steps} steps were "
-                "asked for (max_steps; --steps of flux-ext train); the routers are those of the checkpoint"
+                f"nothing is left to do: the checkpoint is at step {state.global_step}, and {state.max_steps} steps "
+                "were asked for (max_steps; --steps of flux-ext train); the routers are those of the checkpoint"
             )
             return
         found = lengths(self.trainer, 32)
