@@ -78,7 +78,7 @@ def models(model: PreTrainedModel, folder: Path) -> None:
     assert_type(FluxConfig.from_dict(config.to_dict()), FluxConfig)
     with patched(model, config) as same, routes(model, "sparse"), routes(model, torch.zeros(4)):
         assert_type(same, PreTrainedModel)
-    forced: AbstractContextManager[None] = routes(model, "full")
+    forced: AbstractContextManager[None] = routes(model, "full", everywhere=True)
     patch("a name", config)  # type: ignore[type-var]
     routes(model, 1)  # type: ignore[arg-type]
     flux_ext.ptach(model)  # type: ignore[attr-defined]
