@@ -33,6 +33,24 @@ def test_torch_compile_without_a_cache_is_one_graph() -> None:
     assert torch.equal(last_routing(model).routes, routes)
 
 
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_the_last_routing_of_a_compiled_forward_is_its_own(first: str) -> None:
+    model, prompts = patched_model(num_hidden_layers=2), [torch.randint(2, 128, (2, 40)) for _ in range(3)]
+    routes, logits = [], []
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        if first == "eager":
+            model(prompts[0][:1, :9], use_cache=False)
+        for ids in prompts:
+            compiled(ids, use_cache=False)
+            routes.append(last_routing(model).routes)
+            logits.append(last_routing(model).logits)
+        for ids, route, logit in zip(prompts, routes, logits, strict=True):
+            model(ids, use_cache=False)
+            assert torch.equal(last_routing(model).routes, route)
+            torch.testing.assert_close(last_routing(model).logits, logit)
+
+
 def test_torch_compile_with_a_cache() -> None:
     """Steps after the second compile nothing."""
     model = patched_model(num_hidden_layers=1)

@@ -196,7 +196,7 @@ class Patch:
         try:
             evidence.compare(self.new_cache(), self.cache_name)
         finally:
-            local.policy = local.decisions = None
+            local.policy = local.last.decisions = None
             local.proving = False
 
     def remove(self) -> None:
@@ -254,14 +254,14 @@ class Patch:
                 cache = self.new_cache()
         kwargs[self.cache_name] = cache
         kwargs[CONTEXT] = context
-        self.local.forward, self.local.decisions = context, context.decisions
+        self.local.forward, self.local.last.decisions = context, context.decisions
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the decoder: a forward that failed leaves no decisions."""
         self.local.forward = None
         if output is None:
-            self.local.decisions = None
+            self.local.last.decisions = None
 
     def new_cache(self) -> FluxCache:
         """An empty cache for this model."""

@@ -26,6 +26,13 @@ is there again when checkpointing recomputes a layer, after the forward."""
 DENSE = Full()
 
 
+class LastForward:
+    """The decisions of the last forward, by place among the routed layers. An object of its own: a compiled forward
+    leaves what it writes to one, and loses what it writes to a ``threading.local``."""
+
+    decisions: dict[int, Decision] | None = None
+
+
 class ThreadState(threading.local):
     """What the hooks of one forward leave for each other, by thread; copies start empty.
 
@@ -34,7 +41,7 @@ class ThreadState(threading.local):
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
         policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
-        decisions: of the last forward, by place among the routed layers.
+        last: what is known of the last forward.
         proving: whether the full mode is full attention whatever the configuration says, to be compared with the model
             as it was.
     """
@@ -48,7 +55,7 @@ class ThreadState(threading.local):
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
         self.shard: Shard | None = None
-        self.decisions: dict[int, Decision] | None = None
+        self.last = LastForward()
         self.proving = False
 
     def __deepcopy__(self, memo: Any) -> ThreadState:

@@ -168,7 +168,7 @@ def last_routing(model: nn.Module) -> RoutingRecord:
     Raises:
         ValueError: there was none.
     """
-    decisions = _patch_of(model).local.decisions
+    decisions = _patch_of(model).local.last.decisions
     if not decisions:
         raise ValueError("no forward has run since the model was patched")
     return RoutingRecord(decisions)
