@@ -24,7 +24,8 @@ NATS = Recipe(budget=0.02, budget_unit="nats")
 def ascend(price, lost, count=8, dense=1.0):
     """A step in which all sequences of each task lose as much: ``lost [T]`` nats."""
     n = torch.full((len(price.tasks),), float(count))
-    price.ascend(n, n * torch.tensor(lost), n * dense)
+    lost = torch.tensor(lost)
+    price.ascend(n, n * lost, n * lost.square(), n * dense)
 
 
 # The controller
@@ -69,8 +70,8 @@ def test_in_a_closed_loop_the_loss_keeps_to_the_budget(cost):
         wanted = min(1.0, price.prices().item() / (2 * cost))  # where one more unit costs what it earns
         sparsity += (wanted - sparsity) / 25
         lost = cost * sparsity**2
-        noise = 0.1 * torch.randn(4, generator=generator).mean().item()
-        ascend(price, [lost + noise], count=4)
+        each = lost + 0.1 * torch.randn(4, generator=generator)
+        price.ascend(torch.tensor([4.0]), each.sum()[None], each.square().sum()[None], torch.tensor([4.0]))
         seen.append(lost)
     assert sum(seen[500:]) / 1000 == pytest.approx(0.02, rel=0.15)
 
@@ -292,9 +293,8 @@ def test_what_is_logged(tmp_path):
     t.train()
     logs = [log for log in t.state.log_history if "loss" in log]
     for log in logs:
-        assert {"sparsity", "routes_vary", "price", "budget", "extra_loss", "dense_loss", "b/price", "b/budget"} <= set(
-            log
-        )
+        assert {"sparsity", "routes_vary", "routes_tell_task", "price", "budget", "extra_loss", "dense_loss", "b/price",
+                "b/budget"} <= set(log)  # fmt: skip
         assert not {"a/price", "a/target", "a/lambda1"} & set(log)
     measured = list(t.dense_losses._known.values())
     assert min(measured) <= logs[-1]["dense_loss"] <= max(measured)
@@ -302,11 +302,31 @@ def test_what_is_logged(tmp_path):
 
 def test_what_the_watch_counts():
     watch = RouteWatch(size=4)
-    watch.note(2, torch.tensor([2.0, 0.0, 1.0]))
+    two = torch.tensor([1.0, 1.0])  # one of each task
+    watch.note(two, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]))
     assert (watch.count, watch.vary, watch.sparsity) == (2, pytest.approx(1 / 3), pytest.approx(0.5))
     for _ in range(2):
-        watch.note(2, torch.tensor([2.0, 0.0, 0.0]))
+        watch.note(two, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]))
     assert (watch.count, watch.vary, watch.sparsity) == (4, 0, pytest.approx(1 / 3))  # the first step is forgotten
+
+
+def test_what_routes_tell_of_the_task():
+    """Of 32 sequences of each of four tasks: nothing in a unit that is always sparse, nothing in one that is a coin's
+    fall, a bit in one that is sparse for two of the tasks, and 0.811 in one that is sparse for one."""
+    watch, count = RouteWatch(size=128), torch.full((4,), 32.0)
+    units = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    chance = 3 / (2 * 128 * math.log(2))  # what as many sequences show of nothing
+    one = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    for unit, bits in zip(units, (0, 0, 1 - chance, one - chance), strict=True):
+        watch.clear()
+        watch.note(count, (32 * unit)[:, None])
+        assert watch.tell_task == pytest.approx(bits)
+    watch.clear()
+    watch.note(count, 32 * units.T)
+    assert watch.tell_task == pytest.approx((1 + one - 2 * chance) / 4)
+    watch.clear()
+    watch.note(torch.tensor([8.0, 0.0]), torch.tensor([[4.0], [0.0]]))  # a task that was not seen
+    assert watch.tell_task == 0
 
 
 @pytest.mark.parametrize("bias", [(9.0, -9.0, 9.0), (-9.0, -9.0, -9.0), None])

@@ -67,7 +67,7 @@ def test_a_dry_run_changes_nothing(tmp_path, recipe):
             assert all(torch.equal(a, b) for a, b in zip(routers, t.routers.parameters(), strict=True))
             assert all(torch.equal(x, before[name]) for name, x in t.objective.state_dict().items())
             assert modes == [m.training for m in t.model.modules()] and torch.equal(draws, torch.get_rng_state())
-            assert len(t.dense_losses) == t.route_watch.count == t.state.global_step == 0
+            assert len(t.dense_losses) == t.monitor.routes.count == t.state.global_step == 0
             assert all(p.grad is None for p in t.model.parameters())
             assert not list((tmp_path / "True").iterdir()) and not t.is_in_train
         t.train()

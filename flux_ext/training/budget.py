@@ -44,10 +44,12 @@ class Price(nn.Module):
     RATE, GAIN = 0.02, 2.0
     START, LEAST, MOST = 2.0, 0.1, 30.0
     WORST = 1.5
+    CAUTION = 1.0
     SEQUENCES, STEPS = 64, 10
 
     ratio: Tensor
     recent: Tensor
+    squares: Tensor
     dense: Tensor
     group: Tensor
     limit: Tensor
@@ -61,6 +63,7 @@ class Price(nn.Module):
         groups = len(limits)
         self.register_buffer("ratio", torch.full((groups,), self.START))
         self.register_buffer("recent", torch.zeros(2, groups))  # sequences, and nats that they lost
+        self.register_buffer("squares", torch.zeros(groups))  # of the nats that each of them lost
         self.register_buffer("dense", torch.zeros(2, groups, dtype=torch.float64))  # all sequences, and their loss
         self.register_buffer("group", torch.tensor(group), persistent=False)
         self.register_buffer("limit", torch.tensor(limits), persistent=False)
@@ -81,9 +84,12 @@ class Price(nn.Module):
         return (lost / count)[self.group]
 
     def _error(self, budget: Tensor) -> Tensor:
-        """What is left, in budgets; 1 before anything was measured, and where there is no budget to be left."""
+        """What is left, in budgets, as far as it is certain; 1 before anything was measured, and where there is no
+        budget to be left."""
         count, lost = self.recent.unbind()
-        return (1 - lost / count / budget).nan_to_num(1.0, 1.0, 1.0).clamp(-self.WORST, 1)
+        left = (1 - lost / count / budget).nan_to_num(1.0, 1.0, 1.0).clamp(-self.WORST, 1)
+        noise = (self.squares / count - (lost / count).square()).clamp(min=0) / count / budget.square()
+        return left / (1 + self.CAUTION * noise.nan_to_num(0.0, 0.0, 0.0))
 
     def figures(self) -> dict[str, float]:
         """For the log: the common price and budget, and those of tasks with their own."""
@@ -110,19 +116,21 @@ class Price(nn.Module):
         return (self.prices()[tasks] * (1 - sparsity)).mean()
 
     @torch.no_grad()
-    def ascend(self, count: Tensor, extra: Tensor, dense: Tensor) -> None:
+    def ascend(self, count: Tensor, extra: Tensor, squares: Tensor, dense: Tensor) -> None:
         """One step of the controller.
 
         Args:
             count: ``[T]``, sequences of each task whose loss under the routers' own routes was measured in this step,
                 on all ranks.
-            extra, dense: ``[T]``, the sums over them of the nats lost and of the dense loss.
+            extra, squares, dense: ``[T]``, the sums over them of the nats lost, of their squares, and of the dense
+                loss.
         """
-        n, lost, base = (
-            torch.zeros_like(self.ratio).index_add(0, self.group, x.float()) for x in (count, extra, dense)
+        n, lost, square, base = (
+            torch.zeros_like(self.ratio).index_add(0, self.group, x.float()) for x in (count, extra, squares, dense)
         )
         keep = torch.exp(-(n / self.SEQUENCES).clamp(max=1 / self.STEPS))
         self.recent = self.recent * keep + torch.stack([n, lost])
+        self.squares = self.squares * keep + square
         self.dense = self.dense + torch.stack([n, base]).double()
         moved = self.ratio * torch.exp(self.RATE * self._error(self._budgets()))
         self.ratio = torch.where(n > 0, moved.clamp(self.LEAST, self.MOST), self.ratio)

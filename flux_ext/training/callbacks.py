@@ -99,7 +99,8 @@ class RouterProgress(ProgressCallback):
         super().on_step_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if self.training_bar is None:
             return
-        figures = self.trainer.figures(self.trainer.recent.sums())
+        monitor = self.trainer.monitor
+        figures = monitor.figures(monitor.recent.sums(), self.trainer.objective.multipliers)
         names = ("price", "extra_loss", "sparsity") if "price" in figures else ("/sparsity", "/lm_loss")
         self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k.endswith(names)})
 
@@ -117,7 +118,7 @@ class RouterProgress(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
-        if state.is_world_process_zero and self.trainer.recent.count:
+        if state.is_world_process_zero and self.trainer.monitor.recent.count:
             tqdm.write(training_report(self.trainer))
 
 

@@ -232,7 +232,7 @@ def _unchanged(trainer: FluxTrainer, model: nn.Module) -> Iterator[None]:
         gradients._set_sync_gradients(synced)
         trainer.objective.load_state_dict(state)
         trainer.dense_losses = dense
-        trainer.clear_sums()
+        trainer.monitor.clear()
         torch.set_rng_state(draws)
         for p in trainer.routers.parameters():
             p.grad = None

@@ -15,7 +15,7 @@ def training_report(trainer: FluxTrainer) -> str:
     """Sparsity and losses of each task over the latest sequences, as a table; and whether routed is dense so far."""
     rows = [["task", "sequences", "sparsity", "target", "extra loss", "dense loss", "training loss"]]
     multipliers = trainer.objective.multipliers
-    columns = trainer.recent.sums().unbind(1)
+    columns = trainer.monitor.recent.sums().unbind(1)
     for i, (task, column) in enumerate(zip(trainer.tasks, columns, strict=True)):
         sums = dict(zip(SUMS, column.tolist(), strict=True))
         count, deployed = sums["count"], sums["deployed"]
@@ -38,8 +38,8 @@ def training_report(trainer: FluxTrainer) -> str:
         for row in zip(*kept, strict=True)
     ]
     head = (
-        f"the latest {trainer.recent.count} sequences, losses in nats per answer token; sparsity and extra loss are of "
-        "the routers' own routes, the training loss is of those that training took, some of which explore"
+        f"the latest {trainer.monitor.recent.count} sequences, losses in nats per answer token; sparsity and extra "
+        "loss are of the routers' own routes, the training loss is of those that training took, some of which explore"
     )
     return "\n".join([head, *lines, *([remark] if (remark := dense_remark(trainer)) else [])])
 
@@ -60,12 +60,12 @@ def training_record(trainer: FluxTrainer) -> str | None:
         f"{trainer.state.global_step} of {trainer.state.max_steps} steps of {sequences} sequences; "
         f"objective {recipe.objective}; {goal}; learning rate {args.learning_rate:g}; seed {args.seed}."
     )
-    return f"{text}\n\n```\n{training_report(trainer)}\n```" if trainer.recent.count else text
+    return f"{text}\n\n```\n{training_report(trainer)}\n```" if trainer.monitor.recent.count else text
 
 
 def dense_remark(trainer: FluxTrainer) -> str | None:
     """Why routed equals dense, where it does of late; else None."""
-    watch, sums = trainer.route_watch, dict(zip(SUMS, trainer.recent.sums().sum(1).tolist(), strict=True))
+    watch, sums = trainer.monitor.routes, dict(zip(SUMS, trainer.monitor.recent.sums().sum(1).tolist(), strict=True))
     if not watch.count or watch.sparsity > 0:
         return None
     return (

@@ -43,8 +43,8 @@ from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_argument
 from .data import PackedCollator, PaddedCollator, Tokens
 from .distributed import alone, average_gradients, keep_whole, most, spread
 from .dry_run import Cost, Measured, measure
-from .monitor import SUMS, RecentSums, RouteWatch
-from .objective import Multipliers, Objective, Step, full_route, make_objective
+from .monitor import Monitor
+from .objective import Objective, Step, full_route, make_objective
 from .report import training_record
 from .sequence_parallel import batch_of, make_group
 from .start import check_pooled, is_new, pooled_states, start_at, whiten
@@ -62,8 +62,9 @@ class FluxTrainer(Trainer):
     objective's state (one file per process) with the dense losses that were measured, and what every Trainer keeps for
     resuming. Metrics go to any logger and to the progress bar, losses in nats per answer token:
 
-    - ``sparsity`` under the routers' own routes, and ``routes_vary``, the share of layers (or heads) that did not
-      route the latest sequences all alike. Where it is 0 at the end, a warning says so.
+    - ``sparsity`` under the routers' own routes; ``routes_vary``, the share of layers (or heads) that did not route the
+      latest sequences all alike (where it is 0 at the end, a warning says so); ``routes_tell_task``, the mutual
+      information of a layer's (or head's) route and the task, in bits, in the mean over them.
     - with a budget: ``price`` (nats per unit of sparsity), ``extra_loss`` (what the own routes lose), ``dense_loss``
       and ``budget``; ``{task}/extra_loss``, and the price and budget of a task that has its own.
     - with targets: ``{task}/target``, ``/lambda1`` and ``/lambda2``.
@@ -123,12 +124,7 @@ class FluxTrainer(Trainer):
         ).to(args.device)
         self._layer_index = config.routed_layers()
         self.dense_losses = DenseLosses()
-        self.route_watch, self.recent = RouteWatch(), RecentSums(len(self.tasks))
-        # The sums of each task since the last step and since the last report, and for how many sequences since the
-        # last step each unit (a layer, or a KV head of one) was sparse.
-        self._step_sums = torch.zeros(len(SUMS), len(self.tasks), dtype=torch.float64)
-        self._log_sums = torch.zeros_like(self._step_sums)
-        self._step_routes = torch.zeros(self.objective.num_layers * self.objective.num_heads, dtype=torch.float64)
+        self.monitor = Monitor(self.tasks, self.objective.num_layers * self.objective.num_heads)
         model.requires_grad_(False)
         self.routers.requires_grad_(True)
         if kwargs.get("data_collator") is None:
@@ -188,7 +184,7 @@ class FluxTrainer(Trainer):
             result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(what_is_lost(folder, self.state.global_step, self.state.max_steps)) from None
-        if advice := self.collapse():
+        if advice := self.monitor.collapse():
             warnings.warn(advice, stacklevel=2)
         return result
 
@@ -209,26 +205,12 @@ class FluxTrainer(Trainer):
                 module.training = training
         raise RuntimeError("the training did not begin")
 
-    def collapse(self) -> str | None:
-        """What to do about routers that give all inputs the same routes; None where they do not, or may well.
-
-        They may where everything is sparse within the budget, where there is one input, or too few were seen.
-        """
-        watch = self.route_watch
-        if watch.count < watch.size or watch.vary > 0 or watch.sparsity == 1:
-            return None
-        return (
-            f"the routers gave the latest {watch.count} sequences all the same routes, {watch.sparsity:.0%} sparse: "
-            "they do not look at the input. Let them see it from the start (new routers, Recipe(whiten=48)), train for "
-            "more steps, or with a larger budget if nothing is sparse; where all examples are alike, this may be right"
-        )
-
     def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
 
     def begin_training(self) -> None:
         """What comes before the first step, when the model is where it is going to be trained."""
-        self.clear_sums()
+        self.monitor.clear()
         if self.accelerator.num_processes > 1:
             spread(self.routers)
         if self._dry:
@@ -237,14 +219,6 @@ class FluxTrainer(Trainer):
             self._whiten()
             if self.accelerator.num_processes > 1:
                 spread(self.routers)
-
-    def clear_sums(self) -> None:
-        """Forgets what the latest steps have added up for the log."""
-        self._step_sums.zero_()
-        self._log_sums.zero_()
-        self._step_routes.zero_()
-        self.route_watch.clear()
-        self.recent.clear()
 
     def _whiten(self) -> None:
         """Fits new routers to prompts taken evenly from the training data, the same in every process."""
@@ -297,7 +271,9 @@ class FluxTrainer(Trainer):
         rows = step.deployed.isfinite().nonzero()[:, 0]
         if isinstance(objective.multipliers, Price):
             dense[rows] = self.dense_losses.get(inputs, rows, partial(routed.loss_again, full_route, 0), self.agree)
-        self._add_up(tasks, step, dense)
+        self._check_finite(tasks, step)
+        if self.group is None or self._turn == self.group.rank:
+            self.monitor.add(tasks, step, dense)  # where processes share it, in the one whose batch it is
         if self.accelerator.sync_gradients and self._turn in (None, self._turns - 1):
             self._ascend()
         loss = step.loss / self._turns
@@ -359,35 +335,12 @@ class FluxTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the tasks' figures since the last report."""
         if "loss" in logs:
-            logs.update(self.figures(self._log_sums))
-            self._log_sums.zero_()
+            logs.update(self.monitor.figures(self.monitor.since_log(), self.objective.multipliers))
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = strict_json.finite(self.state.log_history[-1])  # it is going to be a JSON file
 
-    def figures(self, of: Tensor) -> dict[str, float]:
-        """The figures that are logged, of these sums (:data:`~.monitor.SUMS`), fp64 ``[SUMS, tasks]``."""
-        sums = dict(zip(SUMS, of, strict=True))
-        m, figures = self.objective.multipliers, {}
-        if self.route_watch.count:
-            figures = {"sparsity": self.route_watch.sparsity, "routes_vary": self.route_watch.vary}
-        if isinstance(m, Price):
-            figures |= m.figures()
-            if deployed := float(sums["deployed"].sum()):
-                figures["extra_loss"] = float(sums["extra"].sum()) / deployed
-                figures["dense_loss"] = float(sums["dense"].sum()) / deployed
-        for i, task in enumerate(self.tasks):
-            if count := float(sums["count"][i]):
-                figures[f"{task}/sparsity"] = float(sums["sparsity"][i]) / count
-                figures[f"{task}/lm_loss"] = float(sums["lm_loss"][i]) / count
-            if deployed := float(sums["deployed"][i]):
-                figures[f"{task}/extra_loss"] = float(sums["extra"][i]) / deployed
-            if isinstance(m, Multipliers):
-                figures[f"{task}/target"] = float(m.target[i])
-                figures[f"{task}/lambda1"], figures[f"{task}/lambda2"] = float(m.lambda1[i]), float(m.lambda2[i])
-        return figures
-
-    def _add_up(self, tasks: Tensor, step: Step, dense: Tensor) -> None:
-        """Adds a micro-batch to the sums; RuntimeError, before any gradient, where a loss is not finite."""
+    def _check_finite(self, tasks: Tensor, step: Step) -> None:
+        """RuntimeError, before any gradient, where a loss is not."""
         total = step.loss.detach().expand_as(step.lm_loss)
         rows = torch.stack([step.lm_loss, total, step.sparsity]).double().cpu()
         if not bool(rows.isfinite().all()):
@@ -395,39 +348,20 @@ class FluxTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss must be finite, got {float(rows[1, 0])} from the "
                 f"sequences' {rows[0].tolist()} (tasks {[self.tasks[t] for t in tasks.tolist()]}); training stopped"
             )
-        measured = dense.isfinite()
-        kept = {
-            "count": torch.ones_like(total),
-            "sparsity": step.sparsity,
-            "own_sparsity": step.choice.float().mean((1, 2)),
-            "lm_loss": step.lm_loss,
-            "deployed": measured,
-            "extra": torch.where(measured, step.deployed - dense, 0),
-            "dense": torch.where(measured, dense, 0),
-        }
-        if self.group is not None and self._turn != self.group.rank:
-            return  # the process whose batch it is counts it
-        values = torch.stack([kept[name].double() for name in SUMS]).cpu()
-        self._step_sums.index_add_(1, tasks.cpu(), values)
-        self._step_routes += step.choice.double().sum(0).flatten().cpu()
 
     def _ascend(self) -> None:
         """One step of the multipliers or the price, with the sequences of all micro-batches and ranks."""
-        own = torch.cat([self._step_sums.flatten(), self._step_routes]).to(self.args.device)
-        if self.accelerator.num_processes > 1:
-            own = self.accelerator.reduce(own)
-        flat, routes = own.split([self._step_sums.numel(), len(self._step_routes)])
-        self._step_sums.zero_()
-        self._step_routes.zero_()
-        sums = dict(zip(SUMS, flat.float().view_as(self._step_sums), strict=True))
+
+        def of_all_processes(own: Tensor) -> Tensor:
+            own = own.to(self.args.device)
+            return cast(Tensor, self.accelerator.reduce(own)) if self.accelerator.num_processes > 1 else own
+
+        sums = self.monitor.end_step(of_all_processes)
         m, count = self.objective.multipliers, sums["count"]
         if isinstance(m, Price):
-            m.ascend(sums["deployed"], sums["extra"], sums["dense"])
+            m.ascend(sums["deployed"], sums["extra"], sums["squares"], sums["dense"])
         else:
             m.ascend(sums["sparsity"] / count, count, sums["own_sparsity"] / count)
-        self._log_sums += (step := flat.view_as(self._step_sums).cpu())
-        self.recent.note(step)
-        self.route_watch.note(int(count.sum()), routes.cpu())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
