@@ -24,7 +24,7 @@ NATS = Recipe(budget=0.02, budget_unit="nats")
 def ascend(price, lost, count=8, dense=1.0):
     """A step in which all sequences of each task lose as much: ``lost [T]`` nats."""
     n = torch.full((len(price.tasks),), float(count))
-    lost = torch.tensor(lost)
+    lost = torch.tensor(lost, dtype=torch.float64)
     price.ascend(n, n * lost, n * lost.square(), n * dense)
 
 

@@ -1,4 +1,4 @@
-"""The command ``flux-ext``: demo, info, generate, make-data, train, eval, frontier, bench."""
+"""The command ``flux-ext``: demo, info, generate, make-data, train, calibrate, eval, frontier, bench."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 
 from .. import FluxConfig, __version__
 from ..caches.summary import LEGEND, letters
-from . import dtypes, options
+from . import calibrate, dtypes, options
 from .parser import Run, parser
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
-    from ..training import Recipe
+    from ..training import Recipe, RouterDataset
     from ..training.callbacks import StopOnInterrupt
     from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
 
@@ -236,7 +236,7 @@ def _train(args: argparse.Namespace) -> None:
         flip_choice=args.flip_choice,
         heads_per_flip=args.heads_per_flip,
     )
-    examples = load_examples(args.data)
+    examples, unseen = calibrate.held_out(args, load_examples(args.data), recipe.has_budget)
     held_out = load_examples(args.eval_data) if args.eval_data else []
     tasks = sorted({e.task for e in examples})
     recipe.check_tasks(tasks)
@@ -270,6 +270,13 @@ def _train(args: argparse.Namespace) -> None:
             f"stopped after step {step} of {steps}, with a checkpoint in {args.output}: the same command with --resume "
             "goes on from there"
         )
+    if recipe.has_budget and not args.no_calibrate:
+        all_tasks = sorted({*tasks, *(e.task for e in unseen)})
+        rows = RouterDataset(unseen, tokenizer, all_tasks, args.max_length) if unseen else None
+        found = trainer.calibrate(rows, margin=args.margin)
+        if trainer.is_world_process_zero():
+            print("calibrated on examples that were not trained on" if unseen else calibrate.TOO_FEW)
+            print(found)
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"routers written to {args.output}; next, on data that the training has not seen:")
@@ -333,6 +340,10 @@ def _trainer(
         tokenizer=tokenizer,
         sequence_parallel=args.sequence_parallel,
     )
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    calibrate.run(args)
 
 
 def _make_data(args: argparse.Namespace) -> None:
@@ -439,6 +450,7 @@ COMMANDS: dict[str, Run] = {
     "generate": _generate,
     "make-data": _make_data,
     "train": _train,
+    "calibrate": _calibrate,
     "eval": _eval,
     "frontier": _frontier,
     "bench": _bench,

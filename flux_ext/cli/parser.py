@@ -51,6 +51,25 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
         add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end for a router")
 
+    def budget(add: Callable[..., argparse.Action]) -> None:
+        add(
+            "--budget",
+            type=options.budget,
+            action="append",
+            default=[],
+            metavar="[TASK=]AMOUNT",
+            help="how much more the answers' loss may be than dense: a share of it (0.01) or nats per token "
+            "(0.02nats); repeat with a task's name for one of its own (default: 0.01)",
+        )
+
+    def margin(add: Callable[..., argparse.Action]) -> None:
+        add(
+            "--margin",
+            type=options.NOT_NEGATIVE,
+            default=1.0,
+            help="standard errors by which the loss that calibration measures must stay below the budget",
+        )
+
     def teacher_forced(add: Callable[..., argparse.Action]) -> None:
         add(
             "--teacher-forced",
@@ -125,15 +144,15 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--output", type=options.output_folder, required=True, help="folder of the checkpoints and of the routers")
     add("--routers", help="start from these routers; their configuration counts (default: new ones)")
     add("--eval-data", type=Path, help="score these examples at the end (default: no scoring)")
+    budget(add)
     add(
-        "--budget",
-        type=options.budget,
-        action="append",
-        default=[],
-        metavar="[TASK=]AMOUNT",
-        help="how much more the answers' loss may be than dense: a share of it (0.01) or nats per token (0.02nats); "
-        "repeat with a task's name for one of its own (default: 0.01)",
+        "--calibration-data",
+        type=Path,
+        help="measure the budget on these examples at the end (default: an eighth of --data, at most 128, which are "
+        "then not trained on)",
     )
+    add("--no-calibrate", action="store_true", help="leave the routers as training made them")
+    margin(add)
     add(
         "--target",
         type=options.target,
@@ -203,6 +222,24 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         help="go on from this checkpoint, or from the newest one in the output folder (default: begin anew)",
     )
     add("--seed", type=options.SEED, default=0, help="of all draws")
+    device(add)
+
+    add = command("calibrate", "make trained routers as sparse as a budget of quality allows")
+    add("--model", required=True, help="folder or hub name of a causal language model")
+    add("--routers", required=True, help="folder or hub name of its routers")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        help=".jsonl or .parquet that training has not seen: context, question, answer, task",
+    )
+    add("--output", type=options.output_folder, required=True, help="folder of the calibrated routers")
+    budget(add)
+    margin(add)
+    add("--tries", type=options.COUNT, default=9, help="thresholds that are measured")
+    add("--batch-size", type=options.COUNT, default=4, help="sequences at a time")
+    add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     device(add)
 
     add = command("eval", "score a model and its routers: dense, all sparse and routed")

@@ -1,6 +1,7 @@
 """Training routers while the backbone stays frozen."""
 
 from ..examples import load_examples, save_examples
+from .calibration import Calibration, calibrate
 from .config import Recipe, training_arguments
 from .data import PackedCollator, PaddedCollator, RouterDataset
 from .dry_run import Cost
@@ -8,6 +9,7 @@ from .objective import Counterfactual, Multipliers, Objective, Soft, Step, Strai
 from .trainer import FluxTrainer
 
 __all__ = [
+    "Calibration",
     "Cost",
     "Counterfactual",
     "FluxTrainer",
@@ -20,6 +22,7 @@ __all__ = [
     "Soft",
     "Step",
     "StraightThrough",
+    "calibrate",
     "load_examples",
     "make_objective",
     "save_examples",

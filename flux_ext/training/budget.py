@@ -49,7 +49,6 @@ class Price(nn.Module):
 
     ratio: Tensor
     recent: Tensor
-    squares: Tensor
     dense: Tensor
     group: Tensor
     limit: Tensor
@@ -62,8 +61,8 @@ class Price(nn.Module):
         limits = [recipe.quality_budget, *(recipe.budgets[t] for t in own)]
         groups = len(limits)
         self.register_buffer("ratio", torch.full((groups,), self.START))
-        self.register_buffer("recent", torch.zeros(2, groups))  # sequences, and nats that they lost
-        self.register_buffer("squares", torch.zeros(groups))  # of the nats that each of them lost
+        # Sequences, the nats that they lost, and the squares of these.
+        self.register_buffer("recent", torch.zeros(3, groups, dtype=torch.float64))
         self.register_buffer("dense", torch.zeros(2, groups, dtype=torch.float64))  # all sequences, and their loss
         self.register_buffer("group", torch.tensor(group), persistent=False)
         self.register_buffer("limit", torch.tensor(limits), persistent=False)
@@ -80,16 +79,16 @@ class Price(nn.Module):
 
     def extra(self) -> Tensor:
         """Nats per answer token that the routers' own routes have lost of late, ``[T]``; NaN before the first."""
-        count, lost = self.recent.unbind()
+        count, lost, _ = self.recent.float().unbind()
         return (lost / count)[self.group]
 
     def _error(self, budget: Tensor) -> Tensor:
         """What is left, in budgets, as far as it is certain; 1 before anything was measured, and where there is no
         budget to be left."""
-        count, lost = self.recent.unbind()
+        count, lost, squares = self.recent.unbind()
         left = (1 - lost / count / budget).nan_to_num(1.0, 1.0, 1.0).clamp(-self.WORST, 1)
-        noise = (self.squares / count - (lost / count).square()).clamp(min=0) / count / budget.square()
-        return left / (1 + self.CAUTION * noise.nan_to_num(0.0, 0.0, 0.0))
+        noise = (squares / count - (lost / count).square()).clamp(min=0) / count / budget.square()
+        return (left / (1 + self.CAUTION * noise.nan_to_num(0.0, 0.0, 0.0))).float()
 
     def figures(self) -> dict[str, float]:
         """For the log: the common price and budget, and those of tasks with their own."""
@@ -126,12 +125,12 @@ class Price(nn.Module):
                 loss.
         """
         n, lost, square, base = (
-            torch.zeros_like(self.ratio).index_add(0, self.group, x.float()) for x in (count, extra, squares, dense)
+            torch.zeros_like(self.recent[0]).index_add(0, self.group, x.double())
+            for x in (count, extra, squares, dense)
         )
         keep = torch.exp(-(n / self.SEQUENCES).clamp(max=1 / self.STEPS))
-        self.recent = self.recent * keep + torch.stack([n, lost])
-        self.squares = self.squares * keep + square
-        self.dense = self.dense + torch.stack([n, base]).double()
+        self.recent = self.recent * keep + torch.stack([n, lost, square])
+        self.dense = self.dense + torch.stack([n, base])
         moved = self.ratio * torch.exp(self.RATE * self._error(self._budgets()))
         self.ratio = torch.where(n > 0, moved.clamp(self.LEAST, self.MOST), self.ratio)
 

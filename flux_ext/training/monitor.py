@@ -64,7 +64,7 @@ class Monitor:
         self._step_routes.index_add_(0, of, step.choice.flatten(1).double().cpu())
 
     def end_step(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The sums of the step, fp32 ``[T]`` by the names of :data:`SUMS`, on the device that ``reduce`` gives them on;
+        """The sums of the step, fp64 ``[T]`` by the names of :data:`SUMS`, on the device that ``reduce`` gives them on;
         what is added next belongs to another step.
 
         Args:
@@ -78,7 +78,7 @@ class Monitor:
         self._since_log += step.cpu()
         self.recent.note(step.cpu())
         self.routes.note(step[0].cpu(), routes.view_as(self._step_routes).cpu())
-        return dict(zip(SUMS, step.float(), strict=True))
+        return dict(zip(SUMS, step, strict=True))
 
     def since_log(self) -> Tensor:
         """The sums since this was last asked, fp64 ``[SUMS, T]``."""

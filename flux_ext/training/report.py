@@ -60,6 +60,8 @@ def training_record(trainer: FluxTrainer) -> str | None:
         f"{trainer.state.global_step} of {trainer.state.max_steps} steps of {sequences} sequences; "
         f"objective {recipe.objective}; {goal}; learning rate {args.learning_rate:g}; seed {args.seed}."
     )
+    if trainer.calibration is not None:
+        text = f"{text} {trainer.calibration.record()}"
     return f"{text}\n\n```\n{training_report(trainer)}\n```" if trainer.monitor.recent.count else text
 
 

@@ -25,6 +25,7 @@ from ..routers.modules import Router
 from ..transformers_seam import check_trainer
 from .backbone import PatchedModel, answered, losses
 from .budget import DenseLosses, Price
+from .calibration import MARGIN, TRIES, Calibration, Shared, calibrate
 from .callbacks import CostReport, RouterProgress, StepGuard
 from .checkpoint import (
     ARGUMENTS_FILE,
@@ -154,6 +155,7 @@ class FluxTrainer(Trainer):
         # Our loss is a mean over the micro-batch: the Trainer is to divide it by the number of micro-batches in a step.
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
+        self.calibration: Calibration | None = None
         self._begins = self._dry = False
         self._turn: int | None = None  # whose batch runs, where processes share sequences
         self.add_callback(StepGuard(self))
@@ -179,7 +181,7 @@ class FluxTrainer(Trainer):
         if self.args.should_save:
             check_output_folder(folder)
             self.routers.check_savable(folder)
-        self._begins = not resumed
+        self._begins, self.calibration = not resumed, None
         try:
             result = super().train(resumed or resume_from_checkpoint, *args, **kwargs)
         except KeyboardInterrupt:
@@ -204,6 +206,34 @@ class FluxTrainer(Trainer):
             for module, training in modes:
                 module.training = training
         raise RuntimeError("the training did not begin")
+
+    def calibrate(
+        self, data: Dataset[Tokens] | None = None, *, margin: float = MARGIN, tries: int = TRIES
+    ) -> Calibration:
+        """After training: shifts the routers' log-odds so that they are the sparsest that keeps to the budget, as
+        measured (:func:`~.calibration.calibrate`); every process must call it. Save them afterwards (``save_model``).
+
+        Args:
+            data: sequences that training has not seen (default: ``eval_dataset``, or else those of the training).
+            margin: standard errors by which the mean loss must stay below the budget.
+            tries: thresholds that are measured.
+
+        Raises:
+            ValueError: the recipe has targets, or the data lack a task that has a budget of its own.
+        """
+        self.calibration = calibrate(
+            cast(nn.Module, self.model),
+            data or self.eval_dataset or self.train_dataset,
+            self.recipe,
+            collator=self.data_collator,
+            batch_size=self.args.per_device_train_batch_size,
+            margin=margin,
+            tries=tries,
+            device=self.args.device,
+            shared=Shared(self.stream, self.accelerator.num_processes // self._turns, self.group),
+            progress=not self.args.disable_tqdm,
+        )
+        return self.calibration
 
     def _layer_routers(self) -> list[Router]:
         return [cast(Router, router) for router in self.routers.layers]
@@ -361,7 +391,7 @@ class FluxTrainer(Trainer):
         if isinstance(m, Price):
             m.ascend(sums["deployed"], sums["extra"], sums["squares"], sums["dense"])
         else:
-            m.ascend(sums["sparsity"] / count, count, sums["own_sparsity"] / count)
+            m.ascend((sums["sparsity"] / count).float(), count, (sums["own_sparsity"] / count).float())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
