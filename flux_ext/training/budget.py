@@ -26,8 +26,11 @@ class Price(nn.Module):
     """The price of each task: one that all tasks share, and one more for each task with a budget of its own.
 
     The controller works on the logarithm of ``price / budget``, so that it needs no scale of the losses. Its error is
-    what is left of the budget, in budgets: 1 while nothing is lost, 0 at the budget, at least ``-WORST``. The integral
-    part, ``ratio``, moves by ``exp(RATE * error)`` per step; the proportional part multiplies it by
+    what is left of the budget, in budgets: 1 while nothing is lost, 0 at the budget, at least ``-WORST``. It counts by
+    how certain it is: the mean of so few sequences has a standard error of about a budget, and a controller that takes
+    that for news lets the price swing. So the error is divided by ``1 + (standard error / budget)^2``.
+
+    The integral part, ``ratio``, moves by ``exp(RATE * error)`` per step; the proportional part multiplies it by
     ``exp(GAIN * error)``: routers follow the price with a delay of tens of steps, in which an integral alone would buy
     far too much. The ratio starts at ``START`` (where the loss is convex in the sparsity, the right one is at least 1,
     for the whole of the sparsity costs the budget), and the price stays below ``MOST`` budgets, lest it run away where
@@ -41,10 +44,9 @@ class Price(nn.Module):
         recipe: the budgets; see :class:`~.config.Recipe`.
     """
 
-    RATE, GAIN = 0.02, 2.0
-    START, LEAST, MOST = 2.0, 0.1, 30.0
+    RATE, GAIN = 0.01, 1.0
+    START, LEAST, MOST = 4.0, 0.1, 30.0
     WORST = 1.5
-    CAUTION = 1.0
     SEQUENCES, STEPS = 64, 10
 
     ratio: Tensor
@@ -88,7 +90,7 @@ class Price(nn.Module):
         count, lost, squares = self.recent.unbind()
         left = (1 - lost / count / budget).nan_to_num(1.0, 1.0, 1.0).clamp(-self.WORST, 1)
         noise = (squares / count - (lost / count).square()).clamp(min=0) / count / budget.square()
-        return (left / (1 + self.CAUTION * noise.nan_to_num(0.0, 0.0, 0.0))).float()
+        return (left / (1 + noise.nan_to_num(0.0, 0.0, 0.0))).float()
 
     def figures(self) -> dict[str, float]:
         """For the log: the common price and budget, and those of tasks with their own."""
