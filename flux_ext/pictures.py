@@ -99,7 +99,8 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colors = {name: ("#d1495b", "#1f6fb4", "#e8a33d", "#7a9e3f", "black")[i % 5] for i, name in enumerate(names)}
+    shades = ("#d1495b", "#1f6fb4", "#8c2d75", "#4b3f9e", "#c77c5e", "#5fa8a3", "#e8a33d", "#7a9e3f", "black")
+    colors = {name: shades[i % len(shades)] for i, name in enumerate(names)}
     columns = -(-len(panels) // 2)
     figure = Figure(figsize=(4.6 + 2.1 * columns, 4.9), layout="constrained")
     grid = figure.add_gridspec(2, columns + 1, width_ratios=[2.1, *[1] * columns])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flux_ext import FluxRouters
+from flux_ext import FluxConfig, FluxRouters
 from flux_ext.cli import commands, frontier
 from flux_ext.cli.demo import BACKBONE
 from flux_ext.evaluation import tasks
@@ -112,23 +112,29 @@ def options(data, output, *more):
 def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     """Trained, searched, scored, drawn; and what is there is not done again."""
     more = ("--granularity", "layer", "head", "--budgets", "0.02nats,retrieval=0.01nats",
-            "--static", "layer", "head", "--static-sparsity", "0.5", "0.875",
+            "--static", "layer", "head", "--static-sparsity", "0.5", "0.875", "--calibrate", "9nats",
             "--teacher-forced", "retrieval")  # fmt: skip
     assert commands.main(options(data, tmp_path, *more)) == 0
     rows = read_table(tmp_path / "frontier.csv")
     found = {(r.routes, r.granularity) for r in rows}
     assert found == {("dense", ""), ("sparse", ""), ("static", "layer"), ("static", "head"), ("routed", "layer"),
                      ("routed", "head")}  # fmt: skip
-    assert len(rows) == 2 * (2 + 2 * 2 + 2) and all(r.examples == 2 for r in rows)
+    assert len(rows) == 2 * (2 + 2 * 2 + 2 * 2) and all(r.examples == 2 for r in rows)
     by = {(r.task, r.routes): r for r in rows}
     assert by["retrieval", "dense"].sparsity == 0 and by["retrieval", "sparse"].sparsity == 1
     assert by["retrieval", "dense"].score == 1 and by["retrieval", "sparse"].score == 0
     assert {r.sparsity for r in rows if r.routes == "static"} == {0.5, 0.875}
-    assert {r.budget for r in rows if r.routes == "routed"} == {"0.02nats,retrieval=0.01nats"}
+    own, more = "0.02nats,retrieval=0.01nats", "9nats (trained 0.02nats,retrieval=0.01nats)"
+    assert {r.budget for r in rows if r.routes == "routed"} == {own, more}
+    # Where anything may be lost, calibration makes everything sparse without another training.
+    assert {r.sparsity for r in rows if r.budget == more} == {1.0}
+    assert {r.score for r in rows if r.budget == more} == {r.score for r in rows if r.routes == "sparse"}
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     name = "routed-head-0.02nats+retrieval=0.01nats-0"
     assert FluxRouters.from_pretrained(tmp_path / "routers" / name).config.granularity == "head"
     assert json.loads((tmp_path / "runs" / f"{name}.json").read_text())["training_seconds"] > 0
+    card = (tmp_path / "routers" / f"{name}@9nats" / "README.md").read_text()
+    assert "Calibrated on 8 sequences: sparsity 1.000" in card
 
     monkeypatch.setattr(frontier, "_give", None)  # nothing is done again
     (tmp_path / "frontier.csv").unlink()
@@ -138,6 +144,33 @@ def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert commands.main(options(data, tmp_path, *more, "--window", "96")) == 1
     assert "holds a frontier with --window 192, not 96: give another --output" in capsys.readouterr().err
+
+
+def test_other_objectives_and_modes_are_contenders_too(data, tmp_path):
+    more = ("--preset", "fa-ta", "--static", "none", "--objective", "soft", "--steps", "1", "--no-calibrate")
+    name = "soft-layer-0.01-0"
+    assert commands.main(options(data, tmp_path, *more, "--only", "dense", name)) == 0
+    assert (tmp_path / "routers" / name / "flux_config.json").exists()
+    assert commands.main(options(data, tmp_path, *more, "--only", "sparse")) == 0
+    assert commands.main(options(data, tmp_path, *more, "--budgets", "0.01")) == 0
+    rows = [r for r in read_table(tmp_path / "frontier.csv") if r.routes == "soft"]
+    assert len(rows) == 2 and {(r.granularity, r.pattern, r.budget) for r in rows} == {
+        ("layer", "triangle 16+192", "0.01")
+    }
+
+
+@pytest.mark.parametrize(
+    "preset, changes, text",
+    [
+        ("fa-ssa", {}, "streaming 128+512"),
+        ("fa-xa", {"threshold": 0.8}, "block_sparse 0.8"),
+        ("xa-ssa", {}, "streaming 128+512 beside block_sparse"),
+    ],
+)
+def test_how_the_table_names_modes(preset, changes, text):
+    config = FluxConfig.preset(preset, **changes)
+    want = text.replace("128+512", f"{config.sink}+{config.window}")
+    assert frontier._pattern(config) == want
 
 
 def test_processes_share_the_work(data, tmp_path, capsys, monkeypatch):
@@ -158,6 +191,9 @@ def test_processes_share_the_work(data, tmp_path, capsys, monkeypatch):
         (["--only", "routed-layer-0.5-0"], "--only must be among dense, sparse, static-layer-0, routed-layer-0.01-0"),
         (["--budgets", "0.01,=3"], "--budgets must read [TASK=]AMOUNT"),
         (["--budgets", "0.01,code=0.02nats"], "all amounts must be shares, or all nats"),
+        (["--calibrate", "much"], "--calibrate must be a finite number >= 0, got 'much'"),
+        (["--calibrate", "0.1", "--no-calibrate"], "--calibrate must be left out with --no-calibrate"),
+        (["--static", "head", "--preset", "fa-xa"], "--static head needs the pattern streaming"),
     ],
 )
 def test_bad_options(data, tmp_path, capsys, more, message):

@@ -8,7 +8,7 @@ are made of all that are there.
 ======================= ===========================================================================
 ``frontier.csv``         a row per task and contender (of static ones, per sparsity)
 ``frontier.png``         score against sparsity, a panel per task
-``routers/NAME``         trained routers
+``routers/NAME``         trained routers, calibrated to their budget; ``NAME@BUDGET`` to another
 ``runs/NAME.json``       what a contender gave; beside it its log and single results
 ``runs/settings.json``   what all of them were made with
 ======================= ===========================================================================
@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 import flux_ext
 
-from .. import FluxConfig, Streaming, strict_json
+from .. import FluxConfig, FluxRouters, Streaming, strict_json
 from ..evaluation import Score, evaluate
 from ..evaluation.frontier import Point, picture, read_table, write_table
 from ..examples import Example, load_examples
 from ..models import patching
+from .options import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,10 @@ if TYPE_CHECKING:
 _MAIN = "import sys; sys.path[0] = {!r}; from flux_ext.cli.commands import main; sys.exit(main())"
 PROGRAM = [sys.executable, "-c", _MAIN.format(str(Path(__file__).parents[2])), "frontier"]
 """What a process of ``--jobs`` runs, with the options behind it: this package, wherever it is started from."""
-_NOT_SETTINGS = ("run", "traceback", "output", "jobs", "only", "argv", "budgets", "seeds", "granularity", "static")
+_NOT_SETTINGS = (
+    *("run", "traceback", "output", "jobs", "only", "argv"),
+    *("budgets", "seeds", "granularity", "static", "objective"),
+)
 """Options that name contenders or say how the work is done: they may differ from one call to the next."""
 
 
@@ -62,6 +66,13 @@ class Contender:
     budget: str = ""
     """As it was given: ``0.01`` or ``0.02nats,prose=0.01nats``."""
     seed: int = 0
+    objective: str = "counterfactual"
+    """Of the routers' training."""
+
+    @property
+    def routes(self) -> str:
+        """What the table calls it."""
+        return self.kind if self.objective == "counterfactual" else self.objective
 
     @property
     def name(self) -> str:
@@ -69,7 +80,7 @@ class Contender:
         if self.kind in ("dense", "sparse"):
             return self.kind
         budget = self.budget.replace(",", "+")
-        return "-".join([self.kind, self.granularity, *([budget] if budget else []), str(self.seed)])
+        return "-".join([self.routes, self.granularity, *([budget] if budget else []), str(self.seed)])
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
@@ -77,7 +88,12 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     found = [Contender("dense"), Contender("sparse")]
     for seed in args.seeds:
         found += [Contender("static", granularity, seed=seed) for granularity in args.static if granularity != "none"]
-        found += [Contender("routed", g, budget, seed) for budget in args.budgets for g in args.granularity]
+        found += [
+            Contender("routed", granularity, budget, seed, objective)
+            for objective in args.objective
+            for budget in args.budgets
+            for granularity in args.granularity
+        ]
     return found
 
 
@@ -85,12 +101,19 @@ def run(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
-        ValueError: the folder holds the frontier of other settings or data, an unknown ``--only``, or data that do not
-            fit the options.
+        ValueError: the folder holds the frontier of other settings or data, an unknown ``--only``, options that
+            contradict each other, or data that do not fit them.
         RuntimeError: a process of ``--jobs`` failed.
     """
     for budget in args.budgets:
         budget_options(budget)  # before anything runs
+    for budget in args.calibrate:
+        budget_options(budget, "--calibrate")
+    if args.calibrate and args.no_calibrate:
+        raise ValueError("--calibrate must be left out with --no-calibrate")
+    pattern = config_of(args, granularity="layer").pattern
+    if "head" in args.static and pattern != "streaming":
+        raise ValueError(f"--static head needs the pattern streaming, which its gates learn with, not {pattern}")
     wanted = contenders(args)
     if args.only:
         names = {c.name: c for c in wanted}
@@ -188,16 +211,10 @@ def _give(
     """What a contender gives: scores, and seconds of training."""
     from .commands import load_model
 
-    config = FluxConfig(
-        sink=args.sink,
-        window=args.window,
-        align=args.align,
-        pool_size=args.pool_size,
-        granularity=contender.granularity or "layer",
-    )
-    folder = args.output / "routers" / contender.name
+    config = config_of(args, granularity=contender.granularity or "layer")
     runs = args.output / "runs"
-    seconds: float | None = None
+    if contender.kind == "routed":
+        return _routed(args, contender, config, train, test)
     if contender.kind == "static":
         from ..training import static
 
@@ -208,16 +225,73 @@ def _give(
                 file = runs / f"{contender.name}-{sparsity}-results.jsonl"
                 scores += [asdict(s) for s in _scores(args, model, tokenizer, test, "routed", file)]
         return {**asdict(contender), "training_seconds": seconds, "scores": scores}
-    if contender.kind == "routed" and (folder / "flux_config.json").exists():
-        model, tokenizer = load_model(args, str(folder))
+    model, tokenizer = load_model(args, config)
+    file = runs / f"{contender.name}-results.jsonl"
+    scores = [asdict(s) for s in _scores(args, model, tokenizer, test, contender.kind, file)]
+    return {**asdict(contender), "training_seconds": None, "scores": scores}
+
+
+def _routed(
+    args: argparse.Namespace,
+    contender: Contender,
+    config: FluxConfig,
+    train: Sequence[Example],
+    test: Sequence[Example],
+) -> dict[str, Any]:
+    """Routers trained once, and calibrated and scored for each budget: their training's, and further ones."""
+    from ..training.calibration import hold_out
+    from .commands import load_model
+
+    trained, seconds = args.output / "runs" / contender.name / "trained", None
+    unseen: list[Example] = []
+    if not args.no_calibrate:
+        train, unseen = hold_out(train)
+    if (trained / "flux_config.json").exists():
+        model, tokenizer = load_model(args, str(trained))
     else:
         model, tokenizer = load_model(args, config)
-        if contender.kind == "routed":
-            seconds = _train(args, contender, model, tokenizer, train, folder)
-    file = runs / f"{contender.name}-results.jsonl"
-    mode = contender.kind
-    scores = [asdict(s) for s in _scores(args, model, tokenizer, test, mode, file)]
+        seconds = _train(args, contender, model, tokenizer, train, trained)
+    routers = patching.get_routers(model)
+    state = {name: x.clone() for name, x in routers.state_dict().items()}
+    scores = []
+    for budget in dict.fromkeys([contender.budget, *args.calibrate]):
+        name = contender.name if budget == contender.budget else f"{contender.name}@{budget.replace(',', '+')}"
+        folder = args.output / "routers" / name
+        if (folder / "flux_config.json").exists():
+            routers.load_state_dict(FluxRouters.from_pretrained(folder).state_dict())
+        else:
+            routers.load_state_dict(state)
+            card = (
+                {} if args.no_calibrate else {"training": _calibrate(args, budget, model, tokenizer, unseen or train)}
+            )
+            routers.save_pretrained(folder, model_card_kwargs=card)
+        of = budget if budget == contender.budget else f"{budget} (trained {contender.budget})"
+        file = args.output / "runs" / f"{name}-results.jsonl"
+        scores += [{**asdict(s), "budget": of} for s in _scores(args, model, tokenizer, test, "routed", file)]
     return {**asdict(contender), "training_seconds": seconds, "scores": scores}
+
+
+def _calibrate(
+    args: argparse.Namespace,
+    budget: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    unseen: Sequence[Example],
+) -> str:
+    """Calibrates the model's routers to a budget; what is to be said of it in their card."""
+    from ..training import Recipe, RouterDataset, calibrate
+    from ..training.data import PackedCollator
+
+    found = calibrate(
+        model,
+        RouterDataset(unseen, tokenizer),
+        Recipe(**budget_options(budget)),
+        collator=PackedCollator(),
+        batch_size=args.batch_size,
+        margin=args.margin,
+    )
+    print(f"calibrated to {budget}\n{found}", flush=True)
+    return found.record()
 
 
 def _scores(
@@ -240,15 +314,15 @@ def _scores(
     )
 
 
-def budget_options(text: str) -> dict[str, Any]:
-    """A word of ``--budgets``, ``0.01`` or ``0.02nats,prose=0.01nats``, as options of the recipe."""
+def budget_options(text: str, option: str = "--budgets") -> dict[str, Any]:
+    """A word of this option, ``0.01`` or ``0.02nats,prose=0.01nats``, as options of the recipe."""
     from .commands import budgets
     from .options import budget
 
     try:
         return budgets([budget(part) for part in text.split(",")])
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--budgets {error}") from None
+        raise ValueError(f"{option} {error}") from None
 
 
 def _train(
@@ -265,7 +339,9 @@ def _train(
 
     on_cpu = torch.device(args.device).type == "cpu"
     torch.manual_seed(contender.seed)
-    recipe = Recipe(**budget_options(contender.budget), flips=args.flips)
+    # Published objectives go backward through the backbone: of long prompts it keeps the layers' inputs alone.
+    backward = contender.objective != "counterfactual"
+    recipe = Recipe(**budget_options(contender.budget), objective=contender.objective, flips=args.flips)
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name
     trainer = FluxTrainer(
@@ -280,6 +356,7 @@ def _train(
             save_total_limit=1,
             logging_steps=max(1, args.steps // 20),
             seed=contender.seed,
+            gradient_checkpointing=backward,
             use_cpu=on_cpu,
             dataloader_num_workers=0 if on_cpu else 1,  # tokenizing, while the GPU is at work
         ),
@@ -358,18 +435,17 @@ def _points(args: argparse.Namespace, wanted: Sequence[Contender]) -> Iterator[P
     there = [c for c in wanted if _file(args.output, c).exists()]
     given = {c: json.loads(_file(args.output, c).read_text(encoding="utf-8")) for c in there}
     dense = {s["task"]: s for c, x in given.items() if c.kind == "dense" for s in x["scores"]}
-    config = FluxConfig(sink=args.sink, window=args.window, align=args.align)
-    pattern = f"{config.pattern} {config.sink}+{config.window}"
+    pattern = _pattern(config_of(args, granularity="layer"))
     for c, found in given.items():
         for s in found["scores"]:
             measure = "bits_per_byte" if s["accuracy"] is None else "accuracy"
             reference = dense.get(s["task"])
             yield Point(
                 task=s["task"],
-                routes=c.kind,
+                routes=c.routes,
                 granularity=c.granularity,
                 pattern="" if c.kind == "dense" else pattern,
-                budget=c.budget,
+                budget=s.get("budget", c.budget),
                 seed=c.seed,
                 examples=s["examples"],
                 measure=measure,
@@ -377,3 +453,9 @@ def _points(args: argparse.Namespace, wanted: Sequence[Contender]) -> Iterator[P
                 dense_score=math.nan if reference is None else reference[measure],
                 sparsity=s["sparsity"],
             )
+
+
+def _pattern(config: FluxConfig) -> str:
+    """What sparse attention sees, in the table; behind it what full attention is, where it is not full."""
+    numbers = f"{config.threshold:g}" if config.pattern == "block_sparse" else f"{config.sink}+{config.window}"
+    return f"{config.pattern} {numbers}{'' if config.full == 'full' else f' beside {config.full}'}"

@@ -160,11 +160,12 @@ MODES: dict[str, dict[str, Any]] = {
 """Options that are fields of ``FluxConfig``."""
 
 
-def add_modes(add: Callable[..., argparse.Action]) -> None:
+def add_modes(add: Callable[..., argparse.Action], but: str = "") -> None:
     """``--preset`` and the options of :data:`MODES`; :func:`config_of` reads them.
 
     Args:
         add: a command's ``add_argument``.
+        but: one of them that the command has in another form.
     """
     add(
         "--preset",
@@ -174,19 +175,25 @@ def add_modes(add: Callable[..., argparse.Action]) -> None:
         "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa) (default: fa-ssa)",
     )
     for name, option in MODES.items():
+        if name == but:
+            continue
         default = "the preset's" if name in PRESETS["fa-ssa"] else getattr(FluxConfig, name)
         text = f"{option['help']} (default: {default})"
         add(f"--{name.replace('_', '-')}", **{**option, "default": argparse.SUPPRESS, "help": text})
 
 
-def config_of(args: argparse.Namespace) -> FluxConfig:
+def config_of(args: argparse.Namespace, **instead: Any) -> FluxConfig:
     """The configuration that the options of :func:`add_modes` ask for.
+
+    Args:
+        args: the parsed options.
+        instead: what takes the place of some of them.
 
     Raises:
         ValueError: they contradict each other, see ``FluxConfig``.
     """
     changes = {name: getattr(args, name) for name in MODES if hasattr(args, name)}
-    return FluxConfig.preset(getattr(args, "preset", "fa-ssa"), **changes)
+    return FluxConfig.preset(getattr(args, "preset", "fa-ssa"), **{**changes, **instead})
 
 
 def given_modes(args: argparse.Namespace) -> list[str]:

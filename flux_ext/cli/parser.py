@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import FluxConfig, __version__
+from .. import __version__
 from . import options
 
 Run = Callable[[argparse.Namespace], None]
@@ -44,12 +44,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             choices=["auto", "float32", "bfloat16", "float16"],
             help="of the weights; auto: as stored, but float32 on a CPU for which that is not the fast one",
         )
-
-    def pattern(add: Callable[..., argparse.Action]) -> None:
-        add("--sink", type=options.whole(0), default=FluxConfig.sink, help="first tokens that sparse attention sees")
-        add("--window", type=options.COUNT, default=FluxConfig.window, help="last tokens that sparse attention sees")
-        add("--align", type=options.COUNT, default=FluxConfig.align, help="tokens of a block that shares one window")
-        add("--pool-size", type=options.COUNT, default=FluxConfig.pool_size, help="tokens at either end for a router")
 
     def budget(add: Callable[..., argparse.Action]) -> None:
         add(
@@ -291,6 +285,23 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         help="as of train, a task's own behind a comma: 0.01, or 0.02nats,prose=0.01nats",
     )
     add("--granularity", nargs="+", default=["layer"], choices=["layer", "head"], help="what a decision is for")
+    add(
+        "--objective",
+        nargs="+",
+        default=["counterfactual"],
+        choices=["counterfactual", "soft", "straight_through"],
+        help="how routers learn",
+    )
+    add(
+        "--calibrate",
+        nargs="+",
+        default=[],
+        metavar="BUDGET",
+        help="further budgets to which each training's routers are calibrated and scored: more points of the frontier "
+        "without more training (default: the training's own alone)",
+    )
+    add("--no-calibrate", action="store_true", help="leave the routers as training made them")
+    margin(add)
     add("--seeds", type=options.SEED, nargs="+", default=[0], help="of training and search")
     add("--static", nargs="+", default=["layer"], choices=["layer", "head", "none"], help="to compare with")
     add("--static-sparsity", type=options.SHARE, nargs="+", default=[0.5, 0.7, 0.8, 0.9], help="of static allocations")
@@ -301,7 +312,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
     add("--eval-batch-size", type=options.COUNT, default=8, help="examples scored at a time")
     teacher_forced(add)
-    pattern(add)
+    options.add_modes(add, but="granularity")
     add("--jobs", type=options.COUNT, default=1, help="processes that share the contenders")
     add("--only", nargs="+", default=[], metavar="NAME", help="of the contenders these alone (default: all)")
     device(add)

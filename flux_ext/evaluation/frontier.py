@@ -22,13 +22,15 @@ class Point:
 
     task: str
     routes: str
-    """``"dense"``, ``"sparse"``, ``"static"`` (the same layers or heads for all inputs) or ``"routed"``."""
+    """``"dense"``, ``"sparse"``, ``"static"`` (the same layers or heads for all inputs), ``"routed"``, or ``"soft"`` or
+    ``"straight_through"``: routers that learnt with this objective."""
     granularity: str
     """``"layer"`` or ``"head"``; empty where everything is routed alike."""
     pattern: str
     """What sparse attention sees; empty where there is none."""
     budget: str
-    """Of the routers' training, as it was given; empty without one."""
+    """That the routers keep to, as it was given; behind it that of their training, where it is another. Empty without
+    one."""
     seed: int
     """Of training, or of the search for static routes."""
     examples: int
@@ -133,6 +135,10 @@ def _spread(group: Sequence[Point]) -> Spread:
 LINES = {
     ("routed", "head"): "routers, per head",
     ("routed", "layer"): "routers, per layer",
+    ("soft", "head"): "routers, per head, soft",
+    ("soft", "layer"): "routers, per layer, soft",
+    ("straight_through", "head"): "routers, per head, straight-through",
+    ("straight_through", "layer"): "routers, per layer, straight-through",
     ("static", "head"): "static heads",
     ("static", "layer"): "static layers",
     ("sparse", ""): "all sparse",

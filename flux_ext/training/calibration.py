@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -343,7 +343,7 @@ def _notes(chosen: OperatingPoint, margin: float, recipe: Recipe) -> Iterator[st
         yield f"no sequence of {', '.join(missing)} was measured, so the budget of its own was not looked at"
     if chosen.sparsity == 0:
         yield "no threshold that was tried keeps to the budget with anything sparse: all is full"
-    # Two standard errors: with ten tasks, one in four calibrations would name one by chance at one.
+    # Two standard errors: of ten tasks, chance rarely takes one so far.
     over = [
         f"{task} ({lost.extra:+.4f} +- {lost.error:.4f})"
         for task, lost in chosen.tasks.items()
@@ -387,17 +387,11 @@ def hold_out(examples: Sequence[Example], count: int = HELD_OUT) -> tuple[list[E
         text = "\0".join((e.task, e.context, e.question, e.answer))
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
-    tasks = sorted({e.task for e in examples})
+    sizes = Counter(e.task for e in examples)
     chosen: set[bytes] = set()
-    for place, task in enumerate(tasks):
-        keys = [digest(e) for e in examples if e.task == task]
-        share = (count - len(chosen)) // (len(tasks) - place)
-        chosen |= set(sorted(set(keys))[: min(len(keys) // 8, share)])
+    for place, task in enumerate(sorted(sizes, key=lambda t: (sizes[t], t))):  # what the small ones leave, others get
+        share = (count - len(chosen)) // (len(sizes) - place)
+        keys = sorted({digest(e) for e in examples if e.task == task})
+        chosen |= {*keys[: min(sizes[task] // 8, share)]}
     held = [e for e in examples if digest(e) in chosen]
     return [e for e in examples if digest(e) not in chosen], held
-
-
-def warn_of(calibration: Calibration) -> None:
-    """Shows the notes as warnings, where nobody prints the table."""
-    for note in calibration.notes:
-        warnings.warn(note, stacklevel=3)
