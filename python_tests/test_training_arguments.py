@@ -1,6 +1,7 @@
 """What the trainer takes from transformers' TrainingArguments as they come, and what it refuses by name."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_arguments_that_are_refused(tmp_path, name, value, rule):
     m, args = model(), stock(tmp_path)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=f"{name} {rule}"):
+        FluxTrainer(m, args=args, train_dataset=dataset(), tokenizer=Bytes())
+    assert all(p.requires_grad for p in m.parameters())  # nothing has been done
+
+
+@pytest.mark.parametrize("name", ["sp_size", "cp_size", "tp_size"])
+def test_accelerates_own_ways_to_share_sequences_are_refused(tmp_path, name):
+    """Set behind the arguments' own checks, which want as many processes."""
+    m, args = model(), stock(tmp_path)
+    args.parallelism_config = SimpleNamespace(**{"sp_size": 1, "cp_size": 1, "tp_size": 1, name: 2})
+    with pytest.raises(ValueError, match=rf"parallelism_config.{name} must be 1, got 2: .*FluxTrainer\(sequence_par"):
         FluxTrainer(m, args=args, train_dataset=dataset(), tokenizer=Bytes())
     assert all(p.requires_grad for p in m.parameters())  # nothing has been done
 

@@ -239,13 +239,15 @@ def _routed(
     test: Sequence[Example],
 ) -> dict[str, Any]:
     """Routers trained once, and calibrated and scored for each budget: their training's, and further ones."""
-    from ..training.calibration import hold_out
+    from ..training import Recipe, RouterDataset
+    from ..training.calibration import Calibrator, hold_out
+    from ..training.data import PackedCollator
     from .commands import load_model
 
     trained, seconds = args.output / "runs" / contender.name / "trained", None
     unseen: list[Example] = []
     if not args.no_calibrate:
-        train, unseen = hold_out(train)
+        train, unseen = hold_out(train, args.calibration_count)
     if (trained / "flux_config.json").exists():
         model, tokenizer = load_model(args, str(trained))
     else:
@@ -253,6 +255,7 @@ def _routed(
         seconds = _train(args, contender, model, tokenizer, train, trained)
     routers = patching.get_routers(model)
     state = {name: x.clone() for name, x in routers.state_dict().items()}
+    calibrator: Calibrator | None = None
     scores = []
     for budget in dict.fromkeys([contender.budget, *args.calibrate]):
         name = contender.name if budget == contender.budget else f"{contender.name}@{budget.replace(',', '+')}"
@@ -261,37 +264,23 @@ def _routed(
             routers.load_state_dict(FluxRouters.from_pretrained(folder).state_dict())
         else:
             routers.load_state_dict(state)
-            card = (
-                {} if args.no_calibrate else {"training": _calibrate(args, budget, model, tokenizer, unseen or train)}
-            )
+            card = {}
+            if not args.no_calibrate:
+                calibrator = calibrator or Calibrator(
+                    model,
+                    RouterDataset(unseen or train, tokenizer),
+                    collator=PackedCollator(),
+                    batch_size=args.batch_size,
+                )
+                found = calibrator.find(Recipe(**budget_options(budget)), margin=args.margin)
+                calibrator.shift(found.chosen.shift)
+                print(f"calibrated to {budget}\n{found}", flush=True)
+                card["training"] = found.record()
             routers.save_pretrained(folder, model_card_kwargs=card)
         of = budget if budget == contender.budget else f"{budget} (trained {contender.budget})"
         file = args.output / "runs" / f"{name}-results.jsonl"
         scores += [{**asdict(s), "budget": of} for s in _scores(args, model, tokenizer, test, "routed", file)]
     return {**asdict(contender), "training_seconds": seconds, "scores": scores}
-
-
-def _calibrate(
-    args: argparse.Namespace,
-    budget: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    unseen: Sequence[Example],
-) -> str:
-    """Calibrates the model's routers to a budget; what is to be said of it in their card."""
-    from ..training import Recipe, RouterDataset, calibrate
-    from ..training.data import PackedCollator
-
-    found = calibrate(
-        model,
-        RouterDataset(unseen, tokenizer),
-        Recipe(**budget_options(budget)),
-        collator=PackedCollator(),
-        batch_size=args.batch_size,
-        margin=args.margin,
-    )
-    print(f"calibrated to {budget}\n{found}", flush=True)
-    return found.record()
 
 
 def _scores(

@@ -302,6 +302,13 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     add("--no-calibrate", action="store_true", help="leave the routers as training made them")
     margin(add)
+    add(
+        "--calibration-count",
+        type=options.COUNT,
+        default=128,
+        help="examples of --data, at most an eighth, that are calibrated on and not trained on; budgets of single tasks "
+        "want some dozens of each",
+    )
     add("--seeds", type=options.SEED, nargs="+", default=[0], help="of training and search")
     add("--static", nargs="+", default=["layer"], choices=["layer", "head", "none"], help="to compare with")
     add("--static-sparsity", type=options.SHARE, nargs="+", default=[0.5, 0.7, 0.8, 0.9], help="of static allocations")

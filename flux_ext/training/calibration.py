@@ -162,17 +162,7 @@ class Shared:
 
 
 def calibrate(
-    model: nn.Module,
-    data: Any,
-    recipe: Recipe,
-    *,
-    collator: Any = None,
-    batch_size: int = 4,
-    margin: float = MARGIN,
-    tries: int = TRIES,
-    device: torch.device | str | None = None,
-    shared: Shared | None = None,
-    progress: bool = True,
+    model: nn.Module, data: Any, recipe: Recipe, *, margin: float = MARGIN, tries: int = TRIES, **options: Any
 ) -> Calibration:
     """Shifts the log-odds of all routers by one number, so that they are as sparse as the budget allows.
 
@@ -184,80 +174,157 @@ def calibrate(
         model: a patched causal language model.
         data: a :class:`~.data.RouterDataset`, best of sequences that training has not seen.
         recipe: its budgets count.
-        collator: makes batches of the data's rows (default: padded).
-        batch_size: sequences at a time, on each process.
         margin: standard errors by which the measured mean loss must stay below the budget; 0: the mean itself.
         tries: thresholds that are measured, at least 1.
-        device: of the model; default: of its parameters.
-        shared: how processes share the work; every one of them must call this, and gets the same result.
-        progress: show a bar.
+        options: of :class:`Calibrator`.
 
     Raises:
         ValueError: the recipe has targets, an argument breaks its rule, the data have no example or a budget names a
             task that they lack, or a loss is not finite.
     """
+    check(recipe, margin, tries, data.tasks)
+    calibrator = Calibrator(model, data, **options)
+    found = calibrator.find(recipe, margin=margin, tries=tries)
+    calibrator.shift(found.chosen.shift)
+    return found
+
+
+def check(recipe: Recipe, margin: float, tries: int, tasks: Sequence[str]) -> None:
+    """ValueError where :meth:`Calibrator.find` cannot work with these."""
     if not recipe.has_budget:
         raise ValueError("recipe must have a budget to calibrate to, it has target sparsities")
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin must be >= 0 and finite, got {margin}")
-    for name, value in (("tries", tries), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be >= 1 and whole, got {value!r}")
-    if not len(data):
-        raise ValueError("data must have at least one example")
-    recipe.check_tasks(data.tasks)
-    routers = [cast(Router, router) for router in patching.get_routers(model).layers]
-    for place, router in enumerate(routers):
-        if not router.is_plain():
-            raise ValueError(f"the router of layer {place} was replaced or hooked: it has no last bias to be shifted")
-    measure = _Measure(model, data, collator or PaddedCollator(), batch_size, device, shared or Shared(), progress)
-    with evaluation_mode(model), tqdm(total=(tries + 1) * measure.batches, desc="calibrating", unit="batch",
-                                      disable=not progress) as bar:  # fmt: skip
-        dense, _, odds = measure.run(full_route, bar)
-        tasks = measure.tasks
-        values = odds[odds.isfinite()].double().unique()  # [m], ascending
-        span = max(1.0, float(values[-1] - values[0])) if len(values) else 1.0
+    if not isinstance(tries, int) or tries < 1:
+        raise ValueError(f"tries must be >= 1 and whole, got {tries!r}")
+    recipe.check_tasks(tasks)
 
-        def shift_of(sparse: int) -> float:
-            """That which makes the so many smallest of the odds sparse: halfway to the next one, beyond the ends as far
-            as all of them spread."""
-            if sparse == 0:
-                return span - float(values[0]) if len(values) else 0.0
-            if sparse == len(values):
-                return -span - float(values[-1])
-            return -float(values[sparse - 1] + values[sparse]) / 2
 
-        def at(shift: float) -> OperatingPoint:
-            with _shifted(routers, shift):
-                routed, sparse, _ = measure.run(_own, bar)
-            return _point(shift, routed - dense, dense, sparse, tasks, data.tasks, recipe)
+class Calibrator:
+    """What routers lose at several thresholds, measured when it is asked for: for one budget, or for several.
 
-        zero = torch.zeros_like(dense)
-        found = [_point(shift_of(0), zero, dense, zero, tasks, data.tasks, recipe)]
-        kept, lost = 0, len(values) + 1  # so many sparse keep to the budget, so many do not
-        sparse, shift = int((values <= 0).sum()), 0.0
-        for _ in range(tries):
-            point = at(shift)
-            found.append(point)
-            if point.keeps(margin):
+    Everything full is measured when it is made. The routers must stay as they are for as long as it is used.
+
+    Args:
+        model: a patched causal language model.
+        data: a :class:`~.data.RouterDataset`.
+        collator: makes batches of the data's rows (default: padded).
+        batch_size: sequences at a time, on each process.
+        device: of the model; default: of its parameters.
+        shared: how processes share the work; every one of them must do the same, and gets the same result.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the data have no example or one without an answer token, ``batch_size`` breaks its rule, a router
+            has no last bias that could be shifted, or a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        collator: Any = None,
+        batch_size: int = 4,
+        device: torch.device | str | None = None,
+        shared: Shared | None = None,
+        progress: bool = True,
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1 and whole, got {batch_size!r}")
+        if not len(data):
+            raise ValueError("data must have at least one example")
+        self._routers = [cast(Router, router) for router in patching.get_routers(model).layers]
+        for place, router in enumerate(self._routers):
+            if not router.is_plain():
+                raise ValueError(
+                    f"the router of layer {place} was replaced or hooked: it has no last bias to be shifted"
+                )
+        self.names: tuple[str, ...] = tuple(data.tasks)
+        self._progress = progress
+        self._measure = _Measure(model, data, collator or PaddedCollator(), batch_size, device, shared or Shared())
+        with self._bar(1) as bar:
+            self._dense, _, odds = self._measure.run(full_route, bar)
+        self._values = odds[odds.isfinite()].double().unique()  # [m], ascending
+        self._known: dict[int, _Losses] = {}
+        """By how many of the log-odds are sparse."""
+
+    def find(self, recipe: Recipe, *, margin: float = MARGIN, tries: int = TRIES) -> Calibration:
+        """The sparsest threshold that keeps to the recipe's budget; arguments and errors as for :func:`calibrate`. The
+        routers stay as they are. What was measured for an earlier budget is not measured again."""
+        check(recipe, margin, tries, self.names)
+        zero = torch.zeros_like(self._dense)
+        points = {0: self._point(_Losses(self._shift_of(0), zero, zero), recipe)}
+        kept, lost = 0, len(self._values) + 1  # so many sparse keep to the budget, so many do not
+        for sparse, losses_there in sorted(self._known.items()):
+            points[sparse] = self._point(losses_there, recipe)
+            if points[sparse].keeps(margin):
                 kept = max(kept, sparse)
-            else:
-                lost = max(sparse, kept + 1)
-            if lost - kept <= 1:
-                break
-            sparse = (kept + lost) // 2
-            shift = shift_of(sparse)
-    chosen = max((p for p in found if p.keeps(margin)), key=lambda p: p.sparsity, default=found[0])
-    _shift(routers, chosen.shift)
-    notes = tuple(_notes(chosen, margin, recipe))
-    return Calibration(chosen, tuple(sorted(found, key=lambda p: p.sparsity)), margin, notes)
+        lost = min((n for n in points if n > kept), default=lost)
+        sparse = (kept + lost) // 2 if self._known else int((self._values <= 0).sum())
+        with self._bar(tries) as bar:
+            for _ in range(tries):
+                if self._known and lost - kept <= 1:
+                    break
+                shift = self._shift_of(sparse) if self._known else 0.0
+                with _shifted(self._routers, shift):
+                    routed, share, _ = self._measure.run(_own, bar)
+                self._known[sparse] = _Losses(shift, routed - self._dense, share)
+                points[sparse] = self._point(self._known[sparse], recipe)
+                if points[sparse].keeps(margin):
+                    kept = max(kept, sparse)
+                else:
+                    lost = max(sparse, kept + 1)
+                sparse = (kept + lost) // 2
+        found = sorted(points.values(), key=lambda p: p.sparsity)
+        chosen = max((p for p in found if p.keeps(margin)), key=lambda p: p.sparsity, default=points[0])
+        return Calibration(chosen, tuple(found), margin, tuple(_notes(chosen, margin, recipe)))
+
+    def shift(self, log_odds: float) -> None:
+        """Folds a shift into the routers: for good, so this is the last that is done here."""
+        _shift(self._routers, log_odds)
+
+    def _shift_of(self, sparse: int) -> float:
+        """That which makes the so many smallest of the log-odds sparse: halfway to the next one, beyond the ends as far
+        as all of them spread."""
+        values = self._values
+        if not len(values):
+            return 0.0
+        span = max(1.0, float(values[-1] - values[0]))
+        if sparse == 0:
+            return span - float(values[0])
+        if sparse == len(values):
+            return -span - float(values[-1])
+        return -float(values[sparse - 1] + values[sparse]) / 2
+
+    def _point(self, found: _Losses, recipe: Recipe) -> OperatingPoint:
+        return _point(found.shift, found.extra, self._dense, found.share, self._measure.tasks, self.names, recipe)
+
+    @contextlib.contextmanager
+    def _bar(self, runs: int) -> Iterator[Any]:
+        total = runs * self._measure.batches
+        with evaluation_mode(self._measure.model), tqdm(
+            total=total, desc="calibrating", unit="batch", disable=not self._progress
+        ) as bar:  # fmt: skip
+            yield bar
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """What was measured at one threshold."""
+
+    shift: float
+    extra: Tensor
+    """``[N]``, the sequences' losses above dense."""
+    share: Tensor
+    """``[N]``, of sparse attention."""
 
 
 class _Measure:
     """Losses and routes of all sequences under a policy."""
 
     def __init__(
-        self, model: nn.Module, data: Any, collator: Any, batch_size: int, device: Any, shared: Shared, progress: bool
+        self, model: nn.Module, data: Any, collator: Any, batch_size: int, device: Any, shared: Shared
     ) -> None:
         self.model, self.shared, self.count = model, shared, len(data)
         place = torch.device(device) if device is not None else next(model.parameters()).device
