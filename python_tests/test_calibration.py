@@ -12,7 +12,7 @@ from flux_ext.examples import Example
 from flux_ext.models import patching
 from flux_ext.training import PackedCollator, PaddedCollator, Recipe, RouterDataset, calibrate, calibration
 from flux_ext.training.backbone import losses
-from flux_ext.training.calibration import hold_out
+from flux_ext.training.calibration import Calibrator, hold_out
 
 NATS = {"budget_unit": "nats", "whiten": 0}
 
@@ -140,6 +140,21 @@ def test_the_strictest_of_the_budgets_decides(convex):
     assert strict.budgets["b"].extra <= 0.02 < loose.tasks["b"].extra
     assert set(strict.budgets) == {"", "b"} and strict.budgets[""].sequences == strict.budgets["b"].sequences == 6
     assert strict.tasks["b"] == strict.budgets["b"]
+
+
+def test_several_budgets_share_what_was_measured(convex):
+    """Each finds what it would find alone, the later ones with fewer forwards; the routers stay as they are."""
+    m, data = routed_model(), dataset()
+    before = biases(m)
+    together, runs = Calibrator(m, data, progress=False), []
+    for budget in (0.03, 0.15, 0.004):
+        known = len(together._known)
+        got = together.find(Recipe(budget=budget, **NATS), margin=0, tries=40)
+        runs.append(len(together._known) - known)
+        alone = Calibrator(m, data, progress=False).find(Recipe(budget=budget, **NATS), margin=0, tries=40)
+        assert (got.chosen.sparsity, got.chosen.shift) == pytest.approx((alone.chosen.sparsity, alone.chosen.shift))
+    assert runs[0] > 2 and 0 < runs[1] < runs[0] and 0 < runs[2] < runs[0]
+    assert torch.equal(biases(m), before)
 
 
 def test_a_share_is_of_the_mean_dense_loss():

@@ -306,8 +306,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "--calibration-count",
         type=options.COUNT,
         default=128,
-        help="examples of --data, at most an eighth, that are calibrated on and not trained on; budgets of single tasks "
-        "want some dozens of each",
+        help="examples of --data, at most an eighth, that are calibrated on and not trained on; budgets of single "
+        "tasks want some dozens of each",
     )
     add("--seeds", type=options.SEED, nargs="+", default=[0], help="of training and search")
     add("--static", nargs="+", default=["layer"], choices=["layer", "head", "none"], help="to compare with")

@@ -237,15 +237,16 @@ class Calibrator:
         self._routers = [cast(Router, router) for router in patching.get_routers(model).layers]
         for place, router in enumerate(self._routers):
             if not router.is_plain():
-                raise ValueError(
-                    f"the router of layer {place} was replaced or hooked: it has no last bias to be shifted"
-                )
+                raise ValueError(f"the router of layer {place} was replaced or hooked: its last bias cannot be shifted")
         self.names: tuple[str, ...] = tuple(data.tasks)
         self._progress = progress
         self._measure = _Measure(model, data, collator or PaddedCollator(), batch_size, device, shared or Shared())
         with self._bar(1) as bar:
             self._dense, _, odds = self._measure.run(full_route, bar)
         self._values = odds[odds.isfinite()].double().unique()  # [m], ascending
+        now = int((self._values <= 0).sum())
+        self._now = now if now < len(self._values) else 0
+        """How many are sparse without a shift, where not all are; 0: there is no such threshold to begin with."""
         self._known: dict[int, _Losses] = {}
         """By how many of the log-odds are sparse."""
 
@@ -261,12 +262,12 @@ class Calibrator:
             if points[sparse].keeps(margin):
                 kept = max(kept, sparse)
         lost = min((n for n in points if n > kept), default=lost)
-        sparse = (kept + lost) // 2 if self._known else int((self._values <= 0).sum())
+        sparse = (kept + lost) // 2 if self._known or not self._now else self._now
         with self._bar(tries) as bar:
             for _ in range(tries):
-                if self._known and lost - kept <= 1:
+                if lost - kept <= 1:
                     break
-                shift = self._shift_of(sparse) if self._known else 0.0
+                shift = self._shift_of(sparse)
                 with _shifted(self._routers, shift):
                     routed, share, _ = self._measure.run(_own, bar)
                 self._known[sparse] = _Losses(shift, routed - self._dense, share)
@@ -274,7 +275,7 @@ class Calibrator:
                 if points[sparse].keeps(margin):
                     kept = max(kept, sparse)
                 else:
-                    lost = max(sparse, kept + 1)
+                    lost = sparse
                 sparse = (kept + lost) // 2
         found = sorted(points.values(), key=lambda p: p.sparsity)
         chosen = max((p for p in found if p.keeps(margin)), key=lambda p: p.sparsity, default=points[0])
@@ -288,7 +289,7 @@ class Calibrator:
         """That which makes the so many smallest of the log-odds sparse: halfway to the next one, beyond the ends as far
         as all of them spread."""
         values = self._values
-        if not len(values):
+        if not len(values) or (sparse and sparse == self._now):
             return 0.0
         span = max(1.0, float(values[-1] - values[0]))
         if sparse == 0:
