@@ -10,8 +10,9 @@ import torch
 from cli_folder import PATTERN, error_of, folder, no_model, routers, run, train  # noqa: F401 (fixtures)
 
 from flux_ext import FluxRouters
+from flux_ext.examples import Example
 from flux_ext.routers.files import CONFIG_FILE
-from flux_ext.training import FluxTrainer
+from flux_ext.training import FluxTrainer, save_examples
 
 # ruff: noqa: F811 (tests take them as arguments)
 
@@ -58,7 +59,7 @@ def test_train_with_published_multipliers(folder, tmp_path):
 @pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
 def test_only_fresh_routers_start_at_the_bias_that_was_asked_for(folder, routers, tmp_path, given):
     assert train(
-        folder, tmp_path, "--steps", 1, "--batch-size", 2, "--start-bias", 1.25,
+        folder, tmp_path, "--steps", 1, "--batch-size", 2, "--start-bias", 1.25, "--no-calibrate",
         *(("--routers", routers) if given else PATTERN),
     ) == 0  # fmt: skip
     starts = [r.classifier[-1].bias[1].item() for r in FluxRouters.from_pretrained(routers).layers]
@@ -69,6 +70,9 @@ def test_only_fresh_routers_start_at_the_bias_that_was_asked_for(folder, routers
 @pytest.mark.parametrize(
     "args, message",
     [
+        (["--calibration-data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--calibration-data", "f", "--no-calibrate"], "--calibration-data must be left out with --no-calibrate"),
+        (["--calibration-data", "f", "--target", "x=0"], "--calibration-data must be left out with targets"),
         (["--target", "z=0.5"], "targets names tasks that the data lack: z; they have x, y"),
         (["--budget", "z=0.5"], "budgets names tasks that the data lack: z; they have x, y"),
         (["--budget", "0.1", "--budget", "0.2"], "--budget: one amount may be without a task, got 2"),
@@ -195,6 +199,61 @@ def test_the_end_of_a_training_says_what_came_of_it_and_what_to_do_next(folder, 
     assert written == f"routers written to {out}; next, on data that the training has not seen:"
     assert score == f"    flux-ext eval --model {folder / 'model'} --routers '{out}' --data FILE.jsonl"
     assert generate == f"    flux-ext generate --model {folder / 'model'} --routers '{out}' --prompt-file FILE.txt"
+
+
+def last_biases(path):
+    return torch.stack([r.last_bias.detach() for r in FluxRouters.from_pretrained(path).layers])
+
+
+def test_a_budget_is_met_at_the_end(folder, tmp_path, capsys):
+    """Where anything may be lost, all becomes sparse; of what the same training leaves without calibration the last
+    biases alone are shifted, all alike. What there is to be said stands in the card."""
+    common = ("--batch-size", 4, "--steps", 1, "--budget", "9nats", *PATTERN)
+    assert train(folder, tmp_path / "as trained", *common, "--no-calibrate") == 0
+    assert "calibrated" not in capsys.readouterr().out
+    assert train(folder, tmp_path / "out", *common) == 0
+    out = capsys.readouterr().out
+    assert "calibrated on the examples that were trained on: no task has eight" in out
+    assert re.search(r"^ +1\.000 .* 9\.0000  <- taken$", out, re.MULTILINE)
+    assert "Calibrated on 8 sequences: sparsity 1.000" in (tmp_path / "out" / "README.md").read_text()
+    shift = last_biases(tmp_path / "out") - last_biases(tmp_path / "as trained")
+    assert shift[:, 0].abs().max() == 0 and shift[0, 1] < -1 and torch.allclose(shift[:, 1], shift[0, 1])
+
+
+def test_an_eighth_of_the_data_is_kept_to_calibrate_on(folder, tmp_path, capsys):
+    rows = [Example(f"text {i} " * 20, "what?", f"a{i}", "xy"[i % 2]) for i in range(40)]
+    save_examples(rows, tmp_path / "data.jsonl")
+    arguments = ("--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 1, *PATTERN)
+    assert train(folder, tmp_path / "out", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "calibrated on examples that were not trained on" in out and "of 4 sequences" in out
+    more = ("--calibration-data", folder / "data.jsonl", "--budget", "y=0")
+    assert train(folder, tmp_path / "more", *arguments, *more) == 0
+    assert "of 8 sequences" in capsys.readouterr().out
+
+
+def test_calibrate(folder, routers, tmp_path, capsys):
+    common = ("calibrate", "--model", folder / "model", "--routers", routers, "--data", folder / "data.jsonl",
+              "--device", "cpu", "--output")  # fmt: skip
+    for budget, sparsity in (("9nats", "1.000"), ("0nats", "0.000")):
+        assert run(*common, tmp_path / budget, "--budget", budget, "--packed") == 0
+        out = capsys.readouterr().out
+        assert f"routers written to {tmp_path / budget}" in out
+        assert f"sparsity {sparsity}" in (tmp_path / budget / "README.md").read_text()
+    apart = last_biases(tmp_path / "0nats") - last_biases(tmp_path / "9nats")
+    assert apart[:, 0].abs().max() == 0 and apart[0, 1] > 1 and torch.allclose(apart[:, 1], apart[0, 1])
+
+
+def test_calibrate_checks_before_the_model_is_loaded(folder, routers, tmp_path, no_model, capsys):
+    common = ("calibrate", "--model", folder / "model", "--routers", routers, "--data", folder / "data.jsonl",
+              "--device", "cpu", "--output")  # fmt: skip
+    (tmp_path / CONFIG_FILE).write_text('{"model_type": "a model of somebody"}')
+    for more, message in (
+        ((tmp_path / "out", "--budget", "z=0.1"), "budgets names tasks that the data lack: z; they have x, y"),
+        ((tmp_path,), "was not written by flux_ext and would be replaced"),
+    ):
+        status, line = error_of(capsys, lambda more=more: run(*common, *more))
+        assert status == 1 and message in line
 
 
 def test_targets_stand_in_the_table(folder, tmp_path, capsys):
