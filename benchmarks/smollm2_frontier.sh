@@ -9,10 +9,11 @@
 #   blocks      the same as ours (without static heads), block-sparse instead of streaming
 #   table       the tables of all, as one
 #
-# All parts in this order, or those that are named. MODEL is a folder that "python -m benchmarks frontier weights MODEL" has
-# made; what is installed gives the text (docs/evaluation.md, "Text"). What is stopped after MINUTES (default: 9) goes on with the same command, from
-# the last checkpoint of each training and the last result of each scoring; it ends with status 75 while something is
-# left to do. JOBS processes share the work (default: 14, which an H200 can hold; start MPS first).
+# All parts in this order, or those that are named. MODEL is a folder that "python -m benchmarks frontier weights MODEL"
+# has made; what is installed gives the text (docs/evaluation.md, "Text"). What is stopped after MINUTES (default: 9)
+# goes on with the same command, from the last checkpoint of each training and the last result of each scoring; it ends
+# with status 75 while something is left to do. JOBS processes share the work (default: 14, which an H200 can hold;
+# start MPS first; 4 for published).
 # SEEDS (default: 0 1 2). TINY=1: a few short examples and steps, to try the script itself, also on a CPU.
 set -eu
 model=$1 out=$2

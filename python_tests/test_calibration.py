@@ -211,6 +211,11 @@ def test_bad_arguments_change_nothing(change, message):
     assert torch.equal(biases(m), before)
 
 
+def test_data_must_name_their_tasks():
+    with pytest.raises(TypeError, match="data must have tasks, like a RouterDataset, got list"):
+        calibrate(routed_model(), [dataset()[0]], Recipe(), progress=False)
+
+
 def test_an_error_on_the_way_leaves_the_routers(monkeypatch):
     m, calls = routed_model(), []
 

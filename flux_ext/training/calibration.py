@@ -179,14 +179,22 @@ def calibrate(
         options: of :class:`Calibrator`.
 
     Raises:
+        TypeError: the data do not name their tasks.
         ValueError: the recipe has targets, an argument breaks its rule, the data have no example or a budget names a
             task that they lack, or a loss is not finite.
     """
-    check(recipe, margin, tries, data.tasks)
+    check(recipe, margin, tries, tasks_of(data))
     calibrator = Calibrator(model, data, **options)
     found = calibrator.find(recipe, margin=margin, tries=tries)
     calibrator.shift(found.chosen.shift)
     return found
+
+
+def tasks_of(data: Any) -> tuple[str, ...]:
+    """The tasks' names; TypeError where the data do not say them."""
+    if not getattr(data, "tasks", None):
+        raise TypeError(f"data must have tasks, like a RouterDataset, got {type(data).__name__}")
+    return tuple(data.tasks)
 
 
 def check(recipe: Recipe, margin: float, tries: int, tasks: Sequence[str]) -> None:
@@ -215,6 +223,7 @@ class Calibrator:
         progress: show a bar.
 
     Raises:
+        TypeError: the data do not name their tasks.
         ValueError: the data have no example or one without an answer token, ``batch_size`` breaks its rule, a router
             has no last bias that could be shifted, or a loss is not finite.
     """
@@ -232,13 +241,13 @@ class Calibrator:
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be >= 1 and whole, got {batch_size!r}")
+        self.names = tasks_of(data)
         if not len(data):
             raise ValueError("data must have at least one example")
         self._routers = [cast(Router, router) for router in patching.get_routers(model).layers]
         for place, router in enumerate(self._routers):
             if not router.is_plain():
                 raise ValueError(f"the router of layer {place} was replaced or hooked: its last bias cannot be shifted")
-        self.names: tuple[str, ...] = tuple(data.tasks)
         self._progress = progress
         self._measure = _Measure(model, data, collator or PaddedCollator(), batch_size, device, shared or Shared())
         with self._bar(1) as bar:

@@ -219,11 +219,12 @@ class FluxTrainer(Trainer):
             tries: thresholds that are measured.
 
         Raises:
+            TypeError: the data do not name their tasks.
             ValueError: the recipe has targets, or the data lack a task that has a budget of its own.
         """
         self.calibration = calibrate(
             cast(nn.Module, self.model),
-            data or self.eval_dataset or self.train_dataset,
+            next(given for given in (data, self.eval_dataset, self.train_dataset) if given is not None),
             self.recipe,
             collator=self.data_collator,
             batch_size=self.args.per_device_train_batch_size,
