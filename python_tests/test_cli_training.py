@@ -235,8 +235,8 @@ def test_an_eighth_of_the_data_is_kept_to_calibrate_on(folder, tmp_path, capsys)
 def test_calibrate(folder, routers, tmp_path, capsys):
     common = ("calibrate", "--model", folder / "model", "--routers", routers, "--data", folder / "data.jsonl",
               "--device", "cpu", "--output")  # fmt: skip
-    for budget, sparsity in (("9nats", "1.000"), ("0nats", "0.000")):
-        assert run(*common, tmp_path / budget, "--budget", budget, "--packed") == 0
+    for budget, sparsity, margin in (("9nats", "1.000", 1), ("0nats", "0.000", 9)):
+        assert run(*common, tmp_path / budget, "--budget", budget, "--margin", margin, "--packed") == 0
         out = capsys.readouterr().out
         assert f"routers written to {tmp_path / budget}" in out
         assert f"sparsity {sparsity}" in (tmp_path / budget / "README.md").read_text()

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -330,7 +330,7 @@ def _train(
     torch.manual_seed(contender.seed)
     # Published objectives go backward through the backbone: of long prompts it keeps the layers' inputs alone.
     backward = contender.objective != "counterfactual"
-    recipe = Recipe(**budget_options(contender.budget), objective=contender.objective, flips=args.flips)
+    recipe = Recipe(**budget_options(contender.budget), objective=cast(Any, contender.objective), flips=args.flips)
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name
     trainer = FluxTrainer(

@@ -35,7 +35,7 @@ from .backbone import answered, losses
 from .budget import SATURATED
 from .config import Recipe
 from .data import PaddedCollator
-from .objective import full_route, log_odds
+from .objective import Policy, full_route, log_odds
 
 HELD_OUT = 128
 """Sequences that are enough: the mean of so many differences is known to about 0.007 nats."""
@@ -350,7 +350,7 @@ class _Measure:
         self.tasks = shared.gather(torch.cat([batch["task_ids"] for batch in self._batches]), self.count)
 
     @torch.no_grad()
-    def run(self, policy: patching.Policy, bar: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, policy: Policy, bar: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Losses ``[N]``, the share of sparse attention ``[N]`` and log-odds ``[N, U]``, on the CPU in fp64."""
         found: list[Tensor] = []
         for batch in self._batches:
