@@ -43,6 +43,17 @@ def test_the_price_rises_while_nothing_is_lost_holds_at_the_budget_and_falls_bey
         assert price.extra().item() == pytest.approx(lost, rel=1e-5)
 
 
+def test_an_uncertain_loss_moves_the_price_less():
+    """Eight sequences that lose 1.5 budgets in the mean, with a standard error of one: half of the error counts."""
+    price, n, mean = Price(["a"], NATS), 8, 0.03
+    variance = n * 0.02**2
+    price.ascend(*(torch.tensor([x], dtype=torch.float64) for x in (n, n * mean, n * (variance + mean**2), n)))
+    error = -0.5 / 2
+    ratio = Price.START * math.exp(Price.RATE * error)
+    assert price.ratio.item() == pytest.approx(ratio, rel=1e-5)
+    assert price.prices().item() == pytest.approx(0.02 * ratio * math.exp(Price.GAIN * error), rel=1e-5)
+
+
 def test_the_price_stays_within_its_bounds():
     price = Price(["a"], NATS)
     gain = math.exp(-Price.GAIN * Price.WORST)
