@@ -86,7 +86,7 @@ for part in "$@"; do
         [ ! -e "$out/$folder/frontier.csv" ] || set -- "$@" "$out/$folder/frontier.csv"
       done
       "$python" -m benchmarks frontier table "$@" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
-        --header "model: SmolLM2-135M-Instruct; command: benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
+        --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
         --output "$out/smollm2-frontier.csv"
       ;;
     *)

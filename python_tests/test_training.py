@@ -211,13 +211,13 @@ def test_losses_and_multipliers_are_those_of_the_formula(tmp_path, objective, fo
         if form == "inequality":
             t.objective.multipliers.lambda1.fill_(0.4)
         first, second = t.objective.multipliers.lambda1.tolist(), t.objective.multipliers.lambda2.tolist()
-        seen, note = [], t._add_up
+        seen, note = [], t.monitor.add
 
         def spy(tasks, step, dense, seen=seen, note=note):
             seen.append((tasks.tolist(), step))
             note(tasks, step, dense)
 
-        t._add_up = spy
+        t.monitor.add = spy
         t.train()
         assert len(seen) == accumulate
         for tasks, step in seen:
