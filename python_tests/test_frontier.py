@@ -124,11 +124,11 @@ def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     assert by["retrieval", "dense"].sparsity == 0 and by["retrieval", "sparse"].sparsity == 1
     assert by["retrieval", "dense"].score == 1 and by["retrieval", "sparse"].score == 0
     assert {r.sparsity for r in rows if r.routes == "static"} == {0.5, 0.875}
-    own, more = "0.02nats,retrieval=0.01nats", "9nats (trained 0.02nats,retrieval=0.01nats)"
-    assert {r.budget for r in rows if r.routes == "routed"} == {own, more}
+    own, further = "0.02nats,retrieval=0.01nats", "9nats (trained 0.02nats,retrieval=0.01nats)"
+    assert {r.budget for r in rows if r.routes == "routed"} == {own, further}
     # Where anything may be lost, calibration makes everything sparse without another training.
-    assert {r.sparsity for r in rows if r.budget == more} == {1.0}
-    assert {r.score for r in rows if r.budget == more} == {r.score for r in rows if r.routes == "sparse"}
+    assert {r.sparsity for r in rows if r.budget == further} == {1.0}
+    assert {r.score for r in rows if r.budget == further} == {r.score for r in rows if r.routes == "sparse"}
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     name = "routed-head-0.02nats+retrieval=0.01nats-0"
     assert FluxRouters.from_pretrained(tmp_path / "routers" / name).config.granularity == "head"
