@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .config import FluxConfig
 from .operators import Explanation, attention, explain
+from .operators.pattern_functions import register_pattern
 from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ __all__ = [
     "is_patched",
     "patch",
     "patched",
+    "register_pattern",
     "routes",
     "unpatch",
 ]

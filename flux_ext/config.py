@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, SupportsIndex
 
+from .operators.pattern_functions import is_registered
 from .operators.patterns import BlockSparse, Full, Streaming, Triangle
 
 FORMAT_VERSION = 2
@@ -38,16 +39,18 @@ class FluxConfig:
 
     Args:
         pattern: the sparse mode over a prompt: ``"streaming"``; ``"triangle"``, streaming whose last prompt rows see
-            everything (Flux Attention, arXiv 2604.07394); or ``"block_sparse"``, blocks of keys that antidiagonal
-            scores choose (XAttention, arXiv 2503.16428).
-        full: the full mode over a prompt: ``"full"``, or ``"block_sparse"`` (XA-SSA of Elastic Attention, arXiv
-            2601.17367). Layers without a router attend to everything.
+            everything (Flux Attention, arXiv 2604.07394); ``"block_sparse"``, blocks of keys that antidiagonal scores
+            choose (XAttention, arXiv 2503.16428); or a name of your own, blocks of keys that a function chooses, see
+            :func:`flux_ext.register_pattern`.
+        full: the full mode over a prompt: ``"full"``; ``"block_sparse"`` (XA-SSA of Elastic Attention, arXiv
+            2601.17367); or a name of your own. Layers without a router attend to everything.
         decode: what the tokens after the prompt see where the route is sparse: ``"sparse"``, sink and window, and what
             these do not show is dropped; or ``"dense"``, everything, which is kept. Full routes always decode dense.
         sink, window, align: tokens, see :class:`flux_ext.Streaming`: of streaming and triangle, and of sparse decoding
             whatever the pattern. The published checkpoints have ``align=128``.
         last_q: rows at the end of the prompt that see everything (triangle only).
-        threshold, stride, block_width: of block-sparse modes, see :class:`flux_ext.BlockSparse` (its ``width``).
+        threshold, stride: of ``"block_sparse"``, see :class:`flux_ext.BlockSparse`.
+        block_width: keys per block of ``"block_sparse"`` and of functions, 128 or 64.
         granularity: ``"layer"``, one decision per sequence and layer from its query states (Flux), or
             ``"head"``, one per KV head from its key states (Elastic Attention, arXiv 2601.17367).
         pool_size: rows pooled at either end of the prompt.
@@ -85,8 +88,10 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+            value, own = getattr(self, name), name in ("full", "pattern")
+            if value not in choices and not (own and is_registered(value)):
+                where = " or a name that flux_ext.register_pattern has been given" if own else ""
+                raise ValueError(f"{name} must be one of {choices}{where}, got {value!r}")
         for name in ("sink", "window", "align", "last_q", "stride", "block_width", "pool_size"):
             check_integer(name, getattr(self, name))
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
@@ -116,7 +121,7 @@ class FluxConfig:
         """ValueError where a number breaks its rule, whichever pattern uses it."""
         Triangle(self.sink, self.window, self.last_q, self.align)
         try:
-            self._block_sparse()
+            self._blocks("block_sparse")
         except ValueError as error:  # which has its own name for one of them
             raise ValueError(str(error).replace("width", "block_width")) from None
 
@@ -172,15 +177,15 @@ class FluxConfig:
 
     def full_pattern(self) -> Full | BlockSparse:
         """The full mode over a prompt."""
-        return self._block_sparse() if self.full == "block_sparse" else Full()
+        return Full() if self.full == "full" else self._blocks(self.full)
 
     def sparse_pattern(self) -> Streaming | Triangle | BlockSparse:
         """The sparse mode over a prompt."""
-        if self.pattern == "block_sparse":
-            return self._block_sparse()
+        if self.pattern == "streaming":
+            return self.streaming()
         if self.pattern == "triangle":
             return Triangle(self.sink, self.window, self.last_q, self.align)
-        return self.streaming()
+        return self._blocks(self.pattern)
 
     def decode_pattern(self) -> Streaming | Full:
         """The sparse mode of the tokens after the prompt; the full one sees everything."""
@@ -193,10 +198,12 @@ class FluxConfig:
     def drops_keys(self) -> bool:
         """Whether sparse routes give back the memory of keys out of sight. Dense decoding sees them all, and so may
         later chunks of a block-sparse prompt."""
-        chunks_see_all = self.pattern == "block_sparse" and self.route_on == "first_chunk"
+        chunks_see_all = self.pattern not in ("streaming", "triangle") and self.route_on == "first_chunk"
         return self.decode == "sparse" and not chunks_see_all
 
-    def _block_sparse(self) -> BlockSparse:
+    def _blocks(self, mode: str) -> BlockSparse:
+        if mode != "block_sparse":
+            return BlockSparse(name=mode, width=self.block_width)
         return BlockSparse(threshold=self.threshold, width=self.block_width, stride=self.stride)
 
     def routed_layers(self) -> list[int]:

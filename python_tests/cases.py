@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flux_ext import BlockSparse, Full, Streaming, Triangle
+from flux_ext import BlockSparse, Full, Streaming, Triangle, register_pattern
 from flux_ext.operators.patterns import Pattern
 from flux_ext.operators.testing import poisoned
 
@@ -19,6 +19,17 @@ STREAMING = Streaming(sink=5, window=17)
 ALIGNED = Streaming(4, 8, align=4)
 PUBLISHED = Streaming(128, 2048)
 """Sink and window of the published checkpoints."""
+
+
+@register_pattern("every third")
+def every_third(q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
+    """A user's own pattern: every third key block, the first among them, and those on the diagonal."""
+    key = torch.arange(0, kv_len, width, device=device)
+    query = torch.arange(kv_len - q_len, kv_len, 128, device=device)[:, None]
+    return (key % (3 * width) == 0) | (key > query - width)
+
+
+THIRD = BlockSparse(name="every third", width=64)
 
 CACHES = ("cached", "cached_per_head", "paged", "paged_per_head")
 """Layouts of keys; ``packed_`` before one: the queries are packed."""
@@ -46,7 +57,8 @@ class Case:
 
     def __str__(self) -> str:
         name = type(self.sparse).__name__.lower()
-        numbers = "x".join(str(n) for n in self.sparse.numbers()) if not isinstance(self.sparse, BlockSparse) else ""
+        listed = isinstance(self.sparse, BlockSparse)
+        numbers = str(self.sparse.width) if listed else "x".join(str(n) for n in self.sparse.numbers())
         lens = "_".join(f"{q}of{k}" for q, k in zip(self.q_lens, self.kv_lens, strict=True))
         return (
             f"{self.layout}-{self.strides}-h{self.heads}k{self.kv_heads}d{self.head_dim}-"
@@ -89,6 +101,10 @@ def cases(head_dims: tuple[int, ...] = (8, 40, 64, 128)) -> list[Case]:
         Case((300,), (300,), sparse=Triangle(32, 64, last_q=20, align=32), head_dim=d),
         Case((150,), (150,), full=Streaming(2, 30), sparse=Streaming(1, 4), head_dim=d),
         Case(layout="packed", sparse=Triangle(2, 8, last_q=9), head_dim=d, **ragged),
+        *(Case((300, 1, 0, 257), (300, 1, 0, 257), x, sparse=THIRD, head_dim=d) for x in LAYOUTS[1:4]),
+        *(Case((140, 1, 130), (400, 300, 129), x, sparse=THIRD, head_dim=d) for x in LAYOUTS[8:]),
+        *(Case((140, 140), (400, 300), x, sparse=THIRD, full=THIRD, head_dim=d) for x in CACHES),
+        Case((400,), (400,), sparse=BlockSparse(name="every third"), head_dim=d),
         # Routes, strides, scale.
         *(Case((60, 60), (60, 60), route=r, head_dim=d) for r in ROUTES),
         *(Case((60, 60), (60, 60), strides=s, head_dim=d) for s in STRIDES[1:]),

@@ -45,7 +45,7 @@ class MaskedTwin:
             pattern = config.sparse_pattern() if sparse else config.full_pattern()
             if begin > 0 and end - begin == 1:
                 continue  # a single token after others is a decode step
-            if isinstance(pattern, BlockSparse):
+            if isinstance(pattern, BlockSparse) and pattern.threshold is not None:
                 pattern = select_blocks(pattern, q[None, begin:end], k[None, :end, None])
             mask[begin:end] = False
             mask[begin:end, :end] = dense_mask(pattern, end - begin, end).view(end - begin, end)

@@ -280,7 +280,7 @@ def test_other_kinds_elsewhere(make, message) -> None:
             lambda: flux_ext.BlockSparse(blocks=ints([[[0]]]), counts=ints([[1]]).to("meta")),
             r"counts must be on the device of blocks \(cpu\), got meta",
         ),
-        (lambda: flux_ext.BlockSparse(), "either blocks or a threshold"),
+        (lambda: flux_ext.BlockSparse(), "one of blocks, threshold and name, got none"),
         (lambda: flux_ext.BlockSparse(threshold=1.5), r"threshold must be in \(0, 1\], got 1.5"),
         (lambda: flux_ext.BlockSparse(threshold=0.9, width=100), "width must be 64 or 128, got 100"),
         (lambda: flux_ext.BlockSparse(threshold=0.9, stride=7), "stride must be 8 or 16, got 7"),

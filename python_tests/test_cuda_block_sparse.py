@@ -9,7 +9,8 @@ import torch
 
 import flux_ext
 from flux_ext.operators import reference, select_blocks
-from flux_ext.operators.patterns import Q_BLOCK, BlockSparse
+from flux_ext.operators.pattern_functions import Q_BLOCK
+from flux_ext.operators.patterns import BlockSparse
 from flux_ext.operators.testing import poisoned, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

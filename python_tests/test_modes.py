@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import THIRD
 from masked_twin import MaskedTwin
 from models import ragged, tiny
 from torch import Tensor
@@ -29,10 +30,13 @@ MODES: dict[str, FluxConfig] = {
     "fa-xa, sparse decode": FluxConfig.preset("fa-xa", decode="sparse", **NUMBERS),
     "xa-ta": FluxConfig(full="block_sparse", pattern="triangle", **NUMBERS),
     "xa-xa, aligned": FluxConfig(full="block_sparse", pattern="block_sparse", **{**NUMBERS, "align": 8}),
+    "fa-own": FluxConfig(pattern=THIRD.name, **NUMBERS),
+    "fa-own, dense decode": FluxConfig(pattern=THIRD.name, decode="dense", **NUMBERS),
+    "own-ssa": FluxConfig(full=THIRD.name, **NUMBERS),
     "fa-xa, 128 wide, stride 8": FluxConfig.preset("fa-xa", **{**NUMBERS, "block_width": 128, "stride": 8}),
 }  # fmt: skip
 every_mode = pytest.mark.parametrize("mode", MODES)
-some_modes = pytest.mark.parametrize("mode", ["fa-ta", "fa-xa", "xa-ta", "fa-ssa, dense decode"])
+some_modes = pytest.mark.parametrize("mode", ["fa-ta", "fa-xa", "xa-ta", "fa-ssa, dense decode", "fa-own"])
 chunked_modes = pytest.mark.parametrize("mode", [name for name in MODES if MODES[name].pattern != "triangle"])
 
 

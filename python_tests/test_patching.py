@@ -200,8 +200,13 @@ def test_a_config_of_another_model(config: dict[str, Any], message: str) -> None
         ({"window": 10.0}, "window must be an integer"),
         ({"pool_size": 0}, "pool_size must be >= 1"),
         ({"pattern": "triangle", "last_q": -1}, "last_q must be >= 0"),
-        ({"pattern": "xattn"}, r"pattern must be one of \('streaming', 'triangle', 'block_sparse'\), got 'xattn'"),
-        ({"full": "streaming"}, r"full must be one of \('full', 'block_sparse'\), got 'streaming'"),
+        (
+            {"pattern": "xattn"},
+            r"pattern must be one of \('streaming', 'triangle', 'block_sparse'\) or a name that "
+            r"flux_ext.register_pattern has been given, got 'xattn'",
+        ),
+        ({"full": "streaming"}, r"full must be one of \('full', 'block_sparse'\) or a name .*, got 'streaming'"),
+        ({"pattern": ["streaming"]}, r"pattern must be one of .* got \['streaming'\]"),
         ({"decode": "full"}, r"decode must be one of \('sparse', 'dense'\), got 'full'"),
         ({"threshold": 0}, r"threshold must be in \(0, 1\], got 0"),
         ({"threshold": float("nan")}, r"threshold must be in \(0, 1\], got nan"),

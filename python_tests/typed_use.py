@@ -27,12 +27,14 @@ from flux_ext import (
     is_patched,
     patch,
     patched,
+    register_pattern,
     routes,
     unpatch,
 )
 from flux_ext.evaluation import Score, evaluate, format_table
 from flux_ext.examples import Example
 from flux_ext.operators import reference
+from flux_ext.operators.pattern_functions import PatternFunction
 from flux_ext.training import (
     FluxTrainer,
     Objective,
@@ -44,11 +46,16 @@ from flux_ext.training import (
 )
 
 
+def whole(q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
+    return torch.ones(-(-q_len // 128), -(-kv_len // width), dtype=torch.bool, device=device)
+
+
 def operators(q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor) -> None:
     sparse: list[Full | Streaming | Triangle | BlockSparse] = [
         Streaming(sink=128, window=1024),
         Triangle(128, 2048, last_q=128),
         BlockSparse(threshold=0.9),
+        BlockSparse(name="mine"),
     ]
     out = attention(q, k, v, route, sparse=sparse[0], full=Full(), scale=0.1, cu_seqlens=cu_seqlens)
     assert_type(out, Tensor)
@@ -56,6 +63,9 @@ def operators(q: Tensor, k: Tensor, v: Tensor, route: Tensor, cu_seqlens: Tensor
     assert_type(reference.attention(q, k, v, route), Tensor)
     assert_type(reference.attention(q, k, v, route, return_lse=True), tuple[Tensor, Tensor])
     assert_type(explain(q, k, v, route, sparse=sparse[0]).workspace_bytes, int)
+    assert_type(register_pattern("mine", whole), PatternFunction)
+    assert_type(register_pattern("mine")(whole), PatternFunction)
+    register_pattern("mine", len)  # type: ignore[arg-type]
     attention(q, k, v, sparse="streaming")  # type: ignore[call-overload]
     attention(q, k)  # type: ignore[call-overload]
     Streaming(window="all")  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flux_ext import BlockSparse, Full
 from flux_ext.operators.block_selection import select_blocks
-from flux_ext.operators.patterns import Q_BLOCK, Pattern
+from flux_ext.operators.pattern_functions import Q_BLOCK
+from flux_ext.operators.patterns import Pattern
 
 from . import peers
 from .decode import K, M

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flux_ext import BlockSparse, Full
 from flux_ext.operators import select_blocks
-from flux_ext.operators.patterns import Q_BLOCK
+from flux_ext.operators.pattern_functions import Q_BLOCK
 
 from .decode import K
 from .prefill import block_problem, random_blocks, states

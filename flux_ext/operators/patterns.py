@@ -5,7 +5,8 @@ sees key ``j`` when
 
     j <= p and (j < sink or j >= align * (p // align + 1) - window or p >= kv_len - last_q)
 
-or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is listed for its query block.
+or, for :class:`BlockSparse`, when ``j <= p`` and key block ``j // width`` is listed for its query block. The lists may
+come from a function of the lengths (:mod:`flux_ext.operators.pattern_functions`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import check_devices, check_integer, check_tensors, to_float
+from .arguments import check_devices, check_integer, check_tensors, described, to_float
+from .pattern_functions import Q_BLOCK, kept_blocks
 
 UNLIMITED = 1 << 30
 """The window of a pattern without one; ``kUnlimited`` in ``csrc/core/pattern.h``."""
-
-Q_BLOCK = 128
-"""Query rows that share one list of key blocks."""
-
 
 Positions = TypeVar("Positions", int, np.ndarray, Tensor)
 """One position, or many."""
@@ -125,7 +123,7 @@ class Triangle(_Windowed):
 class BlockSparse:
     """A list of key blocks per (sequence, KV head, block of 128 queries) ("XA"; XAttention, arXiv 2503.16428).
 
-    Give either ``blocks`` or a ``threshold``.
+    Give ``blocks``, a ``threshold`` or a ``name``.
 
     Args:
         blocks: int32 ``[B, Hkv, q_blocks, max_count]``, contiguous, ascending key block indices, none beyond the
@@ -134,11 +132,12 @@ class BlockSparse:
         width: keys per block, 128 or 64.
         threshold: keep the smallest set of blocks whose share of the antidiagonal scores reaches this, in (0, 1].
         stride: sub-block size of the antidiagonal scoring, in tokens, 8 or 16.
+        name: of a function of the lengths, see :func:`flux_ext.register_pattern`. It may be registered later.
 
     Raises:
-        TypeError: something else where a tensor or a number belongs.
-        ValueError: both or neither are given, a number breaks its rule, or dtypes, shapes or devices do not fit. What
-            stands inside the tensors is checked by the operators.
+        TypeError: something else where a tensor, a number or a string belongs.
+        ValueError: none or several of the three are given, a number breaks its rule, or dtypes, shapes or devices do
+            not fit. What stands inside the tensors is checked by the operators.
     """
 
     blocks: Tensor | None = None
@@ -146,10 +145,16 @@ class BlockSparse:
     width: int = 128
     threshold: float | None = None
     stride: int = 16
+    name: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.blocks is None) == (self.threshold is None):
-            raise ValueError("BlockSparse takes either blocks or a threshold, not both or neither")
+        given = [name for name in ("blocks", "threshold", "name") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"BlockSparse takes one of blocks, threshold and name, got {' and '.join(given) or 'none'}"
+            )
+        if not isinstance(self.name, (str, type(None))):
+            raise TypeError(f"name must be a string, got {described(self.name)}")
         check_integer("width", self.width)
         check_integer("stride", self.stride)
         if self.width not in (64, 128):
@@ -163,7 +168,7 @@ class BlockSparse:
     def _check_lists(self) -> None:
         if self.blocks is None:
             if self.counts is not None:
-                raise ValueError("counts belong to blocks: a threshold finds its own")
+                raise ValueError("counts belong to blocks: a threshold and a name find their own")
             return
         check_tensors({"blocks": self.blocks}, {"counts": self.counts})
         check_devices("blocks", self.blocks, counts=self.counts)
@@ -196,7 +201,7 @@ PATTERNS = get_args(Pattern)
 
 
 def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device | str = "cpu") -> Tensor:
-    """The pattern as a boolean mask ``[q_len, kv_len]`` (block lists: ``[B, Hkv, q_len, kv_len]``).
+    """The pattern as a boolean mask ``[q_len, kv_len]`` (given block lists: ``[B, Hkv, q_len, kv_len]``).
 
     The obvious definition that everything else is tested against.
 
@@ -207,6 +212,12 @@ def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device |
     j = torch.arange(kv_len, device=device)[None, :]
     causal = j <= p
     if isinstance(pattern, BlockSparse):
+        rows = torch.arange(q_len, device=device) // Q_BLOCK
+        columns = torch.arange(kv_len, device=device) // pattern.width
+        if pattern.name is not None:
+            if not q_len or not kv_len:
+                return causal
+            return kept_blocks(pattern.name, q_len, kv_len, pattern.width, causal.device)[rows][:, columns] & causal
         if pattern.blocks is None:
             raise ValueError("a BlockSparse with a threshold has no mask before its queries are known")
         lists = pattern.blocks.to(device).long()
@@ -216,8 +227,6 @@ def dense_mask(pattern: Pattern, q_len: int, kv_len: int, device: torch.device |
         num_blocks = -(-kv_len // pattern.width)
         chosen = torch.zeros(*lists.shape[:-1], num_blocks + 1, dtype=torch.bool, device=device)
         chosen.scatter_(-1, torch.where(keep, lists, num_blocks), True)
-        rows = torch.arange(q_len, device=device) // Q_BLOCK
-        columns = torch.arange(kv_len, device=device) // pattern.width
         return chosen[:, :, rows][..., columns] & causal
     if isinstance(pattern, Full):
         return causal

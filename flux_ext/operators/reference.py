@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .mixture import attend_or_mix
 from .operands import KeyValues, Routing, bound_rows
-from .patterns import Q_BLOCK, BlockSparse, Full, Pattern, Streaming, dense_mask
+from .pattern_functions import Q_BLOCK
+from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
 
 
 def _gather_pages(cache: Tensor, pages: Tensor, head: int, length: int) -> Tensor:
@@ -246,7 +247,7 @@ def select_blocks(
     page_table: Tensor | None = None,
 ) -> BlockSparse:
     """As :func:`flux_ext.operators.select_blocks`, one KV head of one sequence after the other."""
-    if pattern.threshold is None:
+    if pattern.blocks is not None:
         return pattern
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     capacity = k.shape[-3] if page_table is None else page_table.shape[-1] * k.shape[1]
@@ -257,10 +258,15 @@ def select_blocks(
     counts = torch.zeros(shape[:-1], dtype=torch.int32, device=q.device)
     kv = KeyValues(k, k, kv_begin, kv_end, page_table)
     for b, h, _, queries, keys, _ in _sequence_heads(q, kv, q_begin, q_end):
-        if route is not None and _entry(route, b, h, 0) != mode:
-            continue
-        scores = antidiagonal_scores(queries, keys, scale, pattern.stride, pattern.width)
-        kept = keep_mass(scores, pattern.threshold, len(queries), len(keys), pattern.width)
+        if pattern.threshold is not None:
+            if route is not None and _entry(route, b, h, 0) != mode:
+                continue
+            scores = antidiagonal_scores(queries, keys, scale, pattern.stride, pattern.width)
+            kept = keep_mass(scores, pattern.threshold, len(queries), len(keys), pattern.width)
+        else:
+            mask = dense_mask(pattern, len(queries), len(keys), q.device)  # a block is kept if some pair of it is seen
+            kept = torch.stack([part.any(0) for part in mask.split(Q_BLOCK)]) if len(mask) else mask
+            kept = F.pad(kept, (0, -len(keys) % pattern.width)).unflatten(1, (-1, pattern.width)).any(2)
         for i, row in enumerate(kept):
             found = row.nonzero()[:, 0]
             blocks[b, h, i, : len(found)] = found.int()

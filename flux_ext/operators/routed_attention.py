@@ -71,7 +71,7 @@ def operator_arguments(
 
     Raises:
         TypeError, ValueError: something is no pattern, the route is neither integers nor booleans, the scale is no
-            number, or as for :func:`select_blocks` where a pattern has a threshold.
+            number, or as for :func:`select_blocks` where a pattern has a threshold or a name.
     """
     if type(scale) is not float:
         scale = to_float("scale", scale)
@@ -88,7 +88,7 @@ def operator_arguments(
     lists: list[Tensor | None] = []
     for mode, name, pattern in ((0, "full", full), (1, "sparse", sparse)):
         if isinstance(pattern, BlockSparse):
-            if pattern.threshold is not None:
+            if pattern.blocks is None:
                 pattern = select_blocks(
                     pattern,
                     q,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import FluxConfig
+from ..operators.pattern_functions import BUILT_IN
 
 TEMPLATE = """\
 ---
@@ -27,6 +28,9 @@ patched with these routers ({{ parameters }} parameters).
 import flux_ext
 from transformers import AutoModelForCausalLM
 
+{% for name in own_patterns -%}
+flux_ext.register_pattern("{{ name }}", YOUR_FUNCTION)  # these routers were trained with a pattern of this name
+{% endfor -%}
 model = AutoModelForCausalLM.from_pretrained("{{ model }}")
 flux_ext.patch(model, routers="{{ source }}")
 ```
@@ -56,6 +60,7 @@ def facts(config: FluxConfig, parameters: int) -> dict[str, Any]:
         "base_model": name if published else None,  # the Hub takes repositories only
         "model": name or "MODEL",
         "source": "FOLDER-OR-REPOSITORY",
+        "own_patterns": sorted({config.full, config.pattern} - set(BUILT_IN)),
         "units": "layers" if config.granularity == "layer" else "KV heads",
         "parameters": f"{parameters:,}",
         "settings": {k: v for k, v in config.to_dict().items() if v is not None and k != "base_model_name_or_path"},
