@@ -188,7 +188,9 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     """The context of a decoder's forward, from its keyword arguments.
 
     Sequences packed into one row are found by ``cu_seq_lens_q``, or by position_ids that restart. The latter waits
-    for the device and breaks a graph: a model compiled as one graph needs ``cu_seq_lens_q``, or a mask.
+    for the device. Without a cache, of one row, it breaks a graph: a model compiled as one needs ``cu_seq_lens_q``, or
+    a mask. Elsewhere, where positions must not restart, a graph checks them as it runs: they are replaced in ``kwargs``
+    by what the check gives.
 
     tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, H]``.
 
@@ -238,6 +240,9 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or not known or seen > 0:
         return ForwardContext(policy)
+    if torch.compiler.is_compiling() and (cache is not None or batch_size > 1):
+        kwargs["position_ids"] = check_positions(positions, cache is not None)
+        return ForwardContext(policy)
     return ForwardContext(policy, cu_seqlens=restarts(positions, q_len, batch_size, cache is not None))
 
 
@@ -273,9 +278,28 @@ def restarts(positions: Tensor, q_len: int, batch_size: int, cached: bool) -> Te
     if not bool(steps.any()):
         return None
     if cached or batch_size > 1:
-        where = "with a cache" if cached else "in a batch of several rows"
-        raise ValueError(
-            f"position_ids restart {where}: pack sequences into one row without a cache, or give an attention_mask"
-        )
+        raise _restart_error(cached)
     inner = steps[0].nonzero()[:, 0] + 1
     return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), q_len)]).to(torch.int32)
+
+
+def _restart_error(cached: bool) -> ValueError:
+    where = "with a cache" if cached else "in a batch of several rows"
+    return ValueError(
+        f"position_ids restart {where}: pack sequences into one row without a cache, or give an attention_mask"
+    )
+
+
+# What it gives is used in place of the positions, so that the compiler keeps the call.
+@torch.library.custom_op("flux_ext::check_positions", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def check_positions(positions: Tensor, cached: bool) -> Tensor:
+    """:func:`restarts` where position_ids ``[B or 1, S]`` must not restart, as an operator: the check does not break a
+    graph. Returns them."""
+    if bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
+        raise _restart_error(cached)
+    return positions.clone()
+
+
+@check_positions.register_fake
+def _(positions, cached):
+    return torch.empty_like(positions)

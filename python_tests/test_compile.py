@@ -1,8 +1,11 @@
 """Patched models under torch.compile."""
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
-from models import patched_model, ragged
+from models import patched_model, ragged, tiny
 
 import flux_ext
 from flux_ext import FluxCache
@@ -118,7 +121,53 @@ def test_a_forward_that_makes_its_cache_breaks_once() -> None:
     with torch.no_grad():
         out = torch.compile(model, backend="eager")(ids, attention_mask=mask)
         torch.testing.assert_close(out.logits[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+        torch._dynamo.reset()
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="give the forward one that was made outside"):
+            whole(ids, attention_mask=mask)
+
+
+def graphs_of_generate(model: Any, prompts: list[dict[str, Any]]) -> int:
+    """Graphs that a compiled model makes for some prompts, of which it must break none; the tokens are those that it
+    gives as it is."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    want = [model.generate(**prompt, **options) for prompt in prompts]
+    model.compile(backend="eager")
+    for prompt, tokens in zip(prompts, want, strict=True):
+        assert torch.equal(model.generate(**prompt, **options), tokens)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    graphs: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return graphs
+
+
+@pytest.mark.parametrize(("routed", "masked"), [(True, False), (False, True)], ids=["routed", "forced, masked"])
+def test_generate_makes_no_more_graphs_than_the_stock_model(routed: bool, masked: bool) -> None:
+    """Of two prompts of two lengths, of any number of layers. ``generate`` gives position_ids; without a mask their
+    values alone say that nothing is packed, and they are looked at without breaking the graph."""
+    ids, mask = ragged((36, 30))
+    prompts = [{"input_ids": ids[:, i:], **({"attention_mask": mask[:, i:]} if masked else {})} for i in (0, 5)]
+    found = []
+    for layers in (1, 3):
+        model = patched_model(num_hidden_layers=layers)
+        with contextlib.nullcontext() if routed else flux_ext.routes(model, "sparse"):
+            found.append(graphs_of_generate(model, prompts))
+    assert found[0] == found[1] <= graphs_of_generate(tiny(num_hidden_layers=1), prompts)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_that_restart_where_nothing_may_be_packed(cached: bool) -> None:
+    """One graph, which says so as it runs."""
+    model, rows = patched_model(num_hidden_layers=1), 1 if cached else 2
+    ids, position = torch.randint(2, 128, (rows, 30)), torch.cat([torch.arange(18), torch.arange(12)]).repeat(rows, 1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for positions, message in ((torch.arange(30).repeat(rows, 1), None), (position, "position_ids restart")):
+        cache = FluxCache(model.config, flux_ext.get_routers(model).config) if cached else None
+        with torch.no_grad(), pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            got = compiled(ids, position_ids=positions, past_key_values=cache, use_cache=cached).logits
+            torch.testing.assert_close(got, model(ids, use_cache=False).logits)
 
 
 def test_a_compiled_forward_over_a_cache_has_no_gradient_and_says_so() -> None:

@@ -21,7 +21,10 @@ _numbers = itertools.count()
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="a cache keeps its books on the host, so it cannot be made inside a graph: give the forward one that was "
+    "made outside (flux_ext.FluxCache or FluxStaticCache), as generate does"
+)
 def new_handle(cache_layer: Any) -> Tensor:
     """int64 ``[1]`` on the CPU: what the operators take for a cache layer."""
     number = next(_numbers)
