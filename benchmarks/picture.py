@@ -1,4 +1,4 @@
-"""Pictures of measured tables: bars of rates beside their ceilings, and what a share of sparse layers gives.
+"""Pictures of measured tables: how long things take, how many times as fast they are, how near to the machine's limit.
 
     python -m benchmarks picture benchmarks/results/*.csv --output docs/images
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.cuda.criteria import read_models as read_table
 from benchmarks.cuda.problems import OURS
@@ -22,14 +22,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {
-    OURS: "#1f6fb4", "SDPA cuDNN": "#d98c21", "SDPA flash": "#8a8a8a", "FlexAttention": "#6aa84f",
-    "FlashAttention-3": "#b4417a", "FlashAttention-4": "#7b52ab", "FlashInfer": "#3aa6a0",
-}  # fmt: skip
-PREFILL = ("dense", "streaming", "mixed-heads", "block-sparse", "dense-64", "streaming-64", "mixed-heads-64")
-DECODE = ("decode", "decode-streaming", "decode-mixed", "decode-paged", "decode-wide", "decode-layers")
 
-Bars = dict[str, dict[str, float]]  # by case and contender
+class Line(NamedTuple):
+    """How one line, or bar, is drawn."""
+
+    name: str
+    color: str
+    style: str = "-"
+
+
+FULL, QUARTER, HALF, BLOCKS, ALL = "#1f6fb4", "#38a3c9", "#2a9d76", "#8d6cb8", "#e0702d"
+"""Of ours: what is sparse. Others are grey."""
+DENSE = (
+    ("SDPA flash", Line("dense, FlashAttention-2", "#b8b8b8", "--")),
+    ("SDPA cuDNN", Line("dense, cuDNN", "#8a8a8a", "--")),
+    ("FlashAttention-3", Line("dense, FlashAttention-3", "#3c3c3c", "--")),
+)
+SHARES = {"0": "none", "0.5": "1/2", "0.75": "3/4", "0.9": "9/10"}
+"""As the tables write a share of sparse layers, and as people do."""
+
+
+ALL_FULL = "flux_ext, all heads full"
+PADDED = (
+    "Padded batches gain without any sparsity: SDPA computes the padding too, by a dense mask; flux_ext the tokens "
+    "alone (1/4, 2/4, 3/4 and 4/4 of the length: 47 % of the pairs)"
+)
+"""Lengths as ``benchmarks end_to_end`` makes them."""
 
 
 def tokens(n: int) -> str:
@@ -40,97 +58,217 @@ def tokens(n: int) -> str:
     return str(n)
 
 
-def _figure(bars: Bars) -> tuple[Figure, Axes]:
+def short(x: float) -> str:
+    """A number with two or three digits."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2g}" if x < 1 else f"{x:.2f}"
+
+
+def figure_of(panels: int, title: str, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Panels side by side under one title."""
     from matplotlib.figure import Figure
 
-    count = sum(len(found) for found in bars.values())
-    figure = Figure(figsize=(8, 1.3 + 0.22 * count + 0.12 * len(bars)), layout="constrained")
-    return figure, figure.subplots()
+    figure = Figure(figsize=(4.6 * panels, 0.5 + 3.7 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    axes = figure.subplots(rows, panels, squeeze=False).flatten()
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=8)
+    return figure, axes
 
 
-def draw_bars(
-    bars: Bars, label: str, line: tuple[float, str] | None = None, digits: int = 0, log: bool = False
-) -> Figure:
-    """Horizontal bars, grouped by case; ``line``: a value to compare with, and its name."""
-    figure, axes = _figure(bars)
-    names = list(dict.fromkeys(name for found in bars.values() for name in found))
-    y, ticks = 0.0, []
-    longest = max([x for found in bars.values() for x in found.values()] + [line[0] if line else 0.0])
-    for found in bars.values():
-        ticks.append(y + (len(found) - 1) / 2)
-        for name, x in found.items():
-            axes.barh(y, x, 0.9, color=COLORS.get(name, f"C{names.index(name)}"), label=name)
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-            axes.text(x * (1.01 if log else 1) + (0 if log else 0.006 * longest), y, f"{x:.{digits}f}", va="center",
-                      fontsize=7, bbox=box)  # fmt: skip
-            y += 1
-        y += 0.6
-    if line:
-        axes.axvline(line[0], color="black", linewidth=1, linestyle="--", label=line[1])
-    axes.set_yticks(ticks, list(bars), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(label)
+def draw_lines(
+    axes: Axes, title: str, unit: str, lines: dict[Line, dict[int, float]], log: bool = True, above: float = 0
+) -> None:
+    """Values over lengths; the axis of lengths is logarithmic, that of values where asked."""
+    lengths = sorted({n for points in lines.values() for n in points})
+    for (name, color, style), points in lines.items():
+        order = sorted(points)
+        axes.plot(order, [points[n] for n in order], style, color=color, marker="o", markersize=3.5, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [tokens(n) for n in lengths])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("tokens", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    axes.grid(alpha=0.25)
     if log:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.set_xlim(0.5 if log else 0, (1.3 if log else 1.1) * longest)
-    axes.margins(y=0.01)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    else:
+        axes.set_ylim(0, max(above, *(y for points in lines.values() for y in points.values())) * 1.12)
+
+
+def draw_bars(axes: Axes, title: str, unit: str, bars: dict[Line, float], beside: str | None = None) -> None:
+    """Times, one bar each; behind each how many times as fast it is as the bar of that name."""
+    base = next((x for line, x in bars.items() if line.name == beside), None)
+    for y, (line, x) in enumerate(bars.items()):
+        axes.barh(y, x, 0.7, color=line.color)
+        times = f"  ({base / x:.{1 if base / x < 20 else 0}f}x)" if base and line.name != beside else ""
+        axes.text(x, y, f" {short(x)}{times}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [line.name for line in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(bars.values()) * 1.3)
+    axes.set_xlabel(unit, fontsize=8)
+    axes.set_title(title, fontsize=9, loc="left")
+
+
+def draw_legend(figure: Figure, axes: Axes) -> None:
+    """One for all panels, below them, of the lines of one."""
     handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+
+
+class Stage(NamedTuple):
+    """One picture of ``benchmarks cuda``: groups of the table (the first one's ``kind`` is dense), and units."""
+
+    dense: str
+    kind: str
+    streaming: str
+    mixed: str
+    what: str
+    over_length: str
+    unit: str
+    microseconds: float
+    rate: str
+    ceiling: str
+
+
+STAGES = {
+    "prefill": Stage(
+        "dense", "dense", "streaming", "mixed-heads", "over one prompt",
+        "time: dense grows with the square, streaming with the length", "ms", 1e3, "TFLOP/s", "bf16 matrix product",
+    ),
+    "decode": Stage(
+        "decode", "full", "decode-streaming", "decode-mixed", "in one decode step",
+        "time: dense grows with the length, streaming does not", "microseconds", 1.0, "TB/s", "device copy",
+    ),
+}  # fmt: skip
+Found = dict[Line, dict[int, Row]]
+
+
+def _found(rows: Sequence[Row], stage: Stage) -> Found:
+    """Rows of one sequence, 32 query and 8 KV heads of 128, by what attends and by length."""
+
+    def of(group: str, kind: str, contender: str = OURS) -> dict[int, Row]:
+        same = (r for r in rows if (r.group, r.kind, r.contender, r.batch) == (group, kind, contender, 1))
+        return {r.length: r for r in same if r.us and r.rate and (r.dim, r.heads, r.kv_heads) == (128, 32, 8)}
+
+    found = {line: of(stage.dense, stage.kind, contender) for contender, line in DENSE}
+    found[Line(ALL_FULL, FULL)] = of(stage.dense, stage.kind)
+    found[Line("flux_ext, 1/4 of the heads streaming", QUARTER)] = of(stage.mixed, "quarter")
+    found[Line("flux_ext, 1/2 of the heads streaming", HALF)] = of(stage.mixed, "half")
+    found[Line("flux_ext, all heads streaming", ALL)] = of(stage.streaming, "streaming")
+    if stage.kind == "dense":
+        for share in ("50%", "25%", "10%"):
+            found[Line(f"flux_ext, {share} of the key blocks", BLOCKS)] = of("block-sparse", share)
+    return {line: points for line, points in found.items() if points}
+
+
+def _cuda(rows: Sequence[Row], stage: Stage) -> Figure | None:
+    """Time over length, the time of everything at one length, and the rate beside its ceiling."""
+    found = _found(rows, stage)
+    if not found:
+        return None
+    title = (
+        f"Attention of one layer {stage.what}: 32 query and 8 KV heads of 128, bf16; streaming: sink 128, window 2048"
+    )
+    figure, axes = figure_of(3, title)
+    measured = [n for points in found.values() for n in points]
+    length = max(measured, key=lambda n: (measured.count(n), n))
+    lines = {x: points for x, points in found.items() if x.color != BLOCKS}
+    scale = stage.microseconds
+    times = {x: {n: (row.us or 0) / scale for n, row in points.items()} for x, points in lines.items()}
+    draw_lines(axes[0], stage.over_length, stage.unit, times)
+    bars = {x: (points[length].us or 0) / scale for x, points in found.items() if length in points}
+    draw_bars(axes[1], f"time at {tokens(length)} tokens (times as fast as full)", stage.unit, bars, ALL_FULL)
+    rates = {x: {n: row.rate or 0 for n, row in points.items()} for x, points in lines.items()}
+    limit = next((r.rate for r in rows if r.group == "ceiling" and r.kind == stage.ceiling and r.rate), 0)
+    draw_lines(
+        axes[2], "rate: streaming does less, at a lower rate", f"{stage.rate} of what is visible", rates, False, limit
+    )
+    if limit:
+        axes[2].axhline(limit, color="black", linewidth=1, linestyle=":")
+        axes[2].text(min(measured), limit * 1.01, f"measured {stage.ceiling}", fontsize=8)
+    draw_legend(figure, axes[0])
     return figure
 
 
-def _label(row: Row) -> str:
-    name = row.group.removesuffix("-64").removeprefix("decode-").replace("-", " ")
-    what = name if row.kind in name or name in ("dense", "decode") else f"{name}, {row.kind}"
-    size = f"{row.batch} x {tokens(row.length)}" if row.group in DECODE else tokens(row.length)
-    heads = "" if (row.heads, row.kv_heads) == (32, 8) else f", {row.heads}/{row.kv_heads} heads"
-    return f"{what}, {size}, D {row.dim}{heads}"
-
-
 def cuda(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Rates on visible work: prefill in TFLOP/s, decode in TB/s, each beside its ceiling."""
-    figures = {}
-    for name, groups, unit, ceiling in (
-        ("prefill", PREFILL, "TFLOP/s of visible work", "bf16 matrix product"),
-        ("decode", DECODE, "TB/s of visible keys and values", "device copy"),
-    ):
-        bars: Bars = {}
-        order = sorted(rows, key=lambda r: (groups.index(r.group) if r.group in groups else 0, r.batch, r.length))
-        for row in order:
-            if row.group in groups and row.rate and "mask" not in row.contender:
-                bars.setdefault(_label(row), {})[row.contender] = row.rate
-        limit = next((r.rate for r in rows if r.group == "ceiling" and r.kind == ceiling and r.rate), None)
-        if bars:
-            line = (limit, f"measured {ceiling}") if limit else None
-            figures[name] = draw_bars(bars, unit, line, digits=0 if name == "prefill" else 2)
-    return figures
+    """One layer's attention, over a prompt and in a decode step."""
+    return {name: figure for name, stage in STAGES.items() if (figure := _cuda(rows, stage))}
 
 
 def end_to_end(rows: Sequence[dict[str, str]]) -> dict[str, Figure]:
-    """Prefill of whole models: speed-up over stock attention by share of sparse layers."""
-    bars: Bars = {}
-    for row in rows:
-        if row.get("prefill_x") and row["variant"] != "sdpa":
-            batch = f" x {row['batch']}" if row["batch"] != "1" else ""
-            share = row["variant"].removeprefix("flux ")
-            case = f"{row['model']}, {tokens(int(row['length']))}{batch}"
-            bars.setdefault(case, {})[f"{share} of the layers sparse"] = float(row["prefill_x"])
-    line = (1.0, "stock attention")
-    return {"prefill": draw_bars(bars, "prefill, times as fast as stock attention", line, 2)} if bars else {}
+    """Prefill of whole models by share of sparse layers: time and speed-up over length, and of padded batches."""
+    measured = [row for row in rows if row.get("prefill_s")]
+    models = list(dict.fromkeys(row["model"] for row in measured))
+    if not models:
+        return {}
+    shares = {
+        "sdpa": Line("transformers, SDPA", "#3c3c3c", "--"),
+        **{
+            f"flux {share}": Line(
+                f"flux_ext, {said} of the layers sparse".replace("none of the layers", "no layer"), color
+            )
+            for (share, said), color in zip(SHARES.items(), (FULL, QUARTER, HALF, ALL), strict=True)
+        },
+    }
+    title = "Prefill of whole models on one GPU, bf16, random weights, routes forced"
+    if any(row["batch"] != "1" for row in measured):
+        title += f"\n{PADDED}"
+    figure, axes = figure_of(3, title, len(models))
+    for i, model in enumerate(models):
+        left, middle, right = axes[3 * i : 3 * i + 3]
+
+        def points(column: str, model: str = model) -> dict[Line, dict[int, float]]:
+            one = [row for row in measured if row["model"] == model and row["batch"] == "1" and row.get(column)]
+            return {
+                line: at
+                for variant, line in shares.items()
+                if (at := {int(row["length"]): float(row[column]) for row in one if row["variant"] == variant})
+            }
+
+        draw_lines(left, f"{model}: time of one prompt", "seconds", points("prefill_s"))
+        draw_lines(middle, f"{model}: times as fast as transformers", "times as fast", points("prefill_x"), log=False)
+        batches = [row for row in measured if row["model"] == model and row["batch"] != "1"]
+        bars = {shares[row["variant"]]: float(row["prefill_s"]) for row in batches}
+        if not bars:
+            right.set_axis_off()
+            continue
+        size = f"{batches[0]['batch']} prompts padded to {tokens(int(batches[0]['length']))}"
+        order = {line: bars[line] for line in shares.values() if line in bars}
+        draw_bars(right, f"{model}: {size}", "seconds", order, shares["sdpa"].name)
+        right.set_yticks(range(len(order)), [line.name.removeprefix("flux_ext, ") for line in order], fontsize=8)
+    draw_legend(figure, axes[0])
+    return {"prefill": figure}
 
 
 def cpu(rows: Sequence[dict[str, str]]) -> dict[str, Figure]:
-    """Speed beside torch's attention, by processor time, at the largest number of threads."""
-    bars: Bars = {}
-    most = max(int(row["threads"]) for row in rows)
-    for row in rows:
-        if int(row["threads"]) == most:
-            case = f"{row['stage']}, {row['pattern']} {tokens(int(row['kv_len']))}, D {row['head_dim']}"
-            bars.setdefault(case, {})[row["dtype"]] = float(row["cpu_ratio"])
-    return {"speed": draw_bars(bars, "times as fast as torch's SDPA (dense)", (1.0, "torch"), 1, log=True)}
+    """Processor time beside torch's attention, at the longest length and the widest heads, with the most threads."""
+
+    def most(column: str, among: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        top = max(int(row[column]) for row in among)
+        return [row for row in among if int(row[column]) == top]
+
+    kept = most("kv_len", most("head_dim", most("threads", rows)))
+    stages = list(dict.fromkeys((row["stage"], row["dtype"]) for row in kept))
+    first = kept[0]
+    heads = f"{first['q_heads']} query and {first['kv_heads']} KV heads of {first['head_dim']}"
+    length = tokens(int(first["kv_len"]))
+    title = f"Attention on a CPU, {length} tokens, {heads}: processor time (times as fast as torch)"
+    figure, axes = figure_of(min(len(stages), 2), title, -(-len(stages) // 2))
+    figure.set_size_inches(9.2, 0.7 + 1.7 * -(-len(stages) // 2))
+    torch_line = Line("torch SDPA, dense", "#8a8a8a")
+    for one, (stage, dtype) in zip(axes, stages, strict=False):
+        own = {row["pattern"]: row for row in kept if (row["stage"], row["dtype"]) == (stage, dtype)}
+        dense = own.get("full") or next(iter(own.values()))
+        bars = {torch_line: float(dense["peer_cpu_ms"])}
+        for pattern, row in own.items():
+            bars[Line(f"flux_ext, {pattern}", FULL if pattern == "full" else ALL)] = float(row["cpu_ms"])
+        draw_bars(one, f"{stage}, {dtype}", "ms", bars, torch_line.name)
+    for one in axes[len(stages) :]:
+        one.set_axis_off()
+    return {"time": figure}
 
 
 def pictures(path: Path) -> dict[str, Figure]:

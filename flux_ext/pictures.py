@@ -136,7 +136,7 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     for place, (task, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place // columns, 1 + place % columns])
         draw(axes, panel.lines, panel.dense, 4)
-        unit = "" if panel.more_is_better else ", bits per byte"
+        unit = ", score" if panel.more_is_better else ", bits per byte"
         color = "black" if panel.telling else "#999999"
         axes.set_title(
             f"{task}{unit}{'' if panel.telling else ' (dense fails too)'}", fontsize=8, loc="left", color=color
@@ -155,6 +155,10 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     return figure
 
 
+_START = "#555555"
+"""The colour of a tile's own cost."""
+
+
 def schedule(
     q_len: Sequence[int],
     kv_len: Sequence[int],
@@ -169,6 +173,9 @@ def schedule(
 ) -> Figure:
     """Which worker does which key blocks of which tile: one bar per worker, one colour per (sequence, KV head).
 
+    A tile costs one block more than it has, drawn grey where the tile begins: the bars that are to be equally long
+    include it.
+
     Args:
         q_len, kv_len: lengths of the sequences.
         route: per sequence and KV head, 0 full or 1 sparse.
@@ -179,6 +186,7 @@ def schedule(
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     from ._C import plan
 
@@ -193,31 +201,38 @@ def schedule(
         kv_block,
         num_workers,
     )
-    figure = Figure(figsize=(9, 1.2 + 0.22 * num_workers), layout="constrained")
+    figure = Figure(figsize=(10, 1.4 + 0.22 * num_workers), layout="constrained")
     axes = figure.subplots()
     colors = colormaps["tab20"]
+    heads = len(route[0])
     filled = np.zeros(num_workers)
-    named = set()
     for worker, sequence, head, _row, begin, end, blocks in pieces:
+        if begin == 0:
+            axes.barh(worker, 1, left=filled[worker], height=0.85, color=_START)
+            filled[worker] += 1
         cut = begin > 0 or end < blocks
-        row = (int(sequence), int(head))
-        label = f"sequence {sequence}, head {head} ({'sparse' if route[sequence][head] else 'full'})"
-        axes.barh(
-            worker,
-            end - begin,
-            left=filled[worker],
-            height=0.85,
-            color=colors((sequence * len(route[0]) + head) % 20),
-            edgecolor="black" if cut else "white",
-            hatch="//" if cut else None,
-            linewidth=0.4,
-            label=None if row in named else label,
-        )
-        named.add(row)
+        color = colors((sequence * heads + head) % 20)
+        axes.barh(worker, end - begin, left=filled[worker], height=0.85, color=color, edgecolor="white",
+                  hatch="///" if cut else None, linewidth=0.4)  # fmt: skip
         filled[worker] += end - begin
-    axes.set_xlabel("key blocks (hatched: part of a cut tile)")
-    axes.set_ylabel("worker")
+    axes.set_title("The work of every worker, in the order of its doing", fontsize=10, loc="left")
+    axes.set_xlabel(f"work, in blocks of {kv_block} keys for a tile of {q_tokens} queries x {group} query heads")
+    axes.set_ylabel("worker (CPU thread or CUDA thread block)")
+    axes.set_yticks(range(num_workers))
+    axes.tick_params(labelsize=8)
     axes.invert_yaxis()
-    if len(named) <= 20:
-        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.margins(y=0.01)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles = [
+        Patch(color=colors((b * heads + h) % 20), label=f"sequence {b} ({q_len[b]} tokens), KV head {h}: {mode}")
+        for b, own in enumerate(route)
+        for h, mode in enumerate("sparse" if r else "full" for r in own)
+    ]
+    if len(handles) > 20:
+        handles = []  # colours repeat
+    handles.append(
+        Patch(facecolor="#dddddd", edgecolor="white", hatch="///", label="part of a tile that workers share")
+    )
+    handles.append(Patch(color=_START, label="a tile begins and ends: counted as one block"))
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper", frameon=False)
     return figure
