@@ -236,3 +236,13 @@ def test_training(
     torch.testing.assert_close(loss, want_loss, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(grad, want_grad, atol=2e-5, rtol=2e-3)
     assert not torch.allclose(other, want_loss, atol=1e-4, rtol=1e-4)
+
+
+def test_the_operator_is_sound() -> None:
+    """Its shapes without values, where queries are packed and where they are not."""
+    named_blocks, x = torch.ops.flux_ext.named_blocks.default, torch.randn(2, 300, 2, 8)
+    bounds = torch.tensor([0, 140, 300], dtype=torch.int32)
+    starts = torch.tensor([10, 0], dtype=torch.int32)
+    torch.library.opcheck(named_blocks, ("every third", 64, x, x, None, None, None, None, None))
+    torch.library.opcheck(named_blocks, ("every third", 128, x, x, starts, None, starts, None, None))
+    torch.library.opcheck(named_blocks, ("every third", 64, x[0], x[0], bounds, None, bounds, None, None))
