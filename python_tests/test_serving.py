@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from flux_ext import FluxConfig, FluxRouters, Streaming, Triangle
 from flux_ext.operators.patterns import dense_mask
 from flux_ext.serving import plugin
-from flux_ext.serving.layers import RoutedLayer, Row, Step, refuse_modes
-from flux_ext.serving.requests import NULL_PAGE, Requests
-from flux_ext.serving.visible_pages import Span, hidden, split
+from flux_ext.serving.layers import RoutedLayer, refuse_modes
+from flux_ext.serving.pages import pages_of, store
+from flux_ext.serving.requests import NULL_PAGE, Requests, RouteTable
+from flux_ext.serving.steps import AnswerStep, PromptStep, Row, Steps
+from flux_ext.serving.visible_pages import Span, hidden, hidden_pages, split
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -78,6 +80,8 @@ def test_hidden_pages_are_those_that_no_later_query_sees(sink, blocks, align, pa
     for page, visible in enumerate(seen):
         whole = (page + 1) * page_size <= position
         assert (first <= page < last) == (not visible and whole and page > 0), page
+    on_device = hidden_pages(pattern, torch.tensor([position, 0]).int(), page_size, len(seen) + 2)
+    assert on_device.tolist() == [[first <= page < last for page in range(len(seen) + 2)], [False] * (len(seen) + 2)]
 
 
 # --- Requests.
@@ -115,12 +119,13 @@ def test_a_preempted_request_keeps_its_routes_and_not_its_pages():
 
 
 class Pager:
-    """Pages of one layer for several requests, as a scheduler and its workers have them."""
+    """Pages of one layer for several requests, as a scheduler and its workers have them; ``heads_first``: in memory, as
+    vLLM's build for CPUs has it."""
 
-    def __init__(self, page_size: int, pages: int, dtype: torch.dtype) -> None:
-        shape = (pages, KV_HEADS, 2, page_size, DIM)  # as vLLM's CPU build lays them out
-        self.memory = torch.full(shape, math.nan, dtype=dtype)
-        self.k, self.v = (self.memory[:, :, i].transpose(1, 2) for i in (0, 1))
+    def __init__(self, page_size: int, pages: int, dtype: torch.dtype, heads_first: bool = True) -> None:
+        shape = (KV_HEADS, page_size) if heads_first else (page_size, KV_HEADS)
+        self.memory = torch.full((pages, *shape, 2 * DIM), math.nan, dtype=dtype)
+        self.k, self.v = pages_of(self.memory if heads_first else self.memory.transpose(1, 2))
         self.free = list(range(1, pages))
         self.tables: dict[str, list[int]] = {}  # the worker's: it is not told of pages that were taken
         self.owned: dict[str, dict[int, int]] = {}  # what the scheduler knows: by position, a page may come back
@@ -132,9 +137,10 @@ class Pager:
             self.owned.setdefault(name, {})[len(table) - 1] = table[-1]
 
     def store(self, name: str, begin: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        for i in range(len(k)):
-            page, slot = divmod(begin + i, self.k.shape[1])
-            self.k[self.tables[name][page], slot], self.v[self.tables[name][page], slot] = k[i], v[i]
+        places = (divmod(begin + i, self.k.shape[1]) for i in range(len(k)))
+        slots = [self.tables[name][page] * self.k.shape[1] + place for page, place in places]
+        padded = [torch.cat([x, torch.full_like(x[:1], math.nan)]) for x in (k, v)]  # a row that has no slot
+        store(*padded, self.k, self.v, torch.tensor([*slots, -1]))
 
     def take(self, name: str, pages: range) -> None:
         """Takes pages back and spoils them."""
@@ -179,6 +185,14 @@ def twin(q, k, v, pattern, sparse, dense_until, prompt_len, last_q):
     return out
 
 
+def one_layer(config, router, pages: int) -> tuple[Requests, Steps, RoutedLayer]:
+    """A worker whose model has one layer."""
+    requests = Requests()
+    requests.groups[0] = 0
+    requests.table = RouteTable(pages, KV_HEADS if router.per_head else 1, "cpu")
+    return requests, Steps(requests, config), RoutedLayer(0, router, config, requests)
+
+
 @pytest.mark.parametrize("per_head", [False, True], ids=["layer", "head"])
 @pytest.mark.parametrize("pattern", ["streaming", "triangle"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -188,10 +202,8 @@ def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype
     choose = random.Random(per_head * 2 + (pattern == "triangle"))
     config, router = spread_router(per_head, 8, pattern, sink=5, window=24, align=8, last_q=20)
     last_q = config.last_q if pattern == "triangle" else 0
-    requests = Requests()
-    layer = RoutedLayer(0, router, config, requests)
-    layer.group = 0
-    pager = Pager(page_size=8, pages=200, dtype=dtype)
+    requests, steps, layer = one_layer(config, router, pages=200)
+    pager = Pager(page_size=8, pages=200, dtype=dtype, heads_first=per_head)
     whole: dict[str, dict] = {}
     for i in range(12):
         prompt_len, total = (n := choose.randint(1, 150)), n + choose.randint(1, 60)
@@ -199,7 +211,7 @@ def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype
         x["k"] += torch.randn(KV_HEADS, DIM).to(dtype)  # so that prompts differ in what a router sees
         x["q"] += torch.randn(HEADS, DIM).to(dtype)
         whole[f"r{i}"] = x | {"prompt_len": prompt_len, "total": total, "done": 0, "out": torch.zeros_like(x["q"])}
-    chunked = sparse_seen = freed = 0
+    chunked = sparse_seen = freed = of_answers = 0
     routes: dict[str, tuple] = {}
     while unfinished := [name for name, x in whole.items() if x["done"] < x["total"]]:
         rows, packed, tables = [], {"q": [], "k": []}, []
@@ -233,10 +245,13 @@ def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype
         tables = [pager.tables[name] + [NULL_PAGE] * (width - len(pager.tables[name])) for name, *_ in rows]
         lengths = torch.tensor([0, *(end - begin for _, begin, end in rows)]).cumsum(0).int()
         kv_len = torch.tensor([end for *_, end in rows]).int()
-        step = Step.of(requests, 0, lengths, kv_len, torch.tensor(tables).int())
+        requests.next_step(all(begin >= whole[name]["prompt_len"] for name, begin, _ in rows))
+        page_table = torch.tensor(tables).int()
+        step = steps.step(0, lengths, kv_len, page_table, max(end - begin for _, begin, end in rows))
+        of_answers += isinstance(step, AnswerStep)
         q, k = torch.cat(packed["q"]), torch.cat(packed["k"])
         layer.see(k if per_head else q, step)
-        out = layer.attend(q, pager.k, pager.v, step, DIM**-0.5)
+        out = layer.attend(q, pager.k, pager.v, page_table, step, DIM**-0.5)
         for name, begin, end in rows:
             x = whole[name]
             x["out"][begin:end] = out[: end - begin]
@@ -264,30 +279,64 @@ def test_requests_in_any_steps_attend_as_by_dense_masks(per_head, pattern, dtype
         expected = twin(x["q"], x["k"], x["v"], layer.pattern, sparse, dense_until, x["prompt_len"], last_q)
         bound = 2e-6 if dtype == torch.float32 else 3e-2
         assert (x["out"].double() - expected).abs().max() < bound, (name, route, dense_until)
-    assert chunked and freed and 0 < sparse_seen < 12  # the cases meant were there
+    assert chunked and freed and of_answers and 0 < sparse_seen < 12  # the cases meant were there
 
 
-def test_pages_that_were_given_back_are_never_loaded():
+@pytest.mark.parametrize("only_answers", [True, False])
+def test_pages_that_were_given_back_are_never_loaded(only_answers):
     """A kernel loads whole blocks of keys; beside the visible ones may lie another request's, or NaN."""
     config, router = spread_router(False, 4, sink=8, window=16)
-    requests = Requests()
-    layer = RoutedLayer(0, router, config, requests)
-    layer.group = 0
+    requests, steps, layer = one_layer(config, router, pages=20)
     pager = Pager(page_size=8, pages=20, dtype=torch.float32)
     pager.grow("a", 100)
     requests.begin("a", 99, (pager.tables["a"][0],))
     requests.decide(requests.at(0, pager.tables["a"][0]), 0, (1,), 0)
     k, v, q = torch.randn(100, KV_HEADS, DIM), torch.randn(100, KV_HEADS, DIM), torch.randn(1, HEADS, DIM)
     pager.store("a", 0, k, v)
-    step = Step.of(
-        requests, 0, torch.tensor([0, 1]).int(), torch.tensor([100]).int(), torch.tensor([pager.tables["a"]]).int()
-    )
-    before = layer.attend(q, pager.k, pager.v, step, 0.25)
+    page_table = torch.tensor([pager.tables["a"]]).int()
+    requests.next_step(only_answers)
+    step = steps.step(0, torch.tensor([0, 1]).int(), torch.tensor([100]).int(), page_table, 1)
+    assert isinstance(step, AnswerStep if only_answers else PromptStep)
+    before = layer.attend(q, pager.k, pager.v, page_table, step, 0.25)
     first, last = hidden(layer.pattern, 99, 8)
     assert (first, last) == (1, 10)
     pager.take("a", range(first, last))
-    assert torch.equal(layer.attend(q, pager.k, pager.v, step, 0.25), before)
+    assert torch.equal(layer.attend(q, pager.k, pager.v, page_table, step, 0.25), before)
     assert before.isfinite().all()
+
+
+def test_a_step_is_made_once_for_all_layers_and_planned_once_for_each_of_their_routes():
+    config, router = spread_router(False, 4, sink=8, window=16)
+    requests = Requests()
+    for name, page, routes in (("a", 1, (1, 0, 1, 0)), ("b", 9, (1, 1, 1, 0))):
+        requests.begin(name, 100, (page,))
+        for layer, route in enumerate(routes):
+            requests.decide(requests.at(0, page), layer, (route,), 0)
+    cu_seqlens, kv_len = torch.tensor([0, 100, 200]).int(), torch.tensor([100, 100]).int()
+    page_table = torch.stack([torch.arange(1, 17), torch.arange(9, 25)]).int()
+    steps = Steps(requests, config)
+    requests.next_step(False)
+    step = steps.step(0, cu_seqlens, kv_len, page_table, 100)
+    assert steps.step(1, cu_seqlens, kv_len, page_table + 99, 100) is step  # first pages that nobody announced
+    plans = [step.plan(layer, 8, page_table) for layer in range(4)]
+    assert plans[0] is plans[2] and len({id(plan) for plan in plans}) == 3
+    assert plans[0].visible(page_table).tolist()[0] == page_table[0].tolist()  # the first query sees everything before
+    requests.next_step(False)  # vLLM may have written the next step into the same tensors
+    assert steps.step(0, cu_seqlens, kv_len, page_table, 100) is not step
+
+
+def test_a_request_that_is_computed_anew_has_its_routes_by_its_new_first_page():
+    requests = Requests()
+    requests.groups.update({5: 0, 7: 1})
+    requests.table = RouteTable(20, 2, "cpu")
+    requests.begin("a", 10, (3, 4))
+    requests.decide(requests.at(0, 3), 5, (1, 0), 0)
+    requests.decide(requests.at(0, 3), 7, (1, 1), 0)
+    assert requests.routes_at(torch.tensor([4, 3, NULL_PAGE])).tolist() == [[1, 1], [1, 0], [0, 0]]
+    requests.begin("a", 10, (9, 8))
+    requests.begin("b", 10, (3, 4))
+    requests.decide(requests.at(0, 3), 5, (0, 0), 0)
+    assert requests.routes_at(torch.tensor([9, 8, 3])).tolist() == [[1, 0], [1, 1], [0, 0]]
 
 
 class RecordingRouter:
@@ -315,24 +364,25 @@ def test_a_short_prompt_in_chunks_is_pooled_as_a_whole():
         done = 0
         for size in (5, 3, 6, 1, 30):
             end = min(done + size, length)
-            step = Step([Row(requests.at(0, 1), 0, end - done, done, end)], torch.tensor([[1]]))
+            step = PromptStep([Row(requests.at(0, 1), 0, end - done, done, end)], config.streaming(), 0)
             layer.see(states[done:end], step)
             done = end
         assert len(seen) == 1
         torch.testing.assert_close(seen[0], whole, rtol=1e-5, atol=1e-5)
 
 
-def test_rehearsals_without_requests_attend_fully():
+@pytest.mark.parametrize("only_answers", [True, False])
+def test_rehearsals_without_requests_attend_fully(only_answers):
     config, router = spread_router(False, 8, sink=4, window=16)
-    layer = RoutedLayer(0, router, config, Requests())
-    layer.group = 0
-    tensors = torch.tensor([0, 2, 2]).int(), torch.tensor([2, 0]).int(), torch.zeros(2, 4).int()
-    step = Step.of(layer.requests, 0, *tensors)
+    requests, steps, layer = one_layer(config, router, pages=3)
+    requests.next_step(only_answers)
+    page_table = torch.zeros(2, 4).int()
+    step = steps.step(0, torch.tensor([0, 1, 2]).int(), torch.tensor([1, 0]).int(), page_table, 1)
     q, pages = torch.randn(2, HEADS, DIM), torch.zeros(3, 8, KV_HEADS, DIM)
     layer.see(q, step)
-    assert torch.equal(layer.attend(q, pages, pages, step, 0.25), torch.zeros_like(q))
-    empty = Step([], torch.zeros(0, 4).int())
-    assert torch.equal(layer.attend(q, pages, pages, empty, 0.25), torch.zeros_like(q))
+    assert torch.equal(layer.attend(q, pages, pages, page_table, step, 0.25), torch.zeros_like(q))
+    empty = PromptStep([], layer.pattern, 0)
+    assert torch.equal(layer.attend(q, pages, pages, page_table[:0], empty, 0.25), torch.zeros_like(q))
 
 
 @pytest.mark.parametrize("preset, name", [("fa-xa", "pattern"), ("xa-ssa", "full"), ("fa-ssa", "decode")])

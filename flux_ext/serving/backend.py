@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..operators.patterns import Streaming
 from ..routers.collection import FluxRouters
-from .layers import RoutedLayer, Step
+from .layers import RoutedLayer
 from .page_manager import RoutedPagesSpec
+from .pages import pages_of, store
 from .requests import Requests
+from .steps import Step, Steps
 from .vllm_seam import (
     Attention,
     AttentionType,
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
     metadata_of,
     missing,
 )
@@ -25,24 +28,19 @@ _ROUTED = "flux_ext_layer"
 """Where an attention layer of vLLM holds its :class:`RoutedLayer`."""
 
 
-class RoutedImplementation(CPUAttentionBackendImpl):  # type: ignore[misc]
-    """Attention of the layers that have a router, by this package's operators over vLLM's pages; of others, vLLM's.
+class RoutedAttention:
+    """Attention of the layers that have a router, by this package's operators over vLLM's pages; of others, vLLM's: the
+    implementation that a class derives from beside this one."""
 
-    A page ``[Hkv, page_size, 2 * D]`` holds keys, then values, each ``[Hkv, page_size, D]``.
-    """
+    scale: float
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if getattr(layer, _ROUTED, None) is None:
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-            return
-        k_pages, v_pages = pages_of(kv_cache)
-        stored = (slot_mapping >= 0).nonzero()[:, 0]  # rows of padding have none
-        slots = slot_mapping[stored]
-        where = torch.div(slots, k_pages.shape[1], rounding_mode="floor"), slots % k_pages.shape[1]
-        k_pages[where] = key[stored].to(k_pages.dtype)
-        v_pages[where] = value[stored].to(v_pages.dtype)
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)  # type: ignore[misc]
+        else:
+            store(key[: len(slot_mapping)], value[: len(slot_mapping)], *pages_of(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -58,28 +56,52 @@ class RoutedImplementation(CPUAttentionBackendImpl):  # type: ignore[misc]
     ) -> Tensor:
         tap: Tap | None = getattr(layer, _ROUTED, None)
         if tap is None or attn_metadata is None:
-            return super().forward(  # type: ignore[no-any-return]
+            return super().forward(  # type: ignore[misc,no-any-return]
                 layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         tokens = attn_metadata.num_actual_tokens
         k_pages, v_pages = pages_of(kv_cache)
-        output[:tokens] = tap.routed.attend(query[:tokens], k_pages, v_pages, tap.step(attn_metadata), self.scale)
+        step = tap.step(attn_metadata)
+        page_table = attn_metadata.block_table[
+            : len(attn_metadata.seq_lens), : -(-attn_metadata.max_seq_len // k_pages.shape[1])
+        ]
+        output[:tokens] = tap.routed.attend(query[:tokens], k_pages, v_pages, page_table, step, self.scale)
         return output
 
 
+class RoutedImplementation(RoutedAttention, CPUAttentionBackendImpl):  # type: ignore[misc]
+    """On the CPU."""
+
+
+class RoutedMetadataBuilder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """Leaves out what only vLLM's own attention needs, where all layers of a group have routers."""
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        if not all(hasattr(layers[name], _ROUTED) for name in self.layer_names):
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return CPUAttentionMetadata(
+            num_actual_tokens=common_attn_metadata.num_actual_tokens,
+            max_query_len=common_attn_metadata.max_query_len,
+            query_start_loc=common_attn_metadata.query_start_loc,
+            max_seq_len=common_attn_metadata.max_seq_len,
+            seq_lens=common_attn_metadata.seq_lens,
+            block_table=common_attn_metadata.block_table_tensor,
+            slot_mapping=common_attn_metadata.slot_mapping,
+            scheduler_metadata=None,
+        )
+
+
 class RoutedBackend(CPUAttentionBackend):  # type: ignore[misc]
-    """vLLM's backend for CPUs, with :class:`RoutedImplementation`."""
+    """vLLM's backend for CPUs, with routed layers."""
 
     @staticmethod
     def get_impl_cls() -> type:
         return RoutedImplementation
 
-
-def pages_of(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[num_pages, page_size, Hkv, D]`` as views of vLLM's ``[num_pages, Hkv, page_size, 2 * D]``."""
-    pages, heads, page_size, width = kv_cache.shape
-    halves = kv_cache.view(pages, heads, 2, page_size, width // 2)
-    return halves[:, :, 0].transpose(1, 2), halves[:, :, 1].transpose(1, 2)
+    @staticmethod
+    def get_builder_cls() -> type:
+        return RoutedMetadataBuilder
 
 
 class Tap(nn.Module):
@@ -88,22 +110,20 @@ class Tap(nn.Module):
     vLLM's layers share one rotary embedding, so each gets a tap of its own in front of it.
     """
 
-    def __init__(self, rotary: nn.Module, routed: RoutedLayer, attention: Any) -> None:
+    def __init__(self, rotary: nn.Module, routed: RoutedLayer, attention: Any, steps: Steps) -> None:
         super().__init__()
-        self.rotary, self.routed = rotary, routed
+        self.rotary, self.routed, self.steps = rotary, routed, steps
         self.layer_name = attention.layer_name
         heads = attention.num_kv_heads if routed.router.per_head else attention.num_heads
         self._shape = (heads, attention.head_size)
-        self._last: tuple[Any, Step] | None = None
 
     def step(self, metadata: Any) -> Step:
-        """What attention was told of a step, read once for router and attention."""
-        if self._last is None or self._last[0] is not metadata:
-            if self.routed.group is None:
-                raise RuntimeError(f"{self.layer_name} has a router, but its pages belong to no known group")
-            tensors = metadata.query_start_loc, metadata.seq_lens, metadata.block_table
-            self._last = metadata, Step.of(self.routed.requests, self.routed.group, *tensors)
-        return self._last[1]
+        """The step that attention was told of."""
+        group = self.steps.requests.groups.get(self.routed.index)
+        if group is None:
+            raise RuntimeError(f"{self.layer_name} has a router, but its pages belong to no known group")
+        tensors = metadata.query_start_loc, metadata.seq_lens, metadata.block_table
+        return self.steps.step(group, *tensors, metadata.max_query_len)
 
     def forward(self, positions: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if (metadata := metadata_of(self.layer_name)) is not None:
@@ -132,6 +152,7 @@ def install(model: nn.Module, routers: FluxRouters) -> None:
         ValueError: routers and model do not fit, or a layer is of a form that cannot be routed.
     """
     config, requests = routers.config, Requests()
+    steps = Steps(requests, config)
     parents = attention_parents(model)
     device = next(model.parameters()).device
     for index, router in zip(config.routed_layers(), routers.to(device).layers, strict=True):
@@ -140,7 +161,8 @@ def install(model: nn.Module, routers: FluxRouters) -> None:
         parent = parents[index]
         attention = parent.attn
         refuse_layer(attention, index)
-        tap = Tap(parent.rotary_emb, RoutedLayer(index, router, config, requests), attention)  # type: ignore[arg-type]
+        routed = RoutedLayer(index, router, config, requests)  # type: ignore[arg-type]
+        tap = Tap(parent.rotary_emb, routed, attention, steps)
         parent.rotary_emb = tap
         attention.__dict__[_ROUTED] = tap  # not as a submodule: it is one of its parent's
     for index, parent in parents.items():

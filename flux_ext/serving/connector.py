@@ -10,6 +10,7 @@ from typing import Any
 
 from .backend import routed_layers
 from .page_manager import RoutedPagesManager
+from .requests import RouteTable
 from .vllm_seam import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -23,8 +24,9 @@ from .vllm_seam import (
 @dataclass
 class StepRequests(KVConnectorMetadata):  # type: ignore[misc]
     """To a worker: requests that ended before a step, and those that start with it (name, tokens of the prompt, first
-    page in each group)."""
+    page in each group); whether no token of the step belongs to a prompt."""
 
+    only_answers: bool
     ended: list[str] = field(default_factory=list)
     begun: list[tuple[str, int, tuple[int, ...]]] = field(default_factory=list)
 
@@ -55,8 +57,12 @@ class FluxRoutes(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             for index, names in enumerate(groups):
                 for name in names:
                     if name in found:
-                        found[name].group = index
+                        found[name].requests.groups[found[name].index] = index
                         self._layers.append(found[name])
+            router = self._layers[0].router
+            heads = vllm_config.model_config.get_total_num_kv_heads() if router.per_head else 1
+            device = next(router.parameters()).device
+            self._requests.table = RouteTable(kv_cache_config.num_blocks, heads, device)
 
     # --- In the worker.
 
@@ -70,6 +76,7 @@ class FluxRoutes(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._requests.end(name)
         for name, prompt_len, first_pages in connector_metadata.begun:
             self._requests.begin(name, prompt_len, first_pages)
+        self._requests.next_step(connector_metadata.only_answers)
 
     def build_connector_worker_meta(self) -> SparseLayers | None:
         decided = self._requests.take_decided()
@@ -79,7 +86,7 @@ class FluxRoutes(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         for request in decided:
             sparse = [False] * self._num_groups
             for layer in self._layers:
-                sparse[layer.group] = request.is_sparse(layer.index)
+                sparse[self._requests.groups[layer.index]] = request.is_sparse(layer.index)
             report[request.name] = tuple(sparse)
         return SparseLayers(report)
 
@@ -109,11 +116,15 @@ class FluxRoutes(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None: ...
 
     def build_connector_meta(self, scheduler_output: Any) -> StepRequests:
-        step = StepRequests(ended=sorted(scheduler_output.finished_req_ids))
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        only_answers = not scheduler_output.scheduled_new_reqs and all(
+            tokens >= self._prompt_lens[name] for name, tokens in computed
+        )
+        step = StepRequests(only_answers, ended=sorted(scheduler_output.finished_req_ids))
         for new in scheduler_output.scheduled_new_reqs:
             self._prompt_lens[new.req_id] = prompt_length(new)
             step.begun.append(self._begun(new.req_id, new.block_ids))
-        cached = scheduler_output.scheduled_cached_reqs
         for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if name in cached.resumed_req_ids:
                 step.begun.append(self._begun(name, blocks))

@@ -1,13 +1,6 @@
-"""One layer of a served model: its router, and its attention over pages. Nothing here knows vLLM.
-
-A step computes new tokens of many requests, packed, each with its keys and values in pages: whole prompts, chunks of
-prompts and single tokens side by side.
-"""
+"""One layer of a served model: its router, and its attention over pages. Nothing here knows vLLM."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,41 +10,7 @@ from ..config import FluxConfig
 from ..operators.patterns import Full
 from ..routers.modules import Router
 from .requests import Request, Requests
-from .visible_pages import Span, hidden, split
-
-
-class Row(NamedTuple):
-    """The tokens ``[begin, end)`` of a request that a step computes, rows ``[q_begin, q_end)`` of the packed ones."""
-
-    request: Request | None
-    q_begin: int
-    q_end: int
-    begin: int
-    end: int
-
-
-@dataclass
-class Step:
-    """What one step computes, for the layers of one group.
-
-    Attributes:
-        rows: one per request.
-        page_table: int32 ``[len(rows), max_pages]``.
-    """
-
-    rows: list[Row]
-    page_table: Tensor
-
-    @classmethod
-    def of(cls, requests: Requests, group: int, cu_seqlens: Tensor, kv_len: Tensor, page_table: Tensor) -> Step:
-        """From what vLLM's runner hands to attention, int32 ``[B + 1]``, ``[B]`` and ``[B, max_pages]``: waits for
-        the device."""
-        bounds, lengths = cu_seqlens.tolist(), kv_len.tolist()
-        owners = [requests.at(group, page) for page in page_table[: len(lengths), 0].tolist()]
-        rows = []
-        for request, q_begin, q_end, end in zip(owners, bounds[:-1], bounds[1:], lengths, strict=True):
-            rows.append(Row(request, q_begin, q_end, end - (q_end - q_begin), end))
-        return cls(rows, page_table[: len(lengths)])
+from .steps import AnswerStep, PromptStep, Row, Step
 
 
 def refuse_modes(settings: FluxConfig) -> None:
@@ -69,16 +28,11 @@ class RoutedLayer:
         router: of the layer, on its device.
         config: the routers' settings.
         requests: those of the worker.
-
-    Attributes:
-        group: of the layers that share page tables with this one; known once vLLM has laid out its memory.
     """
 
     def __init__(self, index: int, router: Router, config: FluxConfig, requests: Requests) -> None:
         self.index, self.router, self.requests = index, router, requests
         self.pattern = config.streaming()
-        self.last_q = config.last_q if config.pattern == "triangle" else 0
-        self.group: int | None = None
 
     def see(self, states: Tensor, step: Step) -> None:
         """Decides the routes of the requests whose prompts this step completes, and remembers of the others what
@@ -87,6 +41,8 @@ class RoutedLayer:
         Args:
             states: ``[T, H, D]``, the new tokens' queries (per-head routers: keys) before the rotary embedding.
         """
+        if isinstance(step, AnswerStep):
+            return  # whose requests have their routes
         whole: list[Row] = []
         for row in step.rows:
             if row.request is None or self.index in row.request.routes or row.q_begin == row.q_end:
@@ -122,46 +78,42 @@ class RoutedLayer:
         routes = tuple(route) if isinstance(route, list) else (route,)
         self.requests.decide(row.request, self.index, routes, row.begin)
 
-    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, step: Step, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, step: Step, scale: float
+    ) -> Tensor:
         """Attention of a step's tokens, whose own keys and values are in the pages already.
 
         Args:
             q: ``[T, Hq, D]``, packed.
             k_pages, v_pages: ``[num_pages, page_size, Hkv, D]``, any strides with the last dimension contiguous.
+            page_table: int32 ``[B, max_pages]``, of this layer, a row per request of the step.
 
         Returns:
             ``[T, Hq, D]``.
         """
-        lengths, ends, routes, tables = [0], [], [], []
-        for i, row in enumerate(step.rows):
-            for span in self._spans(row):
-                lengths.append(span.end - span.begin)
-                ends.append(span.end)
-                routes.append(row.request.routes[self.index] if span.sparse and row.request else (0,))
-                tables.append(self._visible(step.page_table[i], span, routes[-1], k_pages.shape[1]))
-        if not ends:
+        if isinstance(step, AnswerStep):
+            return self._attend_answers(q, k_pages, v_pages, page_table, step, scale)
+        return self._attend_prompts(q, k_pages, v_pages, page_table, step, scale)
+
+    def _attend_prompts(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, step: PromptStep, scale: float
+    ) -> Tensor:
+        plan = step.plan(self.index, k_pages.shape[1], page_table)
+        if plan is None:
             return torch.zeros_like(q)
-        heads = max(map(len, routes))
-        route = torch.tensor([r * (heads // len(r)) for r in routes], dtype=torch.int32, device=q.device)
-        cu_seqlens, kv_len = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in (lengths, ends))
-        kv = operators.KeyValues(k_pages, v_pages, end=kv_len, page_table=torch.stack(tables))
-        routing = operators.Routing(route[:, 0] if heads == 1 else route, Full(), self.pattern)
-        return operators.attend(q, kv, routing, scale, cu_seqlens.cumsum(0, dtype=torch.int32))[0]
+        kv = operators.KeyValues(k_pages, v_pages, end=plan.kv_len, page_table=plan.visible(page_table))
+        return operators.attend(q, kv, self._routing(plan.route), scale, plan.cu_seqlens)[0]
 
-    def _spans(self, row: Row) -> list[Span]:
-        if row.q_begin == row.q_end:
-            return []
-        request = row.request
-        if request is None or request.dense_until is None or not any(request.routes.get(self.index, ())):
-            return [Span(row.begin, row.end, False)]
-        return split(row.begin, row.end, request.dense_until, request.prompt_len, self.last_q)
+    def _attend_answers(
+        self, q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, step: AnswerStep, scale: float
+    ) -> Tensor:
+        first_pages = page_table[:, :1]
+        route = self.requests.routes_at(first_pages[:, 0])
+        hidden = step.hidden(k_pages.shape[1], page_table.shape[1]) & route.all(1, keepdim=True)
+        visible = torch.where(hidden, first_pages, page_table)  # as in a Plan
+        kv = operators.KeyValues(k_pages, v_pages, end=step.kv_len, page_table=visible)
+        route = route if route.shape[1] > 1 else route[:, 0]
+        return operators.attend(q[:, None], kv, self._routing(route), scale)[0][:, 0]
 
-    def _visible(self, table: Tensor, span: Span, route: tuple[int, ...], page_size: int) -> Tensor:
-        """The page table without pages that no head sees: they may be another request's by now, and a kernel loads
-        blocks of keys before it masks them. The request's first page stands in for them."""
-        if not all(route):
-            return table
-        first, last = hidden(self.pattern, span.begin, page_size)
-        if first >= last:
-            return table
-        return torch.cat([table[:first], table[:1].expand(last - first), table[last:]])
+    def _routing(self, route: Tensor) -> operators.Routing:
+        return operators.Routing(route, Full(), self.pattern)

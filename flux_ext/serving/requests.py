@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+Route = tuple[int, ...]
+"""Of one request in one layer, 0 full or 1 sparse: one number, or one per KV head."""
 NULL_PAGE = 0
 """The page that belongs to no request: what vLLM's rehearsals, without requests, have in their tables."""
 
@@ -21,7 +24,7 @@ class Request:
             while the request runs, so it tells whose a row of a page table is.
         dense_until: where the chunk began with which the prompt was complete and the routes were decided; the tokens
             before attended fully. None: not decided yet.
-        routes: per layer, 0 full or 1 sparse, one number or one per KV head.
+        routes: per layer.
         rows: per layer, states of the prompt's tokens so far that its router will pool, ``[n, H, D]``.
     """
 
@@ -29,7 +32,7 @@ class Request:
     prompt_len: int
     first_pages: tuple[int, ...]
     dense_until: int | None = None
-    routes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    routes: dict[int, Route] = field(default_factory=dict)
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def is_sparse(self, layer: int) -> bool:
@@ -37,10 +40,44 @@ class Request:
         return all(self.routes.get(layer, (0,)))
 
 
+class RouteTable:
+    """Routes on a device, by the first page of a request's layer, which is no other's: pages are those of one pool.
+
+    Args:
+        num_pages: of the pool.
+        heads: numbers of one route, 1 or the KV heads.
+    """
+
+    def __init__(self, num_pages: int, heads: int, device: torch.device | str) -> None:
+        self._routes = torch.zeros(num_pages, heads, dtype=torch.int32, device=device)
+
+    def write(self, routes: dict[int, Route]) -> None:
+        """Routes by first page; does not wait for the device."""
+        pages, numbers = (torch.tensor(list(x)).to(self._routes.device) for x in (routes.keys(), routes.values()))
+        self._routes[pages] = numbers.to(torch.int32)
+
+    def at(self, pages: Tensor) -> Tensor:
+        """int32 ``[B, heads]``, of the requests whose first pages these are ``[B]``; full for :data:`NULL_PAGE`."""
+        return self._routes.index_select(0, pages)
+
+
 class Requests:
-    """The requests of one worker, found by name or by their first page."""
+    """The requests of one worker, found by name or by their first page.
+
+    Attributes:
+        groups: of layers that share page tables, by the routed layers in them; known once vLLM has laid out its memory,
+            as is the table.
+        table: the routes on the device.
+        steps: how many there were.
+        only_answers: whether every token of the step comes after its request's prompt.
+    """
 
     def __init__(self) -> None:
+        self.groups: dict[int, int] = {}
+        self.table: RouteTable | None = None
+        self.steps = 0
+        self.only_answers = False
+        self._unwritten: dict[int, Route] = {}
         self._by_name: dict[str, Request] = {}
         self._by_page: dict[tuple[int, int], Request] = {}
         self._decided: list[Request] = []
@@ -61,6 +98,8 @@ class Requests:
         known.rows.clear()
         for key in enumerate(known.first_pages):
             self._by_page[key] = known
+        for layer, route in known.routes.items():
+            self._write(known, layer, route)
 
     def end(self, name: str) -> None:
         """A request is finished or was given up."""
@@ -84,7 +123,7 @@ class Requests:
             raise RuntimeError(f"page {page} of group {group} is the first of no request that was announced")
         return request
 
-    def decide(self, request: Request, layer: int, route: tuple[int, ...], dense_until: int) -> None:
+    def decide(self, request: Request, layer: int, route: Route, dense_until: int) -> None:
         """A layer's route, once per request.
 
         Raises:
@@ -97,6 +136,24 @@ class Requests:
             self._decided.append(request)
         request.routes[layer] = route
         request.rows.pop(layer, None)
+        self._write(request, layer, route)
+
+    def _write(self, request: Request, layer: int, route: Route) -> None:
+        if layer in self.groups:
+            self._unwritten[request.first_pages[self.groups[layer]]] = route
+
+    def routes_at(self, pages: Tensor) -> Tensor:
+        """:meth:`RouteTable.at` of all that was decided."""
+        assert self.table is not None, "the pool of pages is not laid out yet"
+        if self._unwritten:
+            self.table.write(self._unwritten)
+            self._unwritten = {}
+        return self.table.at(pages)
+
+    def next_step(self, only_answers: bool) -> None:
+        """A step begins: after its requests were announced, before it runs."""
+        self.steps += 1
+        self.only_answers = only_answers
 
     def take_decided(self) -> list[Request]:
         """The requests whose routes were decided since the last call."""

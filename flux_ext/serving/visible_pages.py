@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..operators.patterns import Streaming
 
 
@@ -40,3 +43,10 @@ def hidden(pattern: Streaming, position: int, page_size: int) -> tuple[int, int]
     """
     first = max(1, -(-pattern.sink // page_size))
     return first, max(first, pattern.window_begin(position) // page_size)
+
+
+def hidden_pages(pattern: Streaming, positions: Tensor, page_size: int, max_pages: int) -> Tensor:
+    """:func:`hidden` for many positions ``[B]``, on their device: bool ``[B, max_pages]``."""
+    pages = torch.arange(max_pages, dtype=positions.dtype, device=positions.device)
+    last = torch.div(pattern.window_begin(positions), page_size, rounding_mode="floor")
+    return (pages >= max(1, -(-pattern.sink // page_size))) & (pages < last[:, None])

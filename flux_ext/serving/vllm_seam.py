@@ -61,11 +61,12 @@ try:
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backend import AttentionType
+    from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
     from vllm.v1.attention.backends.cpu_attn import (
         CPUAttentionBackend,
         CPUAttentionBackendImpl,
         CPUAttentionMetadata,
+        CPUAttentionMetadataBuilder,
     )
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
@@ -83,6 +84,8 @@ __all__ = [
     "BaseModelLoader",
     "CPUAttentionBackend",
     "CPUAttentionBackendImpl",
+    "CPUAttentionMetadata",
+    "CPUAttentionMetadataBuilder",
     "EngineArgs",
     "FullAttentionManager",
     "FullAttentionSpec",
@@ -104,6 +107,8 @@ CALLED: list[tuple[Any, str, tuple[str, ...]]] = [  # what vLLM calls on us or w
     (BaseModelLoader, "load_model", ("vllm_config", "model_config")),
     (EngineArgs, "create_engine_config", ()),
     (CPUAttentionBackend, "get_impl_cls", ()),
+    (CPUAttentionBackend, "get_builder_cls", ()),
+    (CPUAttentionMetadataBuilder, "build", ("common_prefix_len", "common_attn_metadata", "fast_build")),
     (
         CPUAttentionBackendImpl,
         "forward",
@@ -149,12 +154,36 @@ FIELDS: list[tuple[type, tuple[str, ...]]] = [  # of vLLM's dataclasses, read or
     (VllmConfig, ("compilation_config", "kv_transfer_config", "load_config", "model_config", "parallel_config")),
     (CompilationConfig, ("static_forward_context",)),
     (KVTransferConfig, ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")),
-    (KVCacheConfig, ("kv_cache_groups",)),
+    (KVCacheConfig, ("kv_cache_groups", "num_blocks")),
     (KVCacheGroupSpec, ("layer_names",)),
-    (CPUAttentionMetadata, ("num_actual_tokens", "query_start_loc", "seq_lens", "block_table")),
+    (
+        CPUAttentionMetadata,
+        (
+            "num_actual_tokens",
+            "max_query_len",
+            "query_start_loc",
+            "max_seq_len",
+            "seq_lens",
+            "block_table",
+            "slot_mapping",
+            "scheduler_metadata",
+        ),
+    ),
+    (
+        CommonAttentionMetadata,
+        (
+            "num_actual_tokens",
+            "max_query_len",
+            "query_start_loc",
+            "max_seq_len",
+            "seq_lens",
+            "block_table_tensor",
+            "slot_mapping",
+        ),
+    ),
     (SchedulerOutput, ("finished_req_ids", "scheduled_new_reqs", "scheduled_cached_reqs")),
     (NewRequestData, ("req_id", "prompt_token_ids", "prompt_embeds", "block_ids")),
-    (CachedRequestData, ("req_ids", "resumed_req_ids", "new_block_ids")),
+    (CachedRequestData, ("req_ids", "resumed_req_ids", "new_block_ids", "num_computed_tokens")),
     (KVConnectorOutput, ("kv_connector_worker_meta",)),
 ]
 
