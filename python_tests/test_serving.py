@@ -306,7 +306,7 @@ def test_pages_that_were_given_back_are_never_loaded(only_answers):
 
 
 def test_a_step_is_made_once_for_all_layers_and_planned_once_for_each_of_their_routes():
-    config, router = spread_router(False, 4, sink=8, window=16)
+    config, _router = spread_router(False, 4, sink=8, window=16)
     requests = Requests()
     for name, page, routes in (("a", 1, (1, 0, 1, 0)), ("b", 9, (1, 1, 1, 0))):
         requests.begin(name, 100, (page,))
