@@ -19,13 +19,15 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from openai import OpenAI
 
 
 def start(model: str, routers: str, port: int, options: list[str]) -> subprocess.Popen[bytes]:
     """A server whose every process knows the routers."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--port", str(port)]
+    vllm = str(Path(sys.executable).with_name("vllm"))  # of this environment, whatever the PATH has
+    command = [vllm, "serve", model, "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "routed", *options]
     return subprocess.Popen(command, env={**os.environ, "FLUX_EXT_ROUTERS": routers}, start_new_session=True)
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from flux_ext import FluxConfig, FluxRouters
 from flux_ext.operators.patterns import dense_mask
-from flux_ext.serving.plugin import ROUTERS_VARIABLE
+from flux_ext_vllm import ROUTERS_VARIABLE
 
 VOCABULARY, LAYERS, PAGE = 512, 4, 32
 

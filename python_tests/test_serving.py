@@ -5,17 +5,21 @@ vLLM itself does is in test_serving_vllm.py.
 """
 
 import math
+import os
 import random
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flux_ext_vllm
 from flux_ext import FluxConfig, FluxRouters, Streaming, Triangle
 from flux_ext.operators.patterns import dense_mask
-from flux_ext.serving import plugin
 from flux_ext.serving.layers import RoutedLayer, refuse_modes
 from flux_ext.serving.pages import pages_of, store
 from flux_ext.serving.requests import NULL_PAGE, Requests, RouteTable
@@ -27,10 +31,27 @@ HEADS, KV_HEADS, DIM = 4, 2, 16
 
 def test_unset_nothing_is_imported(monkeypatch):
     monkeypatch.setattr("builtins.__import__", None)
-    monkeypatch.delenv(plugin.ROUTERS_VARIABLE, raising=False)
-    plugin.register()
-    monkeypatch.setenv(plugin.ROUTERS_VARIABLE, "")
-    plugin.register()
+    monkeypatch.delenv(flux_ext_vllm.ROUTERS_VARIABLE, raising=False)
+    flux_ext_vllm.register()
+    monkeypatch.setenv(flux_ext_vllm.ROUTERS_VARIABLE, "")
+    flux_ext_vllm.register()
+
+
+def test_a_package_that_cannot_be_imported_is_said_when_the_plugin_is_called(tmp_path):
+    """Not when it is imported: vLLM only logs that. Here the sources of a checkout are found first, without what a
+    build puts there."""
+    (tmp_path / "flux_ext").mkdir()
+    (tmp_path / "flux_ext" / "__init__.py").write_text("raise ImportError('nothing was built')")
+    code = "import sys, flux_ext_vllm\nassert 'flux_ext' not in sys.modules\nflux_ext_vllm.register()\n"
+    environment = {"PYTHONPATH": str(Path(flux_ext_vllm.__file__).parent), flux_ext_vllm.ROUTERS_VARIABLE: "some"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.endswith("ImportError: nothing was built\n"), done.stderr
 
 
 # --- Which tokens and pages are seen.

@@ -20,9 +20,25 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/run tests serving in an environment of its own")
 
-from openai import APIStatusError, OpenAI
-from serving_engine import Oracle, make_model, make_routers, prompt
+import httpx
+from openai import APIConnectionError, APIStatusError, OpenAI
+from serving_engine import LAYERS, PAGE, Oracle, make_model, make_routers, prompt
 
+LONGEST = 512  # tokens of a request; the pool of pages holds one such, everything full
+OPTIONS = [
+    "--dtype=float32",
+    f"--max-model-len={LONGEST}",
+    f"--block-size={PAGE}",
+    f"--num-gpu-blocks-override={LAYERS * LONGEST // PAGE + 1}",  # and the page that is no request's
+    "--max-num-batched-tokens=2048",
+]
+ENVIRONMENT = {  # as it was when pytest started: engines in this process change theirs
+    **os.environ,
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 EXAMPLE = Path(__file__).parent.parent / "examples" / "serve_vllm.py"
 STARTS_WITHIN = 240  # seconds, on a machine with other work
 
@@ -30,19 +46,17 @@ STARTS_WITHIN = 240  # seconds, on a machine with other work
 class Server:
     """A server in processes of its own."""
 
-    def __init__(self, model, routers, log):
+    def __init__(self, model, routers, folder):
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = found.getsockname()[1]
-        place = ["--host=127.0.0.1", f"--port={self.port}", "--served-model-name=tiny"]
-        self.arguments = ["--dtype=float32", "--max-model-len=512", "--block-size=32", "--max-num-batched-tokens=2048"]
-        own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        self.environment = {**os.environ, **own}
-        self.log = log
+        self.log = folder / "log"
+        command = [Path(sys.executable).with_name("vllm"), "serve", str(model), "--served-model-name=tiny"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *place, *self.arguments],
-            env={**self.environment, "FLUX_EXT_ROUTERS": str(routers)},
-            stdout=log.open("w"),
+            [*command, "--host=127.0.0.1", f"--port={self.port}", *OPTIONS],
+            env={**ENVIRONMENT, "FLUX_EXT_ROUTERS": str(routers)},
+            cwd=folder,
+            stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that its group is ours to end, with the engine's process in it
         )
@@ -90,13 +104,20 @@ def ask(client, x, tokens):
     return client.completions.create(model="tiny", prompt=x, max_tokens=tokens, temperature=0, extra_body=body)
 
 
+def stream(client, x):
+    return client.completions.create(
+        model="tiny", prompt=x, max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+
+
 def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_starts_another(folders, tmp_path):
     model, routers = folders
-    server = Server(model, routers, tmp_path / "first.log")
+    server = Server(model, routers, tmp_path)
     try:
         client = server.wait()
+        assert f"Serving with the routers in {routers}." in server.log.read_text()
         prompts = [prompt(80 + i, n) for i, n in enumerate((150, 250, 40, 90, 199, 64))]
-        with ThreadPoolExecutor(len(prompts)) as pool:
+        with ThreadPoolExecutor(len(prompts)) as pool:  # more than the pool holds: some wait or are computed anew
             choices = list(pool.map(lambda x: ask(client, x, 16).choices[0], prompts))
         answers, texts = [choice.token_ids for choice in choices], [choice.text for choice in choices]
         oracle = Oracle(model, routers)
@@ -110,31 +131,33 @@ def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_
         assert len(routes) > 1 and sum(map(len, answers)) > 60
         server.settle()
 
-        stream = client.completions.create(
-            model="tiny", prompt=prompts[1], max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(iter(stream))
-        stream.close()  # the client goes away
+        broken_off = stream(client, prompts[1])
+        next(iter(broken_off))
+        broken_off.close()  # the client goes away
         server.settle()
 
-        with pytest.raises(APIStatusError, match="512"):
-            ask(client, prompt(0, 600), 1)
+        with pytest.raises(APIStatusError, match=str(LONGEST)):
+            ask(client, prompt(0, LONGEST + 100), 1)  # longer than all pages hold
+        as_long_as_all_pages = prompt(0, LONGEST - 8)
+        assert ask(client, as_long_as_all_pages, 8).usage.prompt_tokens == LONGEST - 8
+
+        left_alone = stream(client, prompts[1])
+        next(iter(left_alone))
+        server.kill()
+        with pytest.raises((APIConnectionError, httpx.HTTPError)):
+            list(left_alone)
     finally:
         server.kill()
-    example = [
-        sys.executable,
-        str(EXAMPLE),
-        str(model),
-        str(routers),
-        *(" ".join(f"t{i}" for i in x) for x in prompts[:2]),
-    ]
-    options = [f"--option={option}" for option in server.arguments]
+
+    texts_of = [" ".join(f"t{i}" for i in x) for x in prompts[:2]]
+    command = [sys.executable, str(EXAMPLE), str(model), str(routers), *texts_of, "--max-tokens", "16"]
     done = subprocess.run(
-        [*example, "--max-tokens", "16", "--port", str(server.port), *options],
-        env=server.environment,
+        [*command, "--port", str(server.port), *(f"--option={option}" for option in OPTIONS)],
+        env=ENVIRONMENT,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=STARTS_WITHIN + 60,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     said = [line.split(" -> ")[1] for line in done.stdout.splitlines() if " -> " in line]
@@ -142,7 +165,7 @@ def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_
 
 
 def test_a_server_with_bad_routers_does_not_start(folders, tmp_path):
-    server = Server(folders[0], folders[0], tmp_path / "log")
+    server = Server(folders[0], folders[0], tmp_path)
     try:
         assert server.process.wait(STARTS_WITHIN) != 0
     finally:

@@ -1,5 +1,6 @@
 """Routed models served by vLLM: routes per request and layer, pages given back while a request still runs.
 
-``plugin`` is what vLLM loads; ``requests`` and ``layers`` are what happens in a step, without vLLM; ``backend``,
-``connector`` and ``page_manager`` are where vLLM calls them, and ``vllm_seam`` knows its names.
+vLLM loads ``flux_ext_vllm``, beside this package, which calls ``engine``. ``requests``, ``steps`` and ``layers`` are
+what happens in a step, without vLLM; ``backend``, ``connector`` and ``page_manager`` are where vLLM calls them, and
+``vllm_seam`` knows its names.
 """

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from flux_ext_vllm import ROUTERS_VARIABLE
+
 from ..config import FluxConfig
 from ..routers.collection import FluxRouters
 from .backend import RoutedBackend, install
 from .layers import refuse_modes
 from .page_manager import register_pages
-from .plugin import ROUTERS_VARIABLE
 from .vllm_seam import (
     AttentionBackendEnum,
     BaseModelLoader,
