@@ -12,6 +12,7 @@ KINDS = {
     "frontier": "benchmarks.frontier",
     "launch": "benchmarks.launch",
     "picture": "benchmarks.picture",
+    "serving_steps": "benchmarks.serving_steps",
     "step": "benchmarks.step",
 }
 
