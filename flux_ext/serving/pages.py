@@ -13,9 +13,8 @@ def pages_of(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         kv_cache: ``[num_pages, Hkv, page_size, 2 * D]``, in any order but with the last dimension contiguous; keys
             stand before values in each row.
     """
-    rows = kv_cache.transpose(1, 2)
-    keys, values = rows.split(kv_cache.shape[-1] // 2, dim=-1)
-    return keys, values
+    rows, width = kv_cache.transpose(1, 2), kv_cache.shape[-1] // 2
+    return rows[..., :width], rows[..., width:]
 
 
 def store(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +84,9 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._by_name.values())
 
     def begin(self, name: str, prompt_len: int, first_pages: Sequence[int]) -> None:
         """A request is scheduled for the first time, or again after it was preempted, with pages of its own.
