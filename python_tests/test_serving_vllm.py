@@ -26,6 +26,7 @@ from test_real_models import ZEN, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flux_ext
+from flux_ext.serving.steps import AnswerStep
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,8 @@ class TestPromptsInOneStep:
             pages = -(-(tokens + 1) // PAGE)
             return (LAYERS - sparse) * pages + sparse * (1 + pages - max(1, (tokens + 1 - 64) // PAGE))
 
+        tap = next(iter(routed.layers.values())).flux_ext_layer
+        assert isinstance(tap.steps._step, AnswerStep)  # the last step had no prompt: it read nothing back
         full = [step for step, tokens in enumerate(routed.steps) if len(tokens) == 3 and min(tokens) > 170]
         assert len(full) > 30
         for step in full:  # all prompts are done
@@ -162,6 +165,23 @@ class TestPromptsInOneStep:
         assert routed.pages_in_use() == 0
         (output,) = routed.generate([prompt(1, 50)], 3)
         assert len(output.token_ids) == 3 and len(requests) <= 1  # the last one ends with the next step
+
+
+def test_routes_per_head(model, tmp_path_factory, stock):
+    """A layer whose heads differ keeps its pages, and each head attends by its own route."""
+    folder = routers(tmp_path_factory, "heads", granularity="head")
+    prompts = [prompt(i, n) for i, n in enumerate((300, 170, 97))]
+    with engine(model, folder, max_model_len=512, max_num_batched_tokens=1024) as running:
+        outputs, decisions = run(running, prompts, 20)
+    routes = [route for decision in decisions for route in decision.routes.values()]
+    assert {0, 1} in map(set, routes) and {len(route) for route in routes} == {2}
+    patched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    flux_ext.patch(patched, routers=str(folder))
+    for x, output in zip(prompts, outputs, strict=True):
+        tokens = patched.generate(
+            torch.tensor([x]), max_new_tokens=20, min_new_tokens=20, do_sample=False, eos_token_id=None
+        )
+        assert tokens[0, len(x) :].tolist() == list(output.token_ids)
 
 
 class TestPromptsInChunks:
