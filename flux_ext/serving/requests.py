@@ -52,7 +52,7 @@ class RouteTable:
         self._routes = torch.zeros(num_pages, heads, dtype=torch.int32, device=device)
 
     def write(self, routes: dict[int, Route]) -> None:
-        """Routes by first page; does not wait for the device."""
+        """Routes by first page, from the host: once for each request that was decided or got new pages."""
         pages, numbers = (torch.tensor(list(x)).to(self._routes.device) for x in (routes.keys(), routes.values()))
         self._routes[pages] = numbers.to(torch.int32)
 
