@@ -35,6 +35,8 @@ OPTIONS = [
 ENVIRONMENT = {  # as it was when pytest started: engines in this process change theirs
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads bound to cores wait for whatever else runs there
+    "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
