@@ -86,14 +86,19 @@ class Calibration:
     """The threshold that was chosen, and what was measured on the way: a frontier of these routers.
 
     ``str()`` of it is a table.
+
+    Attributes:
+        chosen: the point of the threshold that the routers have now.
+        tried: every point that was measured, by sparsity; ``chosen`` is among them. The first one is all full, whose
+            loss is dense by definition.
+        margin: standard errors that were added to the extra loss before it was compared with the budget.
+        notes: what the user should know.
     """
 
     chosen: OperatingPoint
     tried: tuple[OperatingPoint, ...]
-    """By sparsity; ``chosen`` is among them. The first one is all full, whose loss is dense by definition."""
     margin: float
     notes: tuple[str, ...] = field(default=())
-    """What the user should know."""
 
     def __str__(self) -> str:
         first = next(iter(self.chosen.tasks.values()))
