@@ -71,7 +71,8 @@ FLUX_HD int64_t max_tiles(const AttendParams& p, const TileShape& tile) {
   return (padded < packed ? padded : packed) * p.kv.num_heads;
 }
 
-FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, const Tile& t) {
+// By one mode of the routing, whatever the route is.
+FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, const Tile& t, int32_t mode) {
   TileView v;
   v.tile = t;
   const Span q = p.q.rows(t.seq, t.kv_head);
@@ -79,11 +80,13 @@ FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, c
   const int32_t first = t.q_block * tile_shape.q_tokens;
   v.q_rows = {q.begin + first, min_of(q.begin + first + tile_shape.q_tokens, q.end)};
   v.q_pos = v.kv_rows.size() - q.size() + first;
-  const int32_t mode = p.routing.mode(t.seq, t.kv_head);
   v.pattern = p.routing.patterns[mode];
   v.list = p.routing.blocks[mode](t.seq, t.kv_head, p.kv.num_heads, first);
   v.blocks = kv_blocks(v.pattern, v.q_pos, v.q_pos_end(), v.kv_rows.size(), tile_shape.kv_block, v.list);
   return v;
+}
+FLUX_HD TileView view_tile(const AttendParams& p, const TileShape& tile_shape, const Tile& t) {
+  return view_tile(p, tile_shape, t, p.routing.mode(t.seq, t.kv_head));
 }
 
 // The gradients cut a sequence head otherwise: into blocks of equally many rows, whatever the group is. So the heads of

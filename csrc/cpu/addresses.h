@@ -24,8 +24,11 @@ template <typename T>
 FLUX_HD T* out_row(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
   return row_of<T>(p.out, t.seq, row, head);
 }
+FLUX_HD int64_t lse_offset(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
+  return t.seq * p.lse_stride.b + row * p.lse_stride.s + head * p.lse_stride.h;
+}
 FLUX_HD float& lse_at(const AttendParams& p, const Tile& t, int32_t row, int32_t head) {
-  return p.lse[t.seq * p.lse_stride.b + row * p.lse_stride.s + head * p.lse_stride.h];
+  return p.lse[lse_offset(p, t, row, head)];
 }
 
 // Key or value `pos`, counted from the first of the sequence; paged or not.

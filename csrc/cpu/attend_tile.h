@@ -54,17 +54,20 @@ FLUX_HD bool needs_mask(const TileView& v, const PanelRows& rows, const KeyRange
   return TileMask(range_of(v, rows))(keys.begin, keys.begin + kKvBlock);
 }
 
+// Rows across the lanes: which of them see a key? `first`: their first keys beyond the sink.
+FLUX_HD IntVec rows_that_see(const Pattern& p, IntVec pos, IntVec first, int32_t key) {
+  const IntVec begin = key < p.sink ? IntVec{} : first;
+  return (pos >= key) & (begin <= key);
+}
+
 // -inf where a row does not see a key. scores: [keys.size rounded up, kPanel]
 FLUX_HD void mask_panel(const Pattern& p, const PanelRows& rows, const KeyRange& keys, int32_t padded, float* scores) {
   const Vec hidden = broadcast(-INFINITY);
   for (int half = 0; half < kPanel; half += kLanes) {
     const auto pos = load_as<IntVec>(rows.pos + half), first = load_as<IntVec>(rows.first_key + half);
     for (int32_t j = 0; j < padded; ++j) {
-      const int32_t key = keys.begin + j;
       float* s = scores + j * kPanel + half;
-      const IntVec begin = key < p.sink ? IntVec{} : first;
-      const IntVec seen = (pos >= key) & (begin <= key);
-      store(s, seen ? load(s) : hidden);
+      store(s, rows_that_see(p, pos, first, keys.begin + j) ? load(s) : hidden);
     }
   }
 }
@@ -249,16 +252,68 @@ struct TileProduct : BFloat16Product {
 };
 #endif
 
+// Units of a row of q or k that a product takes.
+template <typename Op>
+FLUX_HD int32_t row_units(const AttendParams& p) {
+  return round_up(p.head_dim / Op::kPerUnit, Op::kUnitStep);
+}
+
+// The queries of a tile, transposed: [panels][row_units][kPanel]. staging: [kPanel][stride]
+template <typename Op, typename T>
+FLUX_HD void pack_queries(const AttendParams& p, const TileView& v, int32_t rows, int64_t stride,
+                          typename Op::Unit* staging, typename Op::Unit* q) {
+  const int32_t group = p.group(), units = row_units<Op>(p);
+  clear_rows(staging, stride, int32_t(stride), 0, kPanel);  // columns beyond head_dim stay 0
+  for (int32_t panel = 0; panel < ceil_div(rows, kPanel); ++panel) {
+    for (int32_t i = 0; i < kPanel; ++i) {
+      const int32_t r = panel * kPanel + i;
+      auto* to = staging + i * stride;
+      if (r < rows)
+        Op::pack_keys(q_row<T>(p, v.tile, v.q_rows.begin + r / group, v.tile.kv_head * group + r % group), p.head_dim,
+                      to);
+      else
+        clear_rows(to, stride, units, 0, 1);
+    }
+    transpose_panel(staging, stride, units, q + int64_t(panel) * units * kPanel);
+  }
+}
+
+// Keys and values of a block, one row after the other; zeros behind the last. Columns beyond head_dim stay as they are.
+template <typename Op, typename T>
+FLUX_HD void pack_block(const AttendParams& p, const TileView& v, const KeyRange& keys, int64_t stride,
+                        typename Op::Unit* k, typename Op::Unit* values) {
+  const int32_t padded = round_up(keys.size, Op::kKeyStep);
+  for (int32_t j = 0; j < keys.size; ++j)
+    Op::pack_keys(kv_row<T>(p.kv, p.kv.k, v, keys.begin + j), p.head_dim, k + j * stride);
+  clear_rows(k, stride, row_units<Op>(p), keys.size, padded);
+  Op::pack_values([&](int32_t j) { return kv_row<T>(p.kv, p.kv.v, v, keys.begin + j); }, keys.size, p.head_dim, stride,
+                  values);
+  clear_rows(values, stride, padded_dim(p), ceil_div(keys.size, Op::kPerUnit), padded / Op::kPerUnit);
+}
+
+// Scores to probabilities, in place, and what they add to the running result of the panel's `rows`: max and sum, and
+// out [rows, out_stride].
+template <typename Op>
+FLUX_HD void attend_panel(float* scores, int32_t padded_keys, const typename Op::Unit* values, int64_t stride,
+                          int32_t rows, int32_t dim, typename Op::Unit* probabilities, float* max, float* sum,
+                          float* out, int32_t out_stride) {
+  float rescale[kPanel];
+  softmax_panel(padded_keys, scores, max, sum, rescale);
+  const auto* left = Op::pack_probabilities(scores, padded_keys, probabilities);
+  Op::add_values(left, values, stride, padded_keys / Op::kPerUnit, flux::min_of(rows, kPanel), dim, rescale, out,
+                 out_stride);
+}
+
 template <typename Op, typename T>
 void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                  const TileState& state) {
   using Unit = typename Op::Unit;
-  const int32_t group = p.group(), dim = p.head_dim, dim_units = round_up(dim / Op::kPerUnit, Op::kUnitStep);
+  const int32_t group = p.group(), dim = p.head_dim, dim_units = row_units<Op>(p);
   const int32_t rows = v.q_rows.size() * group, panels = ceil_div(rows, kPanel), padded_rows = panels * kPanel;
   const int32_t out_stride = padded_dim(p);
   const int64_t stride = out_stride + kLanes;  // not a power of two: neighbouring rows share no cache set
   Scratch memory{scratch};
-  Unit* const q = memory.take<Unit>(int64_t(padded_rows) * dim_units);  // [panels][dim_units][kPanel]
+  Unit* const q = memory.take<Unit>(int64_t(padded_rows) * dim_units);
   Unit* const k = memory.take<Unit>(kKvBlock * stride);
   Unit* const values = memory.take<Unit>(kKvBlock * stride);
   Unit* const staging = memory.take<Unit>(kPanel * stride);
@@ -270,46 +325,24 @@ void attend_many(const AttendParams& p, const TileView& v, int32_t begin, int32_
   int32_t* const first_key = memory.take<int32_t>(padded_rows);
 
   [[maybe_unused]] const typename Op::Registers registers;
-  clear_rows(staging, stride, int32_t(stride), 0, kPanel);  // columns beyond head_dim stay 0, here and below
   clear_rows(k, stride, int32_t(stride), 0, kKvBlock);
   clear_rows(values, stride, int32_t(stride), 0, kKvBlock);
-
-  for (int32_t panel = 0; panel < panels; ++panel) {
-    for (int32_t i = 0; i < kPanel; ++i) {
-      const int32_t r = panel * kPanel + i;
-      Unit* to = staging + i * stride;
-      if (r < rows)
-        Op::pack_keys(q_row<T>(p, v.tile, v.q_rows.begin + r / group, v.tile.kv_head * group + r % group), dim, to);
-      else
-        clear_rows(to, stride, dim_units, 0, 1);
-    }
-    transpose_panel(staging, stride, dim_units, q + int64_t(panel) * dim_units * kPanel);
-  }
+  pack_queries<Op, T>(p, v, rows, stride, staging, q);
   find_visible(v, group, rows, padded_rows, pos, first_key);
   for (int32_t r = 0; r < padded_rows; ++r) max[r] = -INFINITY, sum[r] = 0.f;
   std::memset(state.out, 0, size_t(padded_rows) * out_stride * sizeof(float));
-  const float scale = p.scale * kLog2e;
 
   for (int32_t n = begin; n < end; ++n) {
     const KeyRange keys = keys_of(v, v.blocks[n]);
-    const int32_t padded = round_up(keys.size, Op::kKeyStep), padded_units = padded / Op::kPerUnit;
-    for (int32_t j = 0; j < keys.size; ++j)
-      Op::pack_keys(kv_row<T>(p.kv, p.kv.k, v, keys.begin + j), dim, k + j * stride);
-    clear_rows(k, stride, dim_units, keys.size, padded);
-    Op::pack_values([&](int32_t j) { return kv_row<T>(p.kv, p.kv.v, v, keys.begin + j); }, keys.size, dim, stride,
-                    values);
-    clear_rows(values, stride, out_stride, ceil_div(keys.size, Op::kPerUnit), padded_units);
-    for (int32_t panel = 0; panel < panels; ++panel) {
-      const int32_t row = panel * kPanel;
+    const int32_t padded = round_up(keys.size, Op::kKeyStep);
+    pack_block<Op, T>(p, v, keys, stride, k, values);
+    for (int32_t row = 0; row < padded_rows; row += kPanel) {
       const PanelRows seen = panel_rows(v, group, row, rows, pos, first_key);
       if (sees_nothing(v, seen, keys)) continue;
-      Op::score(k, stride, q + int64_t(panel) * dim_units * kPanel, dim_units, padded, scale, scores);
+      Op::score(k, stride, q + int64_t(row) * dim_units, dim_units, padded, p.scale * kLog2e, scores);
       if (needs_mask(v, seen, keys)) mask_panel(v.pattern, seen, keys, padded, scores);
-      float rescale[kPanel];
-      softmax_panel(padded, scores, max + row, sum + row, rescale);
-      const auto* left = Op::pack_probabilities(scores, padded, probabilities);
-      Op::add_values(left, values, stride, padded_units, flux::min_of(rows - row, kPanel), dim, rescale,
-                     state.out + int64_t(row) * out_stride, out_stride);
+      attend_panel<Op>(scores, padded, values, stride, rows - row, dim, probabilities, max + row, sum + row,
+                       state.out + int64_t(row) * out_stride, out_stride);
     }
   }
   for (int32_t r = 0; r < rows; ++r) state.rows[r] = {max[r], sum[r]};

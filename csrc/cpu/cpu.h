@@ -1,4 +1,4 @@
-// The four stages on the CPU. `attend` runs plan, attend and combine.
+// The four stages on the CPU. `attend` runs plan, attend and combine; `mix` runs whole tiles.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 
 #include "core/append.h"
 #include "core/explanation.h"
+#include "core/mixture.h"
 #include "core/params.h"
 #include "core/schedule.h"
 #include "core/selection.h"
@@ -34,6 +35,9 @@ void route(const RouteParams& p, const Executor& executor);
 void attend(const AttendParams& p, const Executor& executor);
 Explanation explain(const AttendParams& p, const Executor& executor);
 void attend_backward(const AttendBackwardParams& p, const Executor& executor);
+// A mixture of the two patterns instead of a choice.
+void mix(const AttendParams& p, const Mixture& m, const Executor& executor);
+void mix_backward(const AttendBackwardParams& p, const Mixture& m, const Executor& executor);
 void append(const AppendParams& p, const Executor& executor);
 void select(const SelectParams& p, const Executor& executor);
 

@@ -3,6 +3,7 @@
 
 #include "cpu/attend_tile.h"
 #include "cpu/backward_tile.h"
+#include "cpu/mix_tile.h"
 #include "cpu/select_tile.h"
 
 #define FLUX_STRING_OF(x) #x
@@ -25,6 +26,7 @@ extern const Kernels table;
 const Kernels table = {
     FLUX_STRING(FLUX_ISA),
     {attend_tile<Float32Product, float>, attend_tile<Float32Product, Half>, attend_tile<AttendsBFloat16, BFloat16>},
+    {mix_tile<Float32Product, float>, mix_tile<Float32Product, Half>, mix_tile<AttendsBFloat16, BFloat16>},
     {queries_backward<Float32Product, float>, queries_backward<Float32Product, Half>,
      queries_backward<ProductOfBFloat16, BFloat16>},
     {keys_backward<Float32Product, float>, keys_backward<Float32Product, Half>,

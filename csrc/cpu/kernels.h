@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/mixture.h"
 #include "core/params.h"
 #include "core/schedule.h"
 #include "core/selection.h"
@@ -43,15 +44,33 @@ inline size_t attend_scratch(const AttendParams& p) {
          + 4 * rows;                 // softmax state, positions
 }
 
-// What the second pass of the gradients has to know of the rows of a tile.
-struct RowStats {
-  float* lse;    // [tile_rows] times log2(e); +inf in padding and where a row sees no key
-  float* delta;  // [tile_rows] grad_out . out
+inline size_t mix_scratch(const AttendParams& p) {
+  const size_t rows = tile_rows(p), block = kKvBlock;
+  return attend_scratch(p) + block * kPad  // scores of a set of keys
+         + (2 * kKeySets - 1) * rows;      // softmax states, positions
+}
+
+// SetGradient of the rows of a tile, by its members: [tile_rows] each.
+struct RowGradients {
+  float *lse, *share, *delta;
+
+  FLUX_HD SetGradient operator[](int32_t row) const { return {lse[row], share[row], delta[row]}; }
+  FLUX_HD void set(int32_t row, const SetGradient& g) const {
+    lse[row] = g.lse;
+    share[row] = g.share;
+    delta[row] = g.delta;
+  }
+};
+
+// What the second pass of the gradients has to know of the rows of a tile. Of hard routes kSeenByFullOnly alone is
+// there.
+struct TileGradients {
+  RowGradients sets[kKeySets];
 };
 
 inline size_t backward_scratch(const AttendParams& p) {
   const size_t rows = tile_rows(p), stride = padded_dim(p) + kPad, block = kKvBlock;
-  return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 2 * rows;
+  return 4 * rows * stride + 5 * block * stride + 2 * kPad * stride + 2 * rows * kPad + block * kPad + 3 * rows;
 }
 
 inline size_t select_scratch(const SelectParams& p) {
@@ -68,9 +87,13 @@ struct Kernels {
   // Key blocks [begin, end) of a tile: writes all of `state`. One function per DType.
   void (*attend[3])(const AttendParams& p, const TileView& v, int32_t begin, int32_t end, float* scratch,
                     const TileState& state);
-  void (*queries_backward[3])(const AttendBackwardParams& b, const TileView& v, float* scratch, const RowStats& stats);
-  void (*keys_backward[3])(const AttendBackwardParams& b, const TileView* views, const RowStats* stats,
-                           int32_t num_views, int32_t block, float* scratch);
+  // Writes all of `sets`.
+  void (*mix[3])(const AttendParams& p, const Branches& v, float* scratch, const TileState* sets);
+  // Mixture null: hard routes. Returns the gradient of the weight by the rows of the tile, 0 without a mixture.
+  double (*queries_backward[3])(const AttendBackwardParams& b, const Mixture* m, const Branches& v, float* scratch,
+                                const TileGradients& gradients);
+  void (*keys_backward[3])(const AttendBackwardParams& b, const Branches* tiles, const TileGradients* gradients,
+                           int32_t num_tiles, int32_t block, float* scratch);
   // Writes the masses of the blocks that a block of queries sees; t.q_block is of kQueryBlock queries.
   void (*select[3])(const SelectParams& p, const Tile& t, float* scratch, float* mass);
 };

@@ -6,6 +6,7 @@
 
 #include "torch/append_args.h"
 #include "torch/attend_args.h"
+#include "torch/mix_args.h"
 #include "torch/route_args.h"
 #include "torch/select_args.h"
 #include "torch/values.h"
@@ -41,21 +42,65 @@ std::tuple<Tensor, Tensor> attend(const AttendArgs& a) {
 
 Tensor explain(const AttendArgs& a) { return to_tensor(cpu::explain(to_attend_params(a), TorchThreads())); }
 
+// Gradients of q, k and v. Rows no tile covers have gradient 0.
+struct Gradients {
+  Tensor q, k, v;
+  Tensor of_out;  // autograd may hand over an expanded one
+
+  explicit Gradients(const BackwardArgs& b)
+      : q(torch::stable::new_zeros(b.forward.q, b.forward.q.sizes())),
+        k(torch::stable::new_zeros(b.forward.k, b.forward.k.sizes())),
+        v(torch::stable::new_zeros(b.forward.v, b.forward.v.sizes())),
+        of_out(torch::stable::contiguous(b.grad_out)) {}
+
+  AttendBackwardParams params(const BackwardArgs& b) const {
+    const AttendBackwardParams p = to_backward_params(b, of_out, q, k, v);
+    const AttendArgs& a = b.forward;
+    check_values(p.forward, a);
+    check_disjoint_queries(p.forward, a);
+    if (a.k.dim() == 3)
+      check_disjoint(p.forward.kv.rows, p.forward.batch, p.forward.kv.num_heads,
+                     "kv_begin and kv_end: there is no gradient where sequences share rows of k and v");
+    return p;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
-  const AttendArgs& a = b.forward;
-  // Rows no tile covers have gradient 0.
-  Tensor grad_q = torch::stable::new_zeros(a.q, a.q.sizes());
-  Tensor grad_k = torch::stable::new_zeros(a.k, a.k.sizes());
-  Tensor grad_v = torch::stable::new_zeros(a.v, a.v.sizes());
-  const Tensor grad_out = torch::stable::contiguous(b.grad_out);  // autograd may hand over an expanded one
-  const AttendBackwardParams p = to_backward_params(b, grad_out, grad_q, grad_k, grad_v);
-  check_values(p.forward, a);
-  check_disjoint_queries(p.forward, a);
-  if (a.k.dim() == 3)
-    check_disjoint(p.forward.kv.rows, p.forward.batch, p.forward.kv.num_heads,
-                   "kv_begin and kv_end: there is no gradient where sequences share rows of k and v");
-  cpu::attend_backward(p, TorchThreads());
-  return {grad_q, grad_k, grad_v};
+  const Gradients grad(b);
+  cpu::attend_backward(grad.params(b), TorchThreads());
+  return {grad.q, grad.k, grad.v};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix(const MixArgs& a) {
+  AttendParams p = to_attend_params(a.attend);
+  Mixture m = to_mixture(a.weight, a.attend.q, p);
+  check_values(p, a.attend);
+  check_disjoint_queries(p, a.attend);
+  const bool may_have_gaps = a.attend.q_begin || a.attend.q_end;
+  auto [full, full_lse] = make_outputs(a.attend.q, may_have_gaps);
+  auto [sparse, sparse_lse] = make_outputs(a.attend.q, may_have_gaps);
+  Tensor mixed = may_have_gaps ? torch::stable::new_zeros(a.attend.q, a.attend.q.sizes())
+                               : torch::stable::new_empty(a.attend.q, a.attend.q.sizes());
+  set_outputs(p, full, full_lse);
+  set_sparse_outputs(m, sparse, sparse_lse);
+  m.mixed = mutable_view_of(mixed);
+  cpu::mix(p, m, TorchThreads());
+  return {mixed, full, sparse, full_lse, sparse_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(const MixBackwardArgs& b) {
+  const Gradients grad(b.attend);
+  const AttendBackwardParams p = grad.params(b.attend);
+  Mixture m = to_mixture(b.weight, b.attend.forward.q, p.forward);
+  check_sparse_outputs(b);
+  set_sparse_outputs(m, b.sparse, b.sparse_lse);
+  // A sequence head without queries has gradient 0.
+  Tensor grad_weight = torch::stable::new_zeros(b.weight, b.weight.sizes());
+  m.grad_weight = grad_weight.mutable_data_ptr<float>();
+  m.grad_stride_b = grad_weight.stride(0);
+  m.grad_stride_h = grad_weight.dim() == 2 ? grad_weight.stride(1) : 0;
+  cpu::mix_backward(p, m, TorchThreads());
+  return {grad.q, grad.k, grad.v, grad_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x, std::vector<Tensor> weights, int64_t pool_size, bool per_head,
@@ -93,6 +138,8 @@ STABLE_TORCH_LIBRARY_IMPL(flux_ext, CPU, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
   m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::with_backward_args<flux::torch_ops::attend_backward>));
+  m.impl("mix", TORCH_BOX(&flux::torch_ops::with_mix_args<flux::torch_ops::mix>));
+  m.impl("mix_backward", TORCH_BOX(&flux::torch_ops::with_mix_backward_args<flux::torch_ops::mix_backward>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
   m.impl("select_blocks", TORCH_BOX(&flux::torch_ops::with_select_args<flux::torch_ops::select_blocks>));
   m.impl("append", TORCH_BOX(&flux::torch_ops::append));

@@ -33,6 +33,18 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
       "attend_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? route, "
       "int[] patterns, Tensor? full_blocks, Tensor? full_counts, Tensor? sparse_blocks, Tensor? sparse_counts, "
       "float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, Tensor? kv_end) -> (Tensor, Tensor, Tensor)");
+  // (1 - weight) * full + weight * sparse in one walk over the keys, on the CPU alone. weight: float32 [B] or [B, Hkv].
+  // -> mixed, full, sparse like q, full_lse, sparse_lse [B, Hq, S] (or [Hq, T]).
+  m.def(
+      "mix(Tensor q, Tensor k, Tensor v, Tensor weight, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "
+      "Tensor? sparse_blocks, Tensor? sparse_counts, float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, "
+      "Tensor? kv_end, Tensor? page_table) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of q, k, v and weight.
+  m.def(
+      "mix_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor full, Tensor sparse, Tensor full_lse, "
+      "Tensor sparse_lse, Tensor weight, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "
+      "Tensor? sparse_blocks, Tensor? sparse_counts, float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, "
+      "Tensor? kv_end) -> (Tensor, Tensor, Tensor, Tensor)");
   // x [B, S, H, D] (or packed [T, H, D]) -> pooled [B, D], logits [B, 2], route [B]; per head: [B, H, ...].
   m.def(
       "route(Tensor x, Tensor[] weights, int pool_size, bool per_head, Tensor? begin, Tensor? end) -> "

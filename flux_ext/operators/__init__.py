@@ -8,7 +8,7 @@ from .cache_append import append
 from .explanation import Explanation, explain
 from .operands import KeyValues, Routing
 from .prompt_and_answer import attention_after_prompt
-from .routed_attention import attend, attention
+from .routed_attention import attend, attention, mix
 from .router_scoring import decide, route
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "attention_after_prompt",
     "decide",
     "explain",
+    "mix",
     "route",
     "select_blocks",
 ]

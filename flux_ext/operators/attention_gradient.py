@@ -19,19 +19,29 @@ _NAMES["kv_end"] = "kv_len"
 # would refuse such a mixture, so they do too.
 
 
-@torch.library.register_fake("flux_ext::attend")
-def _(*args):
-    for name, x in zip(AttendArguments._fields, args, strict=True):
-        if isinstance(x, Tensor):
-            check_devices("q", args[0], **{_NAMES.get(name, name): x})
-    q = args[0]
+def attended(x: AttendArguments) -> tuple[Tensor, Tensor]:
+    """``out`` and ``lse`` by shape, dtype and device; ValueError where the arguments are on several devices."""
+    for name, t in x._asdict().items():
+        if isinstance(t, Tensor):
+            check_devices("q", x.q, **{_NAMES.get(name, name): t})
+    q = x.q
     lse_shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(lse_shape, dtype=torch.float32)
 
 
+def gradients_like(*tensors):
+    """Gradients by shape, dtype and device."""
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors)
+
+
+@torch.library.register_fake("flux_ext::attend")
+def _(*args):
+    return attended(AttendArguments(*args))
+
+
 @torch.library.register_fake("flux_ext::attend_backward")
 def _(grad_out, q, k, v, *args):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return gradients_like(q, k, v)
 
 
 class _Attend(torch.autograd.Function):

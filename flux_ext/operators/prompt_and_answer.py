@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .mixture import attend_or_mix
 from .operands import KeyValues, Routing
-from .routed_attention import attend, attention, mixing_weight
+from .routed_attention import attend, attention, mix
 
 
 def attention_after_prompt(
@@ -60,7 +60,7 @@ def attention_after_prompt(
     parts = []
     for routing, first, last in ((prompt, begin, middle), (answer, middle, end)):
         kv = KeyValues(k, v, begin, last)
-        out = attend_or_mix(attend, mixing_weight, q, kv, routing, scale, first, last, cu_seqlens, False)
+        out = attend_or_mix(attend, mix, q, kv, routing, scale, first, last, False)
         assert isinstance(out, Tensor)
         parts.append(out)
     return parts[0] + parts[1]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mixture import attend_or_mix
+from .mixture import attend_or_mix, both_branches
 from .operands import KeyValues, Routing, bound_rows
 from .pattern_functions import Q_BLOCK
 from .patterns import BlockSparse, Full, Pattern, Streaming, dense_mask
@@ -135,6 +135,45 @@ def attend(
     outs, lses = zip(*(_in_place(pieces, q.shape[-3], q.new_zeros(q.shape[-1])) for pieces in found), strict=True)
     out = torch.stack(outs).view(*q.shape[:-3], num_q_heads, *q.shape[-3::2]).transpose(-3, -2)
     return out, torch.stack(lses).view(*q.shape[:-3], num_q_heads, q.shape[-3])
+
+
+def mix(
+    q: Tensor,
+    kv: KeyValues,
+    routing: Routing,
+    scale: float,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+) -> Tensor:
+    """``(1 - w) * full + w * sparse`` of two calls of :func:`attend`, for a route that is a weight ``w``.
+
+    Args as for :func:`attend`, but for ``routing.route``: floats in [0, 1]; what lies outside gives NaN.
+
+    Returns:
+        Like ``q``; 0 in rows that belong to no sequence.
+    """
+    assert routing.route is not None
+    (full, _), (sparse, _) = both_branches(attend, q, kv, routing, scale, q_begin, q_end)
+    w = _mixing_weight(routing.route, q, q_begin, q_end)
+    return (1 - w) * full + w * sparse
+
+
+def _mixing_weight(route: Tensor, q: Tensor, q_begin: Tensor | None, q_end: Tensor | None) -> Tensor:
+    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
+    slack = 2 * torch.finfo(route.dtype).eps  # a straight-through weight, 1 + r - r.detach(), is off by rounding
+    w = route.where((route >= -slack) & (route <= 1 + slack), torch.nan)
+    w = w[:, None] if w.dim() == 1 else w
+    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
+    if q.dim() == 4:
+        return w[:, None, :, None]
+    assert q_begin is not None
+    bounds = q_begin.tolist() if q_end is None else [*q_begin.tolist(), 0]
+    rows = torch.arange(q.shape[0], device=q.device)[:, None]
+    of_rows = w.new_zeros(q.shape[0], w.shape[1])
+    for b, (begin, end) in enumerate(pairwise(bounds)):
+        end = end if q_end is None else int(q_end[b])
+        of_rows = torch.where((rows >= begin) & (rows < end), w[b], of_rows)
+    return of_rows[:, :, None]
 
 
 def _lists_of(pattern: BlockSparse, b: int, h: int) -> BlockSparse:
@@ -376,24 +415,7 @@ def attention(
     """As :func:`flux_ext.attention`, by one dense mask after the other."""
     kv, q_begin, q_end = bound_rows(q, k, v, cu_seqlens, seq_start, seq_end, kv_len, page_table)
     routing = Routing(route, full, sparse)
-    return attend_or_mix(attend, mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
-
-
-def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1].
-
-    Not shared with the operator, on purpose: this one goes through the sequences, and checks what that one computes.
-    """
-    slack = 2 * torch.finfo(route.dtype).eps
-    w = route.where((route >= -slack) & (route <= 1 + slack), torch.nan)
-    w = w[:, None] if w.dim() == 1 else w
-    w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1).to(q.dtype)  # [B, Hq]
-    if cu_seqlens is None:
-        return w[:, None, :, None]
-    bounds = cu_seqlens.tolist()
-    rows = [w[b].expand(end - begin, -1) for b, (begin, end) in enumerate(pairwise(bounds))]
-    rows.append(w.new_zeros(q.shape[0] - bounds[-1], w.shape[1]))  # rows that belong to no sequence
-    return torch.cat(rows)[:, :, None]
+    return attend_or_mix(attend, mix, q, kv, routing, scale, q_begin, q_end, return_lse)
 
 
 def pool(x: Tensor, pool_size: int, per_head: bool) -> Tensor:

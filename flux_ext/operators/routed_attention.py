@@ -1,6 +1,6 @@
-"""Attention: ``attend``, which is the operator with its tensors and patterns, and the public ``attention`` on top.
+"""Attention: ``attend`` and ``mix``, which are the operators with their tensors and patterns, and ``attention`` on top.
 
-The operator's schema is in ``csrc/torch/library.cpp``.
+The operators' schemas are in ``csrc/torch/library.cpp``.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention_gradient  # noqa: F401  (makes the operator differentiable)
-from .arguments import call, check_tensors, described, to_float
+from . import attention_gradient, mixture_gradient  # noqa: F401  (make the operators differentiable)
+from .arguments import call, check_devices, check_tensors, described, to_float
 from .block_selection import select_blocks
-from .mixture import attend_or_mix
+from .mixture import attend_or_mix, both_branches, check_fraction
 from .operands import AttendArguments, KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
 
@@ -40,6 +39,12 @@ def attend(
             share).
         RuntimeError: in the backward pass, as for :func:`attention`.
     """
+    _check_operands(q, kv, routing, q_begin, q_end)
+    return _attend(q, kv, routing, scale, q_begin, q_end)
+
+
+def _check_operands(q: Tensor, kv: KeyValues, routing: Routing, q_begin: Tensor | None, q_end: Tensor | None) -> None:
+    """TypeError where something is not what it should be."""
     if not isinstance(kv, KeyValues):
         raise TypeError(f"kv must be KeyValues, got {described(kv)}")
     if not isinstance(routing, Routing):
@@ -53,7 +58,6 @@ def attend(
         "page_table": kv.page_table,
     }
     check_tensors({"q": q, "k": kv.k, "v": kv.v}, optional)
-    return _attend(q, kv, routing, scale, q_begin, q_end)
 
 
 def _attend(
@@ -136,22 +140,81 @@ def _values_hidden(x: Tensor) -> bool:
     return traced or type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cpu
 
 
-def mixing_weight(route: Tensor, q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """A fractional route ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output; NaN outside [0, 1]."""
+def mix(
+    q: Tensor,
+    kv: KeyValues,
+    routing: Routing,
+    scale: float,
+    q_begin: Tensor | None = None,
+    q_end: Tensor | None = None,
+) -> Tensor:
+    """``(1 - w) * full + w * sparse`` for a route that is a weight ``w`` in [0, 1], floats ``[B]`` or ``[B, Hkv]``.
+
+    On the CPU in one walk over the keys, forward and backward (``csrc/core/mixture.h``); elsewhere by two calls of
+    :func:`attend`, with the gradient that autograd makes of them. Other arguments as there.
+
+    Returns:
+        Like ``q``; 0 in rows that belong to no sequence.
+
+    Raises:
+        TypeError, ValueError: as for :func:`attend`, and where the route is no such weight.
+        RuntimeError: in the backward pass, as for :func:`attention`.
+    """
+    _check_operands(q, kv, routing, q_begin, q_end)
+    if routing.route is None or not routing.route.is_floating_point():
+        kind = "None" if routing.route is None else routing.route.dtype
+        raise ValueError(f"route must be a weight, floats [B] or [B, Hkv], got {kind}")
+    check_fraction(routing.route)
+    return _mix(q, kv, routing, scale, q_begin, q_end)
+
+
+def _mix(
+    q: Tensor, kv: KeyValues, routing: Routing, scale: float, q_begin: Tensor | None, q_end: Tensor | None
+) -> Tensor:
+    """:func:`mix`, its tensors known to be tensors and its route to be a weight."""
+    assert routing.route is not None
+    if not q.is_cpu:
+        return _mix_by_two_calls(q, kv, routing, scale, q_begin, q_end)
+    check_devices("q", q, k=kv.k, v=kv.v, route=routing.route)
+    arguments = operator_arguments(q, kv, routing._replace(route=None), scale, q_begin, q_end)
+    weight = _weight(routing.route).float()
+    out, *_ = call(_ops.mix, *arguments._replace(route=weight))
+    return out
+
+
+def _mix_by_two_calls(
+    q: Tensor, kv: KeyValues, routing: Routing, scale: float, q_begin: Tensor | None, q_end: Tensor | None
+) -> Tensor:
+    assert routing.route is not None
+    (full, _), (sparse, _) = both_branches(_attend, q, kv, routing, scale, q_begin, q_end)
+    w = _of_rows(_weight(routing.route), q, q_begin, q_end)  # after attend, which checks the shape of the route
+    return (1 - w) * full + w * sparse
+
+
+def _weight(route: Tensor) -> Tensor:
+    """A fractional route, NaN outside [0, 1]; ValueError where that can be seen without waiting for the device."""
     slack = 2 * torch.finfo(route.dtype).eps  # a straight-through weight, 1 + r - r.detach(), is off by rounding
     outside = ~((route >= -slack) & (route <= 1 + slack))
     if not _values_hidden(route) and outside.any():
         raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
-    w = route.masked_fill(outside, torch.nan)
+    return route.masked_fill(outside, torch.nan)
+
+
+def _of_rows(w: Tensor, q: Tensor, q_begin: Tensor | None, q_end: Tensor | None) -> Tensor:
+    """A weight ``[B]`` or ``[B, Hkv]`` as a factor that broadcasts over the output."""
     w = w[:, None] if w.dim() == 1 else w
     w = w.repeat_interleave(q.shape[-2] // w.shape[1], 1)  # [B, Hq]
-    if cu_seqlens is None:
+    if q.dim() == 4:
         return w.to(q.dtype)[:, None, :, None]
     w = w.to(torch.promote_types(w.dtype, torch.float32))  # its gradient adds up one row after the other
-    # A row's sequence, found without reading lengths back from the device; rows after the last sequence weigh 0.
+    assert q_begin is not None
+    begin, end = (q_begin[:-1], q_begin[1:]) if q_end is None else (q_begin, q_end)
+    # A row's sequence, found without reading lengths back from the device: the first that ends behind it. Rows that
+    # belong to none may have any weight: what they are weighed with is 0.
+    end, order = torch.where(begin < end, end, 0).sort()
     rows = torch.arange(q.shape[0], device=q.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
-    return F.pad(w, (0, 0, 0, 1))[sequence].to(q.dtype)[:, :, None]
+    sequence = order[torch.searchsorted(end, rows, right=True).clamp(max=len(order) - 1)]
+    return w[sequence].to(q.dtype)[:, :, None]
 
 
 def bound_operands(
@@ -251,7 +314,7 @@ def attention(
             with the last dimension contiguous.
         route: ``[B]`` or ``[B, Hkv]``. Integers or booleans choose, 0 full and 1 sparse: only what is visible is
             computed. Floating-point weights ``w`` in [0, 1] mix ``(1 - w) * full + w * sparse``, for training: both are
-            computed, and the result is differentiable in w too. None: all full.
+            computed, on the CPU in one walk over the keys, and the result is differentiable in w too. None: all full.
         sparse, full: the two patterns; see :mod:`flux_ext.operators.patterns`.
         scale: softmax scale, finite; default ``D ** -0.5``.
         cu_seqlens: int32 ``[B + 1]``, from 0: sequence ``b`` has rows ``[cu_seqlens[b], cu_seqlens[b + 1])`` of q, and
@@ -287,4 +350,4 @@ def attention(
     """
     kv, q_begin, q_end = bound_operands(q, k, v, route, cu_seqlens, seq_start, seq_end, kv_len, page_table)
     routing = Routing(route, full, sparse)
-    return attend_or_mix(_attend, mixing_weight, q, kv, routing, scale, q_begin, q_end, cu_seqlens, return_lse)
+    return attend_or_mix(_attend, _mix, q, kv, routing, scale, q_begin, q_end, return_lse)
