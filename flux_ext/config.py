@@ -23,6 +23,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The papers' names of a full mode and a sparse mode: FA is full attention, SSA streaming, TA triangle, XA block-sparse
 attention by antidiagonal scores (arXiv 2604.07394 and 2601.17367). All numbers are the fields' defaults."""
 
+PAPERS: dict[str, dict[str, Any]] = {
+    "flux": {**PRESETS["fa-ssa"], "align": 128, "granularity": "layer"},
+    "elastic": {**PRESETS["fa-ssa"], "align": 128, "granularity": "head"},
+}
+"""The published checkpoints of Flux Attention (arXiv 2604.07394) and Elastic Attention (arXiv 2601.17367): windows that
+start at multiples of 128, a decision per layer or per KV head."""
+
 _CHOICES = {
     "full": ("full", "block_sparse"),
     "pattern": ("streaming", "triangle", "block_sparse"),
@@ -131,15 +138,17 @@ class FluxConfig:
 
         Args:
             name: ``"fa-ssa"``, ``"fa-ta"``, ``"fa-xa"`` or ``"xa-ssa"``, see :data:`PRESETS`. ``"fa-xa"`` decodes
-                dense, the others sparse.
+                dense, the others sparse. Or ``"flux"`` or ``"elastic"``, see :data:`PAPERS`;
+                :meth:`flux_ext.training.Recipe.preset` has how they are trained.
             changes: any fields, instead of what the preset has.
 
         Raises:
             ValueError: an unknown name, or a field that breaks a rule.
         """
-        if name not in PRESETS:
-            raise ValueError(f"a preset must be one of {tuple(PRESETS)}, got {name!r}")
-        return cls(**{**PRESETS[name], **changes})
+        presets = {**PRESETS, **PAPERS}
+        if name not in presets:
+            raise ValueError(f"a preset must be one of {tuple(presets)}, got {name!r}")
+        return cls(**{**presets[name], **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, the version of the format and that of the package, as they are saved."""

@@ -223,6 +223,7 @@ def _train(args: argparse.Namespace) -> None:
     from ..training.callbacks import StopOnInterrupt
     from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
 
+    options.fill_in_training(args)
     recipe = Recipe(
         objective=args.objective,
         **budgets(args.budget),

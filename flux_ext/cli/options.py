@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from .. import FluxConfig
-from ..config import PRESETS
+from ..config import PAPERS, PRESETS
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,15 +169,16 @@ def add_modes(add: Callable[..., argparse.Action], but: str = "") -> None:
     """
     add(
         "--preset",
-        choices=[*PRESETS],
+        choices=[*PRESETS, *PAPERS],
         default=argparse.SUPPRESS,
         help="full mode and sparse mode as the papers name them, with the published numbers: full attention (fa) or "
-        "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa) (default: fa-ssa)",
+        "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa); or a paper's whole recipe, modes, "
+        "training and all: flux (arXiv 2604.07394) or elastic (arXiv 2601.17367) (default: fa-ssa)",
     )
     for name, option in MODES.items():
         if name == but:
             continue
-        default = "the preset's" if name in PRESETS["fa-ssa"] else getattr(FluxConfig, name)
+        default = "the preset's" if name in PAPERS["flux"] else getattr(FluxConfig, name)
         text = f"{option['help']} (default: {default})"
         add(f"--{name.replace('_', '-')}", **{**option, "default": argparse.SUPPRESS, "help": text})
 
@@ -199,3 +200,30 @@ def config_of(args: argparse.Namespace, **instead: Any) -> FluxConfig:
 def given_modes(args: argparse.Namespace) -> list[str]:
     """Those of the options of :func:`add_modes` that were given, as they are written."""
     return [f"--{name.replace('_', '-')}" for name in ("preset", *MODES) if hasattr(args, name)]
+
+
+TRAINING: dict[str, Any] = {
+    "objective": "counterfactual",
+    "multipliers": "inequality",
+    "multiplier_lr": 0.1,
+    "batch_size": 4,
+    "accumulate": 1,
+    "lr": 1e-3,
+}
+"""Defaults of ``train`` where ``--preset`` names no paper. The parser leaves these options open (None)."""
+
+
+def fill_in_training(args: argparse.Namespace) -> None:
+    """Gives the options of ``train`` that are open the values of the paper that ``--preset`` names, or the defaults."""
+    from ..training.config import PAPER_RECIPES, PUBLISHED_LENGTH, PUBLISHED_LR, published_accumulation
+
+    values = dict(TRAINING)
+    if recipe := PAPER_RECIPES.get(getattr(args, "preset", "")):
+        batch_size = args.batch_size or 1
+        values |= {name: value for name, value in recipe.items() if name != "targets"}
+        values |= {"lr": PUBLISHED_LR, "batch_size": batch_size, "accumulate": published_accumulation(batch_size)}
+        values |= {"max_length": PUBLISHED_LENGTH}
+        args.target = args.target or list(recipe["targets"].items())
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)

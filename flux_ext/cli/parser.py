@@ -162,17 +162,15 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     add(
         "--objective",
-        default="counterfactual",
         choices=["counterfactual", "soft", "straight_through"],
-        help="how routers learn",
+        help="how routers learn (default: counterfactual)",
     )
     add(
         "--multipliers",
-        default="inequality",
         choices=["inequality", "published", "published_abs"],
-        help="how a missed target is priced",
+        help="how a missed target is priced (default: inequality)",
     )
-    add("--multiplier-lr", type=options.NOT_NEGATIVE, default=0.1, help="step of that price")
+    add("--multiplier-lr", type=options.NOT_NEGATIVE, help="step of that price (default: 0.1)")
     add("--whiten", type=options.whole(0), help="prompts that new routers are fitted to first; 0: none (default: 48)")
     add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
     add(
@@ -185,9 +183,9 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     options.add_modes(add)
     add("--steps", type=options.COUNT, default=300, help="of the training")
-    add("--batch-size", type=options.COUNT, default=4, help="sequences per device and micro-batch")
-    add("--accumulate", type=options.COUNT, default=1, help="micro-batches per step")
-    add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
+    add("--batch-size", type=options.COUNT, help="sequences per device and micro-batch (default: 4)")
+    add("--accumulate", type=options.COUNT, help="micro-batches per step (default: 1)")
+    add("--lr", type=options.POSITIVE, help="learning rate of the routers, at its peak (default: 0.001)")
     add("--max-length", type=options.whole(3), help="longer prompts lose tokens from their middle (default: all stay)")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     add(

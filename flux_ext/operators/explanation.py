@@ -95,7 +95,8 @@ def explain(
     """Which kernel :func:`flux_ext.attention` takes for the same arguments, and with what; it is not run.
 
     The answer depends on shapes, strides, addresses, dtypes and the device, and on no value inside a tensor. A
-    fractional route makes two such calls, on the CPU one that has the tiles of prefill. A :class:`~flux_ext.BlockSparse` with a threshold scores its blocks here too.
+    fractional route makes two such calls, on the CPU one that has the tiles of prefill. A
+    :class:`~flux_ext.BlockSparse` with a threshold scores its blocks here too.
 
     Args:
         q, k, v, route, sparse, full, scale, cu_seqlens, seq_start, seq_end, kv_len, page_table: as for ``attention``.

@@ -1,4 +1,4 @@
-"""What ``flux_ext.attention`` and its twin do alike: a route that is a choice goes one way, one that is a weight another."""
+"""What ``flux_ext.attention`` and its twin do alike: by a route that is a choice they attend, by a weight they mix."""
 
 from __future__ import annotations
 

@@ -178,8 +178,8 @@ def _mix(
     check_devices("q", q, k=kv.k, v=kv.v, route=routing.route)
     arguments = operator_arguments(q, kv, routing._replace(route=None), scale, q_begin, q_end)
     weight = _weight(routing.route).float()
-    out, *_ = call(_ops.mix, *arguments._replace(route=weight))
-    return out
+    mixed: Tensor = call(_ops.mix, *arguments._replace(route=weight))[0]
+    return mixed
 
 
 def _mix_by_two_calls(

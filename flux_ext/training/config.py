@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import math
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,26 @@ BUDGET_UNITS = ("share", "nats")
 DEFAULT_BUDGET = 0.01
 DEFAULT_TARGET = 0.5
 DEFAULT_WHITEN = 48
+
+_PUBLISHED: dict[str, Any] = {
+    "targets": {"retrieval": 0.45},
+    "default_target": 1.0,
+    "multipliers": "published",
+    "multiplier_lr": 1e-3,
+    "whiten": 0,
+}
+PAPER_RECIPES: dict[str, dict[str, Any]] = {
+    "flux": {**_PUBLISHED, "objective": "soft"},
+    "elastic": {**_PUBLISHED, "objective": "straight_through", "targets": {"retrieval": 0.7}},
+}
+"""How the papers train: Flux Attention (arXiv 2604.07394, section 4) and Elastic Attention (arXiv 2601.17367). What is
+not here is as published by default: the temperature, and the bias that these objectives start with."""
+
+PUBLISHED_LR = 5e-4
+PUBLISHED_BATCH = 48
+"""Sequences per step, of all processes together."""
+PUBLISHED_LENGTH = 64 * 1024
+"""Tokens of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,24 @@ class Recipe:
         }
         return cls(**{**base, **changes})
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Recipe:
+        """The recipe of a paper: ``FluxConfig.preset`` and :func:`training_arguments` take the same names.
+
+        Tasks called ``"retrieval"`` get the paper's target for such tasks, 0.45 or 0.7, all others 1.0: those of
+        other names that need retrieval are named in ``targets``.
+
+        Args:
+            name: ``"flux"`` (arXiv 2604.07394: soft mixing) or ``"elastic"`` (arXiv 2601.17367: straight-through). Both
+                with ``lambda1 * d + lambda2 * d^2`` and multiplier rate 1e-3, routers as they are made.
+            changes: other fields of the recipe, or other values of these.
+
+        Raises:
+            ValueError: an unknown name, or a field that breaks a rule.
+        """
+        _check_paper(name)
+        return cls(**{**PAPER_RECIPES[name], **changes})
+
     @property
     def has_budget(self) -> bool:
         """Whether training keeps to a budget; else to target sparsities."""
@@ -194,14 +233,34 @@ class Recipe:
         return {**asdict(self), "targets": dict(self.targets), "budgets": dict(self.budgets)}
 
 
-def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
+def _check_paper(name: str) -> None:
+    if name not in PAPER_RECIPES:
+        raise ValueError(f"a preset must be one of {tuple(PAPER_RECIPES)}, got {name!r}")
+
+
+def published_accumulation(batch_size: int) -> int:
+    """Micro-batches with which the processes of ``torchrun``, each with ``batch_size`` sequences, reach the published
+    batch: 48, or the next multiple of what they have together."""
+    return math.ceil(PUBLISHED_BATCH / (batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+
+
+def training_arguments(output_dir: str, preset: str | None = None, **changes: Any) -> TrainingArguments:
     """``TrainingArguments`` for routers, any of them open to ``changes``.
 
     Checkpoints, and in the end the routers, go to ``output_dir``.
 
-    AdamW with betas 0.9 / 0.95 and weight decay 0.1; linear warm-up over 20 % of the steps, then cosine, as published
-    (arXiv 2604.07394, section 4); the learning rate is 1e-3. Published is 5e-4: runs with :meth:`Recipe.published` pass
-    ``learning_rate=5e-4``.
+    AdamW with betas 0.9 / 0.95 and weight decay 0.1; 300 steps; linear warm-up over 20 % of them, then cosine, as
+    published (arXiv 2604.07394, section 4); the learning rate is 1e-3. Published is 5e-4: runs with
+    :meth:`Recipe.published` pass ``learning_rate=5e-4``.
+
+    Args:
+        output_dir: a folder.
+        preset: ``"flux"`` or ``"elastic"``, see :meth:`Recipe.preset`: learning rate 5e-4 and 48 sequences per step,
+            one at a time in each process.
+        changes: any argument, instead of what is said here.
+
+    Raises:
+        ValueError: an unknown preset.
     """
     from transformers import TrainingArguments
 
@@ -216,6 +275,12 @@ def training_arguments(output_dir: str, **changes: Any) -> TrainingArguments:
         "logging_steps": 10,
         "report_to": [],
     }
+    if preset is not None:
+        _check_paper(preset)
+        batch_size = changes.get("per_device_train_batch_size", 1)
+        defaults["learning_rate"] = PUBLISHED_LR
+        defaults["per_device_train_batch_size"] = batch_size
+        defaults["gradient_accumulation_steps"] = published_accumulation(batch_size)
     if "activation_checkpointing" in (f.name for f in fields(TrainingArguments)):  # its name from 5.24 on
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             if old in changes:
