@@ -87,7 +87,8 @@ TEST(Mixture, GradientsOfKeysThatBothSeeAreThoseOfTheTwo) {
                  sparse = w * std::exp2(double(score) - sparse_lse);
     const double p = g.share * std::exp2(double(score) - g.lse);
     EXPECT_NEAR(p, full + sparse, 1e-5 * (full + sparse) + 1e-37);
-    EXPECT_NEAR(p * (dp - g.delta), full * (dp - full_delta) + sparse * (dp - sparse_delta), 1e-5 * (full + sparse));
+    EXPECT_NEAR(p * (dp - g.delta), full * (dp - full_delta) + sparse * (dp - sparse_delta),
+                1e-5 * (full + sparse) + 1e-37);
   }
   EXPECT_EQ(seen_by_both(0.5f, -INFINITY, 0.f, 0.5f, 1.f, 0.f).share, 0.f);
   EXPECT_EQ(seen_by_one(1.f, -INFINITY, 0.f).lse, INFINITY);

@@ -34,6 +34,7 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
     train = ["train", "--model", "m", "--data", "d", "--output", str(tmp_path)]
     parse = parser(commands.COMMANDS).parse_args
     args, recipe, arguments = parse(train), Recipe(), training_arguments(str(tmp_path))
+    options.fill_in_training(args)
     names = "objective multipliers multiplier_lr whiten flips heads_per_flip start_bias default_target"
     for name in names.split():
         assert getattr(args, name) == getattr(recipe, name), name

@@ -9,7 +9,7 @@ from models import patched_model, ragged, tiny
 
 import flux_ext
 from flux_ext import FluxCache
-from flux_ext.models.patching import last_routing
+from flux_ext.models.patching import last_routing, policy
 
 
 def test_position_ids_and_packed_rows_compile_as_one_graph() -> None:
@@ -52,6 +52,32 @@ def test_the_last_routing_of_a_compiled_forward_is_its_own(first: str) -> None:
             model(ids, use_cache=False)
             assert torch.equal(last_routing(model).routes, route)
             torch.testing.assert_close(last_routing(model).logits, logit)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "straight_through"])
+def test_gradients_through_the_routes_of_a_compiled_model(hard: bool, autocast: bool) -> None:
+    """Both objectives with a backward pass, in one graph; and again, as with accumulation."""
+    model = patched_model("llama", num_hidden_layers=2)
+    ids, mask = ragged()
+    routers = list(flux_ext.get_routers(model).parameters())
+
+    def routes(layer: int, logits: torch.Tensor) -> torch.Tensor:
+        soft = (logits.float() + layer).softmax(-1)[..., 0]
+        return (soft > 0.5).float() + soft - soft.detach() if hard else soft
+
+    def gradient(run: Any) -> torch.Tensor:
+        model.zero_grad()
+        for scale in (0.5, 1.0):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), policy(model, routes):
+                logits = run(ids, attention_mask=mask, use_cache=False).logits
+            (scale * logits.float().log_softmax(-1)[..., 5][mask.bool()].mean()).backward()
+        return torch.cat([p.grad.flatten() for p in routers])
+
+    want = gradient(model)
+    got = gradient(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert want.norm() > 0
+    assert (got - want).norm() < (0.05 if autocast else 1e-4) * want.norm()
 
 
 def test_torch_compile_with_a_cache() -> None:

@@ -30,7 +30,7 @@ def test_needs_only_what_torch_2_10_has(path: Path) -> None:
 
 
 def test_cpu_operators_are_registered() -> None:
-    for op in ("attend", "explain", "attend_backward", "route", "append"):
+    for op in ("attend", "explain", "attend_backward", "mix", "mix_backward", "route", "append"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flux_ext::{op}", "CPU")
 
 

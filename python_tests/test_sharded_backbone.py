@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(
 RANKS = ((2, 1), (4, 2))
 """Processes, and how many of them share a sequence."""
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
-CASES = (("counterfactual", "layer"), ("counterfactual", "head"), ("soft", "layer"))
+CASES = (("counterfactual", "layer"), ("counterfactual", "head"), ("soft", "layer"), ("straight_through", "head"))
 
 
 class Look(TrainerCallback):

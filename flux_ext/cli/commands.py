@@ -319,6 +319,9 @@ def _trainer(
 ) -> FluxTrainer:
     from ..training import FluxTrainer, RouterDataset, training_arguments
 
+    more: dict[str, Any] = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
+    if args.fsdp:
+        more |= {"fsdp": True, "fsdp_config": {"version": 2}}
     return FluxTrainer(
         model,
         recipe,
@@ -333,8 +336,7 @@ def _trainer(
             report_to=args.report_to,
             seed=args.seed,
             use_cpu=torch.device(args.device).type == "cpu",
-            **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
-            **({"fsdp": True, "fsdp_config": {"version": 2}} if args.fsdp else {}),
+            **more,
         ),
         train_dataset=RouterDataset(examples, tokenizer, max_length=args.max_length),
         packed=args.packed,
