@@ -84,6 +84,14 @@ def test_what_is_given_counts_instead(tmp_path, monkeypatch):
     assert (arguments.learning_rate, arguments.gradient_accumulation_steps) == (0.1, 24)
 
 
+def test_other_commands_offer_modes_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parser(commands.COMMANDS).parse_args(
+            ["frontier", "--model", "m", "--data", "d", "--test", "t", "--output", str(tmp_path), "--preset", "flux"]
+        )
+    assert "invalid choice: 'flux'" in capsys.readouterr().err
+
+
 def test_without_a_paper_the_defaults_are_as_ever(tmp_path):
     args = parsed(tmp_path)
     assert {name: getattr(args, name) for name in options.TRAINING} == options.TRAINING

@@ -160,20 +160,24 @@ MODES: dict[str, dict[str, Any]] = {
 """Options that are fields of ``FluxConfig``."""
 
 
-def add_modes(add: Callable[..., argparse.Action], but: str = "") -> None:
+def add_modes(add: Callable[..., argparse.Action], but: str = "", papers: bool = False) -> None:
     """``--preset`` and the options of :data:`MODES`; :func:`config_of` reads them.
 
     Args:
         add: a command's ``add_argument``.
         but: one of them that the command has in another form.
+        papers: whether ``--preset`` may name a paper, whose training :func:`fill_in_training` fills in.
     """
+    recipes = (
+        "; or a paper's whole recipe, modes, training and all: flux (arXiv 2604.07394) or elastic (arXiv 2601.17367)"
+    )
     add(
         "--preset",
-        choices=[*PRESETS, *PAPERS],
+        choices=[*PRESETS, *(PAPERS if papers else ())],
         default=argparse.SUPPRESS,
         help="full mode and sparse mode as the papers name them, with the published numbers: full attention (fa) or "
-        "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa); or a paper's whole recipe, modes, "
-        "training and all: flux (arXiv 2604.07394) or elastic (arXiv 2601.17367) (default: fa-ssa)",
+        "block-sparse (xa), and streaming (ssa), triangle (ta) or block-sparse (xa)"
+        f"{recipes if papers else ''} (default: fa-ssa)",
     )
     for name, option in MODES.items():
         if name == but:

@@ -181,7 +181,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
-    options.add_modes(add)
+    options.add_modes(add, papers=True)
     add("--steps", type=options.COUNT, default=300, help="of the training")
     add("--batch-size", type=options.COUNT, help="sequences per device and micro-batch (default: 4)")
     add("--accumulate", type=options.COUNT, help="micro-batches per step (default: 1)")
