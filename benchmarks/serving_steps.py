@@ -51,13 +51,8 @@ class StandIn:
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.heads, self.head_dim, self.device, self.dtype, self.page_size = (
-            heads,
-            config.head_dim,
-            device,
-            dtype,
-            page_size,
-        )
+        self.heads, self.head_dim, self.page_size = heads, config.head_dim, page_size
+        self.device, self.dtype = device, dtype
         shape = (num_pages, heads[1], page_size, 2 * config.head_dim)
         memory = torch.zeros([shape[axis] for axis in ORDERS[order]], device=device, dtype=dtype)
         self.kv_cache = memory.permute([ORDERS[order].index(axis) for axis in range(4)])
@@ -77,9 +72,8 @@ class StandIn:
             router.to(device, dtype).requires_grad_(False)
             self.layers.append(RoutedLayer(layer, router, config, self.requests))
         self.prompt_lens: dict[str, int] = {}
-        self.tables: dict[
-            str, list[list[int]]
-        ] = {}  # per layer; as the worker has them, which is told of no page taken
+        self.tables: dict[str, list[list[int]]] = {}
+        """Pages of a request, by layer. As in vLLM's worker, those that were given back are still named here."""
 
     def grow(self, name: str, tokens: int, prompt_len: int) -> None:
         """Gives a request the pages for so many tokens; a new one is announced."""

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <iterator>
 #include <thread>
 
 #include "attend_case.h"
@@ -188,6 +189,23 @@ INSTANTIATE_TEST_SUITE_P(Cpu, Select,
                                           testing::Values(Layout::kBatched, Layout::kPacked, Layout::kPaged,
                                                           Layout::kPagedPerHead)),
                          name_of);
+
+TEST(Cpu, ExplainsWithTheNameOfItsInstructionSet) {
+  Random random(71);
+  AttendCase c;
+  random_attend(random, DType::kBFloat16, Layout::kBatched, 64, 1, {}, c);
+  c.params.forward.q.max_len = 9;
+  const Explanation e = cpu::explain(c.params.forward, Workers(2, false));
+  ASSERT_LT(e.processor, int64_t(std::size(cpu::kIsaNames)));
+  EXPECT_STREQ(cpu::kIsaNames[e.processor], cpu::isa());
+}
+
+#ifdef FLUX_EMULATE_AMX
+TEST(Cpu, RunsOnTheEmulatedUnit) {
+  if (std::strcmp(cpu::isa(), "amx_bf16"))
+    GTEST_SKIP() << "this processor has no AVX-512 with bf16, which the kernels need besides: tested " << cpu::isa();
+}
+#endif
 
 TEST(Cpu, Route) {
   Random random(61);

@@ -12,7 +12,8 @@ from flux_ext.examples import Example
 from flux_ext.models import patching
 from flux_ext.training import PackedCollator, PaddedCollator, Recipe, RouterDataset, calibrate, calibration
 from flux_ext.training.backbone import losses
-from flux_ext.training.calibration import Calibrator, hold_out
+from flux_ext.training.calibration import Calibrator
+from flux_ext.training.data import HELD_OUT, hold_out
 
 NATS = {"budget_unit": "nats", "whiten": 0}
 
@@ -264,8 +265,20 @@ def test_what_is_held_out():
     assert [e.task for e in held].count("a") == 9 and [e.task for e in held].count("b") == 2
     assert {e.task for e in train} == {"a", "b", "c"} and "c" not in {e.task for e in held}
     assert hold_out(given[::-1], 11)[1] == held[::-1]  # by what they are, not by where they stand
-    assert len(hold_out(examples(4000, "a"))[1]) == calibration.HELD_OUT
+    assert len(hold_out(examples(4000, "a"))[1]) == HELD_OUT
     assert hold_out(examples(7, "a")) == (examples(7, "a"), [])
+
+
+def test_copies_of_an_example_are_one_that_is_held_out():
+    def examples(count, task):
+        return [Example(f"{task} {i}", "?", "!", task) for i in range(count)]
+
+    given = [*(8 * examples(50, "rare")), *examples(400, "common"), *(64 * examples(1, "alone"))]
+    train, held = hold_out(given)
+    assert [e.task for e in held].count("rare") == 50 // 8 and [e.task for e in held].count("common") == 400 // 8
+    assert len({*held}) == len(held) and not {*train} & {*held}
+    assert [e.task for e in train].count("rare") == 8 * (50 - 50 // 8)
+    assert [e.task for e in train].count("alone") == 64
 
 
 def test_a_budget_of_a_task_that_was_not_measured_is_named():

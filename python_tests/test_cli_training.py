@@ -232,6 +232,17 @@ def test_an_eighth_of_the_data_is_kept_to_calibrate_on(folder, tmp_path, capsys)
     assert "of 8 sequences" in capsys.readouterr().out
 
 
+def test_a_resumed_training_keeps_apart_what_it_is_calibrated_on(folder, tmp_path, capsys):
+    rows = [Example(f"text {i} " * 20, "what?", f"a{i}", "xy"[i % 2]) for i in range(40)]
+    save_examples(rows, tmp_path / "data.jsonl")
+    arguments = ("--data", tmp_path / "data.jsonl", "--batch-size", 4, "--save-steps", 1, *PATTERN)
+    assert train(folder, tmp_path / "out", *arguments, "--steps", 1, "--no-calibrate") == 0
+    capsys.readouterr()
+    status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", *arguments, "--steps", 2, "--resume"))
+    assert status == 1 and "was trained on other examples than --data now gives" in line
+    assert train(folder, tmp_path / "out", *arguments, "--steps", 2, "--no-calibrate", "--resume") == 0
+
+
 def test_calibrate(folder, routers, tmp_path, capsys):
     common = ("calibrate", "--model", folder / "model", "--routers", routers, "--data", folder / "data.jsonl",
               "--device", "cpu", "--output")  # fmt: skip
@@ -239,7 +250,8 @@ def test_calibrate(folder, routers, tmp_path, capsys):
         assert run(*common, tmp_path / budget, "--budget", budget, "--margin", margin, "--packed") == 0
         out = capsys.readouterr().out
         assert f"routers written to {tmp_path / budget}" in out
-        assert f"sparsity {sparsity}" in (tmp_path / budget / "README.md").read_text()
+        card = (tmp_path / budget / "README.md").read_text()
+        assert f"sparsity {sparsity}" in card and "steps of" in card  # how they were trained stays
     apart = last_biases(tmp_path / "0nats") - last_biases(tmp_path / "9nats")
     assert apart[:, 0].abs().max() == 0 and apart[0, 1] > 1 and torch.allclose(apart[:, 1], apart[0, 1])
 

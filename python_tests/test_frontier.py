@@ -77,7 +77,11 @@ def test_mean_and_deviation_over_the_seeds():
 def test_the_picture_has_a_panel_per_task_and_one_for_all(tmp_path):
     figure = picture(points())
     large, *small = figure.axes
-    assert [axes.get_title(loc="left") for axes in small] == ["code, bits per byte", "single", "hard (dense fails too)"]
+    assert [axes.get_title(loc="left") for axes in small] == [
+        "code, bits per byte",
+        "single, score",
+        "hard (dense fails too)",
+    ]
     assert small[0].yaxis_inverted() and not small[1].yaxis_inverted()  # up is better
     [mean] = [x for x in large.containers if x.lines[0].get_marker() == "o"]
     assert mean.lines[0].get_xydata().tolist() == [

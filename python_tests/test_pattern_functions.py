@@ -75,6 +75,32 @@ def test_the_function_is_asked_once_for_each_pair_of_lengths() -> None:
     assert asked == [(200, 200), (150, 150)]
 
 
+def test_a_large_batch_of_different_lengths_is_asked_about_once() -> None:
+    class Counted:
+        """Not to be hashed, as an ordinary dataclass."""
+
+        __hash__ = None  # type: ignore[assignment]
+        calls = 0
+
+        def __call__(self, q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
+            self.calls += 1
+            return every_third(q_len, kv_len, width, device)
+
+    counted = Counted()
+    register_pattern("counted", counted)
+    x = torch.randn(60, 70, 1, 8)
+    ends = torch.arange(1, 61, dtype=torch.int32)
+    for _ in range(3):
+        flux_ext.attention(x, x, x, torch.ones(60, dtype=torch.int32), sparse=BlockSparse(name="counted"), seq_end=ends)
+    assert counted.calls == 60
+
+
+def test_lengths_on_another_device_are_refused_before_they_are_read() -> None:
+    x, ends = torch.randn(2, 200, 2, 8), torch.empty(2, dtype=torch.int32, device="meta")
+    with pytest.raises(ValueError, match=r"kv_len must be on the device of q \(cpu\), got meta"):
+        flux_ext.attention(x, x, x, None, full=BlockSparse(name="every third"), kv_len=ends)
+
+
 def test_lists_kept_in_inference_mode_serve_training() -> None:
     x = torch.randn(1, 222, 2, 8)
     with torch.inference_mode():

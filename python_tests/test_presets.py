@@ -84,6 +84,17 @@ def test_what_is_given_counts_instead(tmp_path, monkeypatch):
     assert (arguments.learning_rate, arguments.gradient_accumulation_steps) == (0.1, 24)
 
 
+def test_a_budget_beside_a_papers_targets_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="--budget must be left out with --preset flux"):
+        parsed(tmp_path, "--preset", "flux", "--budget", "0.01")
+
+
+@pytest.mark.parametrize("size", [0, -1, "4", True])
+def test_a_batch_size_that_is_none_is_refused_by_name(tmp_path, size):
+    with pytest.raises(ValueError, match="per_device_train_batch_size must be a whole number of 1 or more, got"):
+        training_arguments(str(tmp_path), preset="flux", per_device_train_batch_size=size)
+
+
 def test_other_commands_offer_modes_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parser(commands.COMMANDS).parse_args(

@@ -41,7 +41,7 @@ void mix_backward(const AttendBackwardParams& p, const Mixture& m, const Executo
 void append(const AppendParams& p, const Executor& executor);
 void select(const SelectParams& p, const Executor& executor);
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 // What the kernels in use were compiled for: one of these names.
 // Throws std::invalid_argument, as attend and attend_backward do, where FLUX_EXT_ISA is none of these.
 const char* isa();

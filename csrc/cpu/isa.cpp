@@ -41,7 +41,6 @@ namespace {
 struct Build {
   const Kernels& kernels;
   bool runs_here;
-  bool by_name_only = false;
 };
 
 #ifdef FLUX_X86
@@ -60,8 +59,8 @@ bool may_use_amx() {
 }
 #endif
 
-// Best first.
-std::vector<Build> builds() {
+// Best first. `limit` is what FLUX_EXT_ISA says, or null.
+std::vector<Build> builds([[maybe_unused]] const char* limit) {
   std::vector<Build> found;
 #ifdef FLUX_X86
   __builtin_cpu_init();
@@ -70,8 +69,10 @@ std::vector<Build> builds() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  // Tests have run it on an emulated unit only, so nobody gets it who did not ask for it.
-  found.push_back({amx_bf16::table, has_avx512_bf16 && may_use_amx(), true});
+  // Tests have run it on an emulated unit only, so nobody gets it who did not ask for it. Nor is Linux asked: its
+  // permission holds for the whole process, for good, and wants larger signal stacks.
+  const bool wants_amx = limit && !std::strcmp(limit, amx_bf16::table.isa);
+  found.push_back({amx_bf16::table, wants_amx && has_avx512_bf16 && may_use_amx()});
   found.push_back({avx512_bf16::table, has_avx512_bf16});
   found.push_back({avx512::table, has_avx512});
   found.push_back({avx2::table, has_avx2});
@@ -82,9 +83,9 @@ std::vector<Build> builds() {
 
 // FLUX_EXT_ISA names the best that may be used.
 const Kernels& choose() {
-  const std::vector<Build> all = builds();
   const char* limit = std::getenv("FLUX_EXT_ISA");
-  auto best = std::find_if(all.begin(), all.end(), [](const Build& b) { return !b.by_name_only; });
+  const std::vector<Build> all = builds(limit);
+  auto best = all.begin();
   if (limit && *limit) {
     best = std::find_if(all.begin(), all.end(), [&](const Build& b) { return !std::strcmp(b.kernels.isa, limit); });
     if (best == all.end()) {

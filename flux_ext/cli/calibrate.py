@@ -15,6 +15,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: an option breaks a rule, the data do not fit the budget, or the output folder is of something else.
     """
     from ..models.patching import get_routers
+    from ..routers.card import training_of
     from ..routers.files import refuse_foreign
     from ..training import Recipe, RouterDataset
     from ..training.calibration import calibrate
@@ -25,10 +26,11 @@ def run(args: argparse.Namespace) -> None:
     examples = [e for path in args.data for e in load_examples(path)]
     recipe.check_tasks(sorted({e.task for e in examples}))
     refuse_foreign(args.output)
+    training = training_of(args.routers)
     model, tokenizer = load_model(args, args.routers)
     found = calibrate(
         model,
-        RouterDataset(examples, tokenizer),
+        RouterDataset(examples, tokenizer, max_length=args.max_length),
         recipe,
         collator=PackedCollator() if args.packed else PaddedCollator(tokenizer.pad_token_id or 0),
         batch_size=args.batch_size,
@@ -36,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
         tries=args.tries,
     )
     print(found)
-    get_routers(model).save_pretrained(args.output, model_card_kwargs={"training": found.record()})
+    record = "\n\n".join(filter(None, [training, found.record()]))
+    get_routers(model).save_pretrained(args.output, model_card_kwargs={"training": record})
     print(f"routers written to {args.output}")
 
 
@@ -51,7 +54,7 @@ def held_out(
     Raises:
         ValueError: there are examples to calibrate on, but no ``budget`` to calibrate to.
     """
-    from ..training.calibration import hold_out
+    from ..training.data import hold_out
 
     if args.calibration_data is not None and (args.no_calibrate or not budget):
         why = "--no-calibrate" if args.no_calibrate else "targets, which nothing is calibrated to"

@@ -248,7 +248,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume is True and checkpoint is None:
         raise ValueError(f"--resume: {args.output} has no checkpoint")
     if checkpoint is not None:
-        _check_resume(Path(checkpoint), args, recipe, tasks, config)
+        _check_resume(Path(checkpoint), args, recipe, examples, config)
     check_output_folder(args.output)
     if checkpoint is None and not args.dry_run:
         check_unused(args.output)
@@ -291,15 +291,21 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _check_resume(
-    checkpoint: Path, args: argparse.Namespace, recipe: Recipe, tasks: Sequence[str], config: FluxConfig
+    checkpoint: Path, args: argparse.Namespace, recipe: Recipe, examples: Sequence[Example], config: FluxConfig
 ) -> None:
     """ValueError, before the model is loaded, where a training cannot go on from a checkpoint as the options say."""
     from ..routers.collection import FluxRouters
     from ..training.checkpoint import Checkpoint, check_progress
+    from ..training.data import digest
 
     saved = Checkpoint.read(checkpoint)
     check_progress(checkpoint, 0, {"initial_lr": args.lr})
-    saved.check_goes_on(recipe, tasks)
+    saved.check_goes_on(recipe, sorted({e.task for e in examples}))
+    if saved.data not in (None, digest(examples)):
+        raise ValueError(
+            f"{checkpoint} was trained on other examples than --data now gives: --resume goes on with the same file, "
+            "and with the same choice of what is calibrated on (--no-calibrate, --calibration-data)"
+        )
     if args.routers:
         config = FluxRouters.from_pretrained(args.routers).config
     if difference := config.differences(saved.routers.config):

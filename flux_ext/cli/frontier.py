@@ -240,11 +240,12 @@ def _routed(
 ) -> dict[str, Any]:
     """Routers trained once, and calibrated and scored for each budget: their training's, and further ones."""
     from ..training import Recipe, RouterDataset
-    from ..training.calibration import Calibrator, hold_out
-    from ..training.data import PackedCollator
+    from ..training.calibration import Calibrator
+    from ..training.data import PackedCollator, hold_out
     from .commands import load_model
 
     trained, seconds = args.output / "runs" / contender.name / "trained", None
+    tasks = sorted({e.task for e in train})
     unseen: list[Example] = []
     if not args.no_calibrate:
         train, unseen = hold_out(train, args.calibration_count)
@@ -268,7 +269,7 @@ def _routed(
             if not args.no_calibrate:
                 calibrator = calibrator or Calibrator(
                     model,
-                    RouterDataset(unseen or train, tokenizer),
+                    RouterDataset(unseen or train, tokenizer, tasks),
                     collator=PackedCollator(),
                     batch_size=args.batch_size,
                 )

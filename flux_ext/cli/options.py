@@ -223,6 +223,8 @@ def fill_in_training(args: argparse.Namespace) -> None:
 
     values = dict(TRAINING)
     if recipe := PAPER_RECIPES.get(getattr(args, "preset", "")):
+        if args.budget:
+            raise ValueError(f"--budget must be left out with --preset {args.preset}, which has target sparsities")
         batch_size = args.batch_size or 1
         values |= {name: value for name, value in recipe.items() if name != "targets"}
         values |= {"lr": PUBLISHED_LR, "batch_size": batch_size, "accumulate": published_accumulation(batch_size)}

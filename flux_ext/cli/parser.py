@@ -230,6 +230,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     budget(add)
     margin(add)
     add("--tries", type=options.COUNT, default=9, help="thresholds that are measured")
+    add("--max-length", type=options.whole(3), help="as in training: longer prompts lose tokens from their middle")
     add("--batch-size", type=options.COUNT, default=4, help="sequences at a time")
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     device(add)
@@ -295,8 +296,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="BUDGET",
-        help="further budgets to which each training's routers are calibrated and scored: more points of the frontier "
-        "without more training (default: the training's own alone)",
+        help="further budgets to which each training's routers are calibrated and scored, in the same call: more "
+        "points of the frontier without more training (default: the training's own alone)",
     )
     add("--no-calibrate", action="store_true", help="leave the routers as training made them")
     margin(add)

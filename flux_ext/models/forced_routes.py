@@ -15,7 +15,7 @@ class ForcedRoutes:
 
     def __init__(self) -> None:
         self._everywhere: list[Policy] = []
-        self._in_one_thread: list[object] = []
+        self._in_one_thread: list[Policy] = []
         self._warned = False
 
     def __deepcopy__(self, memo: object) -> ForcedRoutes:
@@ -27,7 +27,7 @@ class ForcedRoutes:
     @contextlib.contextmanager
     def opened(self, policy: Policy, everywhere: bool) -> Iterator[None]:
         """Counts a block that chooses by ``policy`` as open within a ``with`` block."""
-        blocks: list[Policy] | list[object] = self._everywhere if everywhere else self._in_one_thread
+        blocks = self._everywhere if everywhere else self._in_one_thread
         blocks.append(policy)
         try:
             yield

@@ -127,6 +127,8 @@ def _by_name(pattern: BlockSparse, q: Tensor, k: Tensor, bounds: Bounds) -> Bloc
     for name, x, least in (("q", q, 3), ("k", k, 3), ("page_table", bounds[4], 2)):
         if x is not None and x.dim() not in (least, least + 1):
             raise ValueError(f"{name} must have {least} or {least + 1} dimensions, got {list(x.shape)}")
+    q_begin, q_end, kv_begin, kv_end, page_table = bounds
+    check_devices("q", q, k=k, q_begin=q_begin, q_end=q_end, kv_begin=kv_begin, kv_len=kv_end, page_table=page_table)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or q.is_meta
     if traced or type(q) not in (Tensor, torch.nn.Parameter):
         blocks, counts = _ops.named_blocks(pattern.name, pattern.width, q.detach(), k.detach(), *bounds)

@@ -18,7 +18,7 @@ from .routed_attention import bound_operands, operator_arguments
 
 _ops = torch.ops.flux_ext
 _FAMILIES = {0: "cpu", 80: "sm80", 90: "sm90"}
-_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Explanation:
         family: of kernels: ``"cpu"``; ``"sm80"``, which run on any GPU from compute capability 8.0 on, and for decode
             on Hopper too; ``"sm90"``, Hopper's own for prompts; ``"none"`` where there is nothing to do.
         processor: the instruction set that the CPU kernels use (``"portable"``, ``"avx2"``, ``"avx512"``,
-            ``"avx512_bf16"``), or the compute capability of the GPU (``"9.0"``); ``"none"`` as for the family.
+            ``"avx512_bf16"``, ``"amx_bf16"``), or the compute capability of the GPU (``"9.0"``); ``"none"`` as for the
+            family.
         decode: whether it is the kernel for few rows per tile (decode steps), not the one for many (prompts).
         tile_rows: rows of a tile that there is room for: queries times the query heads that share a KV head.
         q_tokens: queries of a tile.

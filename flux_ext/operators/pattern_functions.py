@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import count
 from typing import TypeAlias, overload
 
 import torch
@@ -24,7 +25,9 @@ PatternFunction: TypeAlias = Callable[[int, int, int, torch.device], Tensor]
 BUILT_IN = ("full", "streaming", "triangle", "block_sparse")
 """The modes that a configuration names without their being registered."""
 
-_functions: dict[str, PatternFunction] = {}
+_functions: dict[str, tuple[int, PatternFunction]] = {}
+"""By name; with the number of the registration, which tells a function from the one that it replaced."""
+_registrations = count()
 
 
 @overload
@@ -47,8 +50,8 @@ def register_pattern(
     diagonal is not seen, whatever the function says. Every query must see a key, which the blocks on the diagonal
     ensure.
 
-    It must depend on nothing but its arguments: it is called once for each pair of lengths, width and device, and what
-    it returns is checked then, and kept for some of them.
+    It must depend on nothing but its arguments: what it returns for two lengths, a width and a device is checked and
+    kept, the latest 256 of them, and it is not called again for these.
 
     Args:
         name: other than those of the modes that are built in. A name that is registered already means the new function
@@ -70,7 +73,7 @@ def register_pattern(
         return lambda function: register_pattern(name, function)
     if not callable(function):
         raise TypeError(f"function must take (q_len, kv_len, width, device), got {described(function)}")
-    _functions[name] = function
+    _functions[name] = next(_registrations), function
     return function
 
 
@@ -86,10 +89,10 @@ def kept_blocks(name: str, q_len: int, kv_len: int, width: int, device: torch.de
     Raises:
         TypeError, ValueError: it is not registered, or returns what :func:`register_pattern` does not allow.
     """
-    return _kept(_function(name), name, q_len, kv_len, width, device)
+    return _kept(name, q_len, kv_len, width, device)
 
 
-def _function(name: str) -> PatternFunction:
+def _registered(name: str) -> tuple[int, PatternFunction]:
     if name not in _functions:
         raise ValueError(
             f"pattern {name!r} is not registered: call flux_ext.register_pattern({name!r}, function) first"
@@ -97,7 +100,8 @@ def _function(name: str) -> PatternFunction:
     return _functions[name]
 
 
-def _kept(function: PatternFunction, name: str, q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
+def _kept(name: str, q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
+    _, function = _registered(name)
     with torch.inference_mode(False), torch.no_grad():  # what is kept may be used in training later
         kept = function(q_len, kv_len, width, device)
     call = f"pattern {name!r} (q_len {q_len}, kv_len {kv_len}, width {width})"
@@ -128,15 +132,17 @@ def _kept(function: PatternFunction, name: str, q_len: int, kv_len: int, width: 
 def block_list(name: str, q_len: int, kv_len: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """:func:`kept_blocks` as the operators take it: ascending indices, int32 ``[q_blocks, max_count]``, 0 from the
     count on, and counts ``[q_blocks]``. Waits for the device the first time."""
-    return _block_list(_function(name), name, q_len, kv_len, width, device)
+    number, _ = _registered(name)
+    return _block_list(number, name, q_len, kv_len, width, device)
 
 
-@lru_cache(maxsize=32)
+# Room for a large batch of different lengths: all layers ask for the same ones in turn.
+@lru_cache(maxsize=256)
 def _block_list(
-    function: PatternFunction, name: str, q_len: int, kv_len: int, width: int, device: torch.device
+    registration: int, name: str, q_len: int, kv_len: int, width: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
-        kept = _kept(function, name, q_len, kv_len, width, device)
+        kept = _kept(name, q_len, kv_len, width, device)
         counts = kept.sum(1)
         row, block = kept.nonzero(as_tuple=True)
         place = torch.arange(len(row), device=device) - (counts.cumsum(0) - counts)[row]

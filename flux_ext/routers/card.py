@@ -49,6 +49,18 @@ flux_ext.patch(model, routers="{{ source }}")
 """
 """In Jinja, as the Hub's mixin has it; :func:`facts` gives the values."""
 
+_TRAINING = "## Training\n\n"
+
+
+def training_of(folder: str | Path) -> str | None:
+    """What the card in a folder says of the routers' training; None where there is no card of ours."""
+    try:
+        _, found, text = (Path(folder) / "README.md").read_text(encoding="utf-8").partition(_TRAINING)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text.strip() if found else None
+
+
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 

@@ -13,9 +13,7 @@ errors: a mean that just meets it would exceed it, on other inputs, in half of a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..examples import Example
 from ..models import patching
 from ..models.patching import evaluation_mode
 from ..operators import decide
@@ -37,8 +34,6 @@ from .config import Recipe
 from .data import PaddedCollator
 from .objective import Policy, full_route, log_odds
 
-HELD_OUT = 128
-"""Sequences that are enough: the mean of so many differences is known to about 0.007 nats."""
 MARGIN = 1.0
 TRIES = 9
 
@@ -455,25 +450,3 @@ def _shifted(routers: Sequence[Router], shift: float) -> Iterator[None]:
         with torch.no_grad():
             for router, bias in zip(routers, before, strict=True):
                 router.last_bias.copy_(bias)
-
-
-def hold_out(examples: Sequence[Example], count: int = HELD_OUT) -> tuple[list[Example], list[Example]]:
-    """Splits examples into those to train on and those to calibrate on: of each task an eighth, together at most
-    ``count``, equally many where there are enough.
-
-    Which ones is told by a digest of what they hold: the same file gives the same parts, so that a training may be
-    resumed, and an example that is there twice lies in one part.
-    """
-
-    def digest(e: Example) -> bytes:
-        text = "\0".join((e.task, e.context, e.question, e.answer))
-        return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-
-    sizes = Counter(e.task for e in examples)
-    chosen: set[bytes] = set()
-    for place, task in enumerate(sorted(sizes, key=lambda t: (sizes[t], t))):  # what the small ones leave, others get
-        share = (count - len(chosen)) // (len(sizes) - place)
-        keys = sorted({digest(e) for e in examples if e.task == task})
-        chosen |= {*keys[: min(sizes[task] // 8, share)]}
-    held = [e for e in examples if digest(e) in chosen]
-    return [e for e in examples if digest(e) not in chosen], held

@@ -68,6 +68,8 @@ class Checkpoint:
     folder: Path
     recipe: Recipe
     tasks: tuple[str, ...]
+    data: str | None
+    """:func:`~.data.digest` of the examples; None of data without any, and of earlier checkpoints."""
     routers: FluxRouters
     objectives: dict[int, dict[str, Tensor]]
     """The objective's state in the first process and, unless there were fewer, in this one, by rank."""
@@ -163,11 +165,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_recipe(file: Path) -> tuple[Recipe, tuple[str, ...]]:
+def _read_recipe(file: Path) -> tuple[Recipe, tuple[str, ...], str | None]:
     saved = read_object(file)
     try:
         recipe = Recipe(**{f.name: saved[f.name] for f in fields(Recipe) if f.name in saved})
-        return recipe, tuple(saved["tasks"])
+        return recipe, tuple(saved["tasks"]), saved.get("data")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 

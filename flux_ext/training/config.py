@@ -241,6 +241,8 @@ def _check_paper(name: str) -> None:
 def published_accumulation(batch_size: int) -> int:
     """Micro-batches with which the processes of ``torchrun``, each with ``batch_size`` sequences, reach the published
     batch: 48, or the next multiple of what they have together."""
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"per_device_train_batch_size must be a whole number of 1 or more, got {batch_size!r}")
     return math.ceil(PUBLISHED_BATCH / (batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
 
 

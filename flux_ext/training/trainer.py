@@ -41,7 +41,7 @@ from .checkpoint import (
     what_is_lost,
 )
 from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
-from .data import PackedCollator, PaddedCollator, Tokens
+from .data import PackedCollator, PaddedCollator, Tokens, digest
 from .distributed import alone, average_gradients, keep_whole, most, spread
 from .dry_run import Cost, Measured, measure
 from .monitor import Monitor
@@ -401,6 +401,8 @@ class FluxTrainer(Trainer):
         self.routers.save_pretrained(folder, model_card_kwargs={"training": training_record(self)})
         self._save_objective(folder)
         recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
+        if examples := getattr(self.train_dataset, "examples", None):
+            recipe["data"] = digest(examples)
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
         torch.save(self.args, folder / ARGUMENTS_FILE)
 
