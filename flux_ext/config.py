@@ -204,6 +204,12 @@ class FluxConfig:
         """Sink and window: what is left of the keys that are dropped."""
         return Streaming(self.sink, self.window, self.align)
 
+    def hides_any(self, length: int) -> bool:
+        """Whether sparse routes hide any key of a prompt of ``length`` tokens; of lists of blocks: whether they may."""
+        if self.pattern not in ("streaming", "triangle"):
+            return True
+        return self.align * ((length - 1) // self.align + 1) - self.window > self.sink
+
     def drops_keys(self) -> bool:
         """Whether sparse routes give back the memory of keys out of sight. Dense decoding sees them all, and so may
         later chunks of a block-sparse prompt."""

@@ -159,13 +159,23 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(line.decode("utf-8").rstrip())
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin files with a mark
+                yield where, json.loads(text.rstrip(), object_pairs_hook=_object)
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
                 raise ValueError(f"{where}: not an example ({error})") from error
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError where a key stands twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, object]]:

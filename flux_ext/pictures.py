@@ -139,7 +139,7 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
         unit = ", score" if panel.more_is_better else ", bits per byte"
         color = "black" if panel.telling else "#999999"
         axes.set_title(
-            f"{task}{unit}{'' if panel.telling else ' (dense fails too)'}", fontsize=8, loc="left", color=color
+            f"{task}{unit}{'' if panel.telling else chr(10) + '(dense fails too)'}", fontsize=8, loc="left", color=color
         )
         axes.tick_params(labelsize=7)
         if not panel.more_is_better:

@@ -126,6 +126,7 @@ def test_a_budget_of_nothing_has_no_price():
     "change, message",
     [
         ({"budget": -0.1}, r"the budget must be >= 0 and finite, got -0.1"),
+        ({"budget": 5.0}, "the budget must be at most 1, as it is a share of the dense loss, got 5.0: 0.05 is 5 %"),
         ({"budget": math.nan}, "the budget must be >= 0 and finite, got nan"),
         ({"budgets": {"a": math.inf}}, "the budget of a must be >= 0 and finite, got inf"),
         ({"budget_unit": "bits"}, "budget_unit must be one of share, nats, got 'bits'"),

@@ -176,7 +176,11 @@ def test_tasks_that_others_pay_for_are_named(monkeypatch):
     monkeypatch.setattr(calibration, "losses", known)
     found = calibrate(routed_model(), dataset(), Recipe(budget=0.02, **NATS), margin=0, tries=20, progress=False)
     assert found.chosen.budgets[""].extra <= 0.02 < found.chosen.tasks["a"].extra
-    [note] = found.notes
+    *others, note = found.notes
+    assert [n.split(",")[0] for n in others] == [
+        "12 sequences are few: what they lose says little of others (some 128 are enough)",
+        "all is sparse",
+    ]
     assert note.startswith("the budget is kept in the mean over the data, but exceeded in a (+0.")
     assert "b (" not in note
 
@@ -267,6 +271,28 @@ def test_what_is_held_out():
     assert hold_out(given[::-1], 11)[1] == held[::-1]  # by what they are, not by where they stand
     assert len(hold_out(examples(4000, "a"))[1]) == HELD_OUT
     assert hold_out(examples(7, "a")) == (examples(7, "a"), [])
+
+
+def test_prompts_of_which_nothing_is_hidden_are_nothing_to_calibrate_on(tmp_path):
+    """Not one token too few: of 8 tokens sink 2 and window 6 show all, of 9 they do not."""
+    m = model()
+    for count, hidden in ((7, False), (8, True)):
+        rows = [Example("x" * (count - 2), "y", "z", "a"), Example("x", "y", "z", "a")]
+        data = RouterDataset(rows, Bytes())
+        longest = max(len(row["prompt"]) + len(row["answer"]) for row in data)
+        assert (longest > 8) == hidden
+        if hidden:
+            calibrate(m, data, Recipe(budget=0.5, **NATS), progress=False)
+            continue
+        with pytest.raises(ValueError, match=rf"the longest example has {longest} tokens, and the sink and window"):
+            calibrate(m, data, Recipe(budget=0.5, **NATS), progress=False)
+        with pytest.warns(UserWarning, match="there is nothing to learn: the longest example has"):
+            trainer(tmp_path, m, data=data)
+
+
+def test_few_sequences_and_all_sparse_are_said():
+    found = calibrate(routed_model(), dataset(), Recipe(budget=9.0, **NATS), progress=False)
+    assert found.chosen.sparsity == 1 and "12 sequences are few" in str(found) and "all is sparse" in str(found)
 
 
 def test_copies_of_an_example_are_one_that_is_held_out():

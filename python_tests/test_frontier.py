@@ -80,7 +80,7 @@ def test_the_picture_has_a_panel_per_task_and_one_for_all(tmp_path):
     assert [axes.get_title(loc="left") for axes in small] == [
         "code, bits per byte",
         "single, score",
-        "hard, score (dense fails too)",
+        "hard, score\n(dense fails too)",
     ]
     assert small[0].yaxis_inverted() and not small[1].yaxis_inverted()  # up is better
     [mean] = [x for x in large.containers if x.lines[0].get_marker() == "o"]

@@ -15,7 +15,18 @@ from flux_ext import BlockSparse, FluxConfig, FluxRouters, Full, Streaming, Tria
 from flux_ext.config import PRESETS
 from flux_ext.examples import Example
 from flux_ext.operators import prompt_and_answer
+from flux_ext.operators.patterns import dense_mask
 from flux_ext.training import Recipe, RouterDataset
+
+
+def test_what_is_hidden_of_a_prompt() -> None:
+    """As the mask says, at every length."""
+    for sink, window, align in ((0, 4, 1), (2, 6, 1), (3, 8, 4), (16, 4, 2)):
+        config = FluxConfig(sink=sink, window=window, align=align)
+        for length in range(1, 40):
+            seen = dense_mask(config.sparse_pattern(), length, length)
+            assert config.hides_any(length) == bool((~seen).tril().any()), (sink, window, align, length)
+    assert FluxConfig(pattern="block_sparse").hides_any(1)  # not known before the scores are
 
 
 def test_presets_have_the_published_numbers() -> None:

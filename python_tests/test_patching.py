@@ -57,6 +57,24 @@ def test_bad_routes(route: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("route", [[0, 1, 1, 1], 1, None])
+def test_routes_that_are_no_tensor_are_refused(route: Any) -> None:
+    with pytest.raises(TypeError, match='route must be "full", "sparse" or a tensor, got'):
+        flux_ext.routes(patched_model(), route).__enter__()
+
+
+def test_forced_routes_are_those_of_the_batch() -> None:
+    model, ids = patched_model(), torch.randint(2, 128, (2, 12))
+    with pytest.raises(ValueError, match="route must be numbers, it has NaN"):
+        flux_ext.routes(model, torch.tensor([0, 1, torch.nan, 0])).__enter__()
+    with (
+        torch.no_grad(),
+        flux_ext.routes(model, torch.ones(3, 4, dtype=torch.int32)),
+        pytest.raises(ValueError, match=r"B = 2 sequences, got shape \[3, 4\]"),
+    ):
+        model(ids)
+
+
 def test_a_policy_gets_logits_and_its_answer_is_checked() -> None:
     model = patched_model(granularity="head")
     ids = torch.randint(2, 128, (3, 40))

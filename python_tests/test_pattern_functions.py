@@ -95,6 +95,13 @@ def test_a_large_batch_of_different_lengths_is_asked_about_once() -> None:
     assert counted.calls == 60
 
 
+def test_a_function_that_fails_is_named() -> None:
+    register_pattern("broken", lambda q_len, kv_len, width, device: 1 // 0)  # type: ignore[arg-type, return-value]
+    x = torch.randn(1, 200, 2, 8)
+    with pytest.raises(ValueError, match=r"pattern 'broken' \(q_len 200, kv_len 200, width 128\) failed: ZeroDiv"):
+        flux_ext.attention(x, x, x, None, full=BlockSparse(name="broken"))
+
+
 def test_lengths_on_another_device_are_refused_before_they_are_read() -> None:
     x, ends = torch.randn(2, 200, 2, 8), torch.empty(2, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=r"kv_len must be on the device of q \(cpu\), got meta"):

@@ -89,6 +89,11 @@ def test_a_budget_beside_a_papers_targets_is_refused_by_name(tmp_path):
         parsed(tmp_path, "--preset", "flux", "--budget", "0.01")
 
 
+def test_modes_have_no_recipe():
+    with pytest.raises(ValueError, match="got 'fa-xa' .modes without a recipe: FluxConfig.preset"):
+        Recipe.preset("fa-xa")
+
+
 @pytest.mark.parametrize("size", [0, -1, "4", True])
 def test_a_batch_size_that_is_none_is_refused_by_name(tmp_path, size):
     with pytest.raises(ValueError, match="per_device_train_batch_size must be a whole number of 1 or more, got"):
@@ -123,7 +128,8 @@ def test_unknown_presets(tmp_path):
 @pytest.mark.usefixtures("no_model")
 def test_tasks_that_need_retrieval_must_be_named(folder, tmp_path, capsys):
     status, line = error_of(capsys, lambda: train(folder, tmp_path / "out", "--preset", "flux"))
-    assert status == 1 and "targets names tasks that the data lack: retrieval" in line
+    assert status == 1 and "has a target for tasks called 'retrieval', and the data have x, y" in line
+    assert "--target x=0.45" in line
     status, line = error_of(
         capsys, lambda: train(folder, tmp_path / "out", "--preset", "flux", "--budget", "0.1", "--target", "x=0.5")
     )

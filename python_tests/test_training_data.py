@@ -61,6 +61,7 @@ GOOD = {"context": "c", "question": "q", "answer": "a", "task": "t"}
         ),
         (json.dumps({k: v for k, v in GOOD.items() if k != "task"}), r"line 2: the column 'task' is missing"),
         (b"\xff\xfe", r"line 2: not UTF-8"),
+        (json.dumps(GOOD)[:-1] + ', "answer": "b"}', r"line 2: not an example \(the key 'answer' stands there twice"),
         (
             json.dumps({**GOOD, "context": "a \ud83d b"}),
             r"x.jsonl, line 2: the column 'context' .* character 3 is half of",
@@ -85,6 +86,12 @@ def test_bad_lines(tmp_path, line, message):
 
 
 SCORED = Example("some code ", "what?", "a, b", "a", "found", ("a", "b"), ("a", "b", "c"), 7, "\n")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert load_examples(file) == [Example(**GOOD)]
 
 
 def test_how_a_text_is_scored_is_kept_where_it_says_something(tmp_path):

@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
   // Which kernel `attend` would take for the same arguments, without running it: int64 [11] on the CPU, the numbers of
   // struct Explanation (csrc/core/explanation.h) in its order:
   //   0 family           of kernels: 0 the CPU's, 80 csrc/cuda/sm80, 90 csrc/cuda/sm90
-  //   1 processor        CPU: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16; CUDA: compute capability, 80, 90, ...
+  //   1 processor        CPU: 0 portable, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16; CUDA: of the device, 80, 90, ...
   //   2 decode           1 the kernel for few rows per tile, 0 the one for many
   //   3 tile_rows        rows of a tile that there is room for: queries times query heads of a KV head
   //   4 q_tokens         queries of a tile

@@ -222,6 +222,7 @@ def _train(args: argparse.Namespace) -> None:
     from ..training import Recipe, RouterDataset
     from ..training.callbacks import StopOnInterrupt
     from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
+    from ..training.data import nothing_hidden
 
     options.fill_in_training(args)
     recipe = Recipe(
@@ -240,6 +241,12 @@ def _train(args: argparse.Namespace) -> None:
     examples, unseen = calibrate.held_out(args, load_examples(args.data), recipe.has_budget)
     held_out = load_examples(args.eval_data) if args.eval_data else []
     tasks = sorted({e.task for e in examples})
+    if getattr(args, "preset_targets", False) and not set(recipe.targets) & set(tasks):
+        [(name, target)] = args.target
+        raise ValueError(
+            f"--preset {args.preset} has a target for tasks called {name!r}, and the data have {', '.join(tasks)}: "
+            f"name those that need retrieval, for example --target {tasks[0]}={target:g}"
+        )
     recipe.check_tasks(tasks)
     if args.routers and (given := options.given_modes(args)):
         raise ValueError(f"{given[0]} is for new routers: those of --routers have settings of their own")
@@ -271,7 +278,11 @@ def _train(args: argparse.Namespace) -> None:
             f"stopped after step {step} of {steps}, with a checkpoint in {args.output}: the same command with --resume "
             "goes on from there"
         )
-    if recipe.has_budget and not args.no_calibrate:
+    longest = nothing_hidden(trainer.train_dataset, trainer.routers)
+    if recipe.has_budget and not args.no_calibrate and longest is not None:
+        if trainer.is_world_process_zero():
+            print(f"not calibrated: with prompts of at most {longest} tokens sparse attention hides nothing")
+    elif recipe.has_budget and not args.no_calibrate:
         all_tasks = sorted({*tasks, *(e.task for e in unseen)})
         rows = RouterDataset(unseen, tokenizer, all_tasks, args.max_length) if unseen else None
         found = trainer.calibrate(rows, margin=args.margin)

@@ -229,6 +229,7 @@ def fill_in_training(args: argparse.Namespace) -> None:
         values |= {name: value for name, value in recipe.items() if name != "targets"}
         values |= {"lr": PUBLISHED_LR, "batch_size": batch_size, "accumulate": published_accumulation(batch_size)}
         values |= {"max_length": PUBLISHED_LENGTH}
+        args.preset_targets = not args.target
         args.target = args.target or list(recipe["targets"].items())
     for name, value in values.items():
         if getattr(args, name) is None:

@@ -201,4 +201,4 @@ def continuation(
     rng = random.Random(f"continuation {split} {seed}")
     excerpts = Excerpts(tuple(corpus(split).values()), length + answer_length)
     pieces = [excerpts.draw(rng, length + answer_length) for _ in range(count)]
-    return [Example(piece[:length], "", piece[length:], CONTINUATION) for piece in pieces]
+    return [Example(piece[:length], "", piece[length:], CONTINUATION, "likelihood") for piece in pieces]

@@ -183,7 +183,10 @@ class PatchedAttention:
         route = self.patch.check_route(route, logits)
         if cache_layer is not None:
             if route.is_floating_point():
-                raise ValueError("a fractional route has no cache: call the model with use_cache=False")
+                raise ValueError(
+                    "a route of weights (floating numbers) has no cache: call the model with use_cache=False, or give "
+                    "integers or booleans"
+                )
             route = cache_layer.set_route(route)
         if context.held is not None:
             context.held.routes[self.place] = route

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config import FluxConfig
 from ..forward_context import Decision, Policy
+from ..operators.arguments import described
 from ..routers.collection import FluxRouters
 from ..sequence_parallel import SequenceGroup, Shard
 from ..transformers_seam import PreTrainedModel
@@ -253,19 +254,27 @@ def routes(model: nn.Module, route: str | Tensor, *, everywhere: bool = False) -
             prompts: a prompt that is read later is the routers' to decide.
 
     Raises:
-        ValueError: the model is not patched, or ``route`` is another word or of another shape.
+        TypeError: ``route`` is neither a word nor a tensor.
+        ValueError: the model is not patched, or ``route`` is another word, of another shape or not a number.
     """
     num_layers = len(get_routers(model).layers)
     if isinstance(route, str):
         if route not in ("full", "sparse"):
             raise ValueError(f'route must be "full", "sparse" or a tensor, got {route!r}')
         route = torch.full((num_layers,), int(route == "sparse"), dtype=torch.int32)
+    if not isinstance(route, Tensor):
+        raise TypeError(f'route must be "full", "sparse" or a tensor, got {described(route)}')
     if route.dim() not in (1, 2, 3) or route.shape[min(route.dim() - 1, 1)] != num_layers:
         raise ValueError(
             f"route must be [L], [B, L] or [B, L, Hkv] with L = {num_layers}, got shape {list(route.shape)}"
         )
 
+    if route.is_floating_point() and bool(route.isnan().any()):
+        raise ValueError("route must be numbers, it has NaN")
+
     def forced(layer: int, logits: Tensor) -> Tensor:
+        if route.dim() > 1 and route.shape[0] != len(logits):
+            raise ValueError(f"route must be [B, ...] with B = {len(logits)} sequences, got shape {list(route.shape)}")
         return route[layer].expand(logits.shape[0]) if route.dim() == 1 else route[:, layer]
 
     with policy(model, forced), _patch_of(model).forced.opened(forced, everywhere):

@@ -102,9 +102,12 @@ def _registered(name: str) -> tuple[int, PatternFunction]:
 
 def _kept(name: str, q_len: int, kv_len: int, width: int, device: torch.device) -> Tensor:
     _, function = _registered(name)
-    with torch.inference_mode(False), torch.no_grad():  # what is kept may be used in training later
-        kept = function(q_len, kv_len, width, device)
     call = f"pattern {name!r} (q_len {q_len}, kv_len {kv_len}, width {width})"
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be used in training later
+        try:
+            kept = function(q_len, kv_len, width, device)
+        except Exception as error:  # of whatever type: it is the user's
+            raise ValueError(f"{call} failed: {type(error).__name__}: {error}") from error
     if not isinstance(kept, Tensor):
         raise TypeError(f"{call} must return a tensor, got {described(kept)}")
     shape = [-(-q_len // Q_BLOCK), -(-kv_len // width)]

@@ -31,10 +31,12 @@ from ..sequence_parallel import SequenceGroup
 from .backbone import answered, losses
 from .budget import SATURATED
 from .config import Recipe
-from .data import PaddedCollator
+from .data import HELD_OUT, TOO_SHORT, PaddedCollator, nothing_hidden
 from .objective import Policy, full_route, log_odds
 
 MARGIN = 1.0
+FEW = 16
+"""Sequences below which a standard error is hardly known itself."""
 TRIES = 9
 
 
@@ -224,8 +226,8 @@ class Calibrator:
 
     Raises:
         TypeError: the data do not name their tasks.
-        ValueError: the data have no example or one without an answer token, ``batch_size`` breaks its rule, a router
-            has no last bias that could be shifted, or a loss is not finite.
+        ValueError: the data have no example, one without an answer token, or none that is longer than sink and window;
+            ``batch_size`` breaks its rule; a router has no last bias that could be shifted; or a loss is not finite.
     """
 
     def __init__(
@@ -244,6 +246,9 @@ class Calibrator:
         self.names = tasks_of(data)
         if not len(data):
             raise ValueError("data must have at least one example")
+        longest = nothing_hidden(data, patching.get_routers(model))
+        if longest is not None:
+            raise ValueError(f"data must tell sparse from full attention: {TOO_SHORT.format(longest)}")
         self._routers = [cast(Router, router) for router in patching.get_routers(model).layers]
         for place, router in enumerate(self._routers):
             if not router.is_plain():
@@ -418,6 +423,10 @@ def _notes(chosen: OperatingPoint, margin: float, recipe: Recipe) -> Iterator[st
         yield "one sequence says nothing of its standard error: the budget is kept by its own loss, without a margin"
     if missing := sorted(set(recipe.budgets) - set(chosen.budgets)):
         yield f"no sequence of {', '.join(missing)} was measured, so the budget of its own was not looked at"
+    if (count := sum(lost.sequences for lost in chosen.tasks.values())) < FEW:
+        yield f"{count} sequences are few: what they lose says little of others (some {HELD_OUT} are enough)"
+    if chosen.sparsity == 1:
+        yield "all is sparse, for every input that was measured"
     if chosen.sparsity == 0:
         yield "no threshold that was tried keeps to the budget with anything sparse: all is full"
     # Two standard errors: of ten tasks, chance rarely takes one so far.

@@ -139,9 +139,14 @@ class Recipe:
             if not 0 <= target <= 1:
                 raise ValueError(f"the target sparsity of {task} must lie in [0, 1], got {target}")
         for name, budget in {"": self.quality_budget, **self.budgets}.items():
+            of = f" of {name}" if name else ""
             if not 0 <= budget < math.inf:
-                of = f" of {name}" if name else ""
                 raise ValueError(f"the budget{of} must be >= 0 and finite, got {budget}")
+            if budget > 1 and self.budget_unit == "share":
+                raise ValueError(
+                    f"the budget{of} must be at most 1, as it is a share of the dense loss, got {budget}: 0.05 is 5 %, "
+                    'and nats per token have budget_unit="nats" (on the command line: 0.05nats)'
+                )
         for name in ("tau_start", "tau_end", "logit_bound", "delta_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
@@ -235,7 +240,9 @@ class Recipe:
 
 def _check_paper(name: str) -> None:
     if name not in PAPER_RECIPES:
-        raise ValueError(f"a preset must be one of {tuple(PAPER_RECIPES)}, got {name!r}")
+        raise ValueError(
+            f"a preset must be one of {tuple(PAPER_RECIPES)}, got {name!r} (modes without a recipe: FluxConfig.preset)"
+        )
 
 
 def published_accumulation(batch_size: int) -> int:

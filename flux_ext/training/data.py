@@ -12,10 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..examples import Example, Tokenizer, as_examples, tokenized
+from ..routers.collection import FluxRouters
 
 IGNORED = -100
 """The label of tokens without a loss, as in transformers."""
 
+TOO_SHORT = (
+    "the longest example has {} tokens, and the sink and window of sparse attention show all of them: take longer "
+    "prompts, or a smaller window"
+)
 HELD_OUT = 128
 """Sequences to calibrate on that are enough: the mean of so many differences is known to about 0.007 nats."""
 
@@ -137,6 +142,22 @@ def _sequences(rows: Sequence[Tokens]) -> dict[str, Tensor]:
         "task_ids": torch.tensor([row["task"] for row in rows]),
         "prompt_lengths": torch.tensor([len(row["prompt"]) for row in rows]),
     }
+
+
+def nothing_hidden(data: Any, routers: FluxRouters) -> int | None:
+    """Tokens of the longest example where no example is so long that sparse routes would hide any key from it, so that
+    there is nothing to learn or to measure; else None.
+
+    Args:
+        data: a :class:`RouterDataset`; it is read up to the first example that is long enough.
+        routers: that are to learn or to be measured.
+    """
+    longest = 0
+    for i in range(len(data)):
+        longest = max(longest, len(data[i]["prompt"]) + len(data[i]["answer"]))
+        if routers.config.hides_any(longest):
+            return None
+    return longest
 
 
 def _digest(e: Example) -> bytes:

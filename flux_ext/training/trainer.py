@@ -41,7 +41,7 @@ from .checkpoint import (
     what_is_lost,
 )
 from .config import DEFAULT_WHITEN, Recipe, checked_arguments, training_arguments
-from .data import PackedCollator, PaddedCollator, Tokens, digest
+from .data import TOO_SHORT, PackedCollator, PaddedCollator, RouterDataset, Tokens, digest, nothing_hidden
 from .distributed import alone, average_gradients, keep_whole, most, spread
 from .dry_run import Cost, Measured, measure
 from .monitor import Monitor
@@ -114,6 +114,10 @@ class FluxTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be left out: the loss is the objective's, and no predictions are kept")
         self.routers = patching.get_routers(model)
+        if isinstance(train_dataset, RouterDataset):
+            longest = nothing_hidden(train_dataset, self.routers)
+            if longest is not None:
+                warnings.warn(f"there is nothing to learn: {TOO_SHORT.format(longest)}", stacklevel=2)
         args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
         config = self.routers.config
         self.objective: Objective = make_objective(
