@@ -255,7 +255,8 @@ def cpu(rows: Sequence[dict[str, str]]) -> dict[str, Figure]:
     first = kept[0]
     heads = f"{first['q_heads']} query and {first['kv_heads']} KV heads of {first['head_dim']}"
     length = tokens(int(first["kv_len"]))
-    title = f"Attention on a CPU, {length} tokens, {heads}: processor time (times as fast as torch)"
+    threads = f"{first['threads']} threads" if first["threads"] != "1" else "one thread"
+    title = f"Attention on a CPU, {length} tokens, {heads}, {threads}: processor time (times as fast as torch)"
     figure, axes = figure_of(min(len(stages), 2), title, -(-len(stages) // 2))
     figure.set_size_inches(9.2, 0.7 + 1.7 * -(-len(stages) // 2))
     torch_line = Line("torch SDPA, dense", "#8a8a8a")
