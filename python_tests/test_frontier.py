@@ -177,6 +177,12 @@ def test_how_the_table_names_modes(preset, changes, text):
     assert frontier._pattern(config) == want
 
 
+def test_data_that_sink_and_window_show_whole_are_refused_before_the_training(data, tmp_path, capsys):
+    more = ("--static", "none", "--window", "2048", "--only", "routed-layer-0.01-0")
+    assert commands.main(options(data, tmp_path, *more)) == 1
+    assert "has nothing to learn from: the longest example has" in capsys.readouterr().err
+
+
 def test_processes_share_the_work(data, tmp_path, capsys, monkeypatch):
     """Each contender in one of its own; a failed one is named, with its log, and leaves the others alone."""
     assert commands.main(options(data, tmp_path, "--static", "none", "--jobs", "2", "--only", "dense", "sparse")) == 0

@@ -241,7 +241,7 @@ def _routed(
     """Routers trained once, and calibrated and scored for each budget: their training's, and further ones."""
     from ..training import Recipe, RouterDataset
     from ..training.calibration import Calibrator
-    from ..training.data import PackedCollator, hold_out
+    from ..training.data import TOO_SHORT, PackedCollator, hold_out, nothing_hidden
     from .commands import load_model
 
     trained, seconds = args.output / "runs" / contender.name / "trained", None
@@ -253,6 +253,9 @@ def _routed(
         model, tokenizer = load_model(args, str(trained))
     else:
         model, tokenizer = load_model(args, config)
+        longest = nothing_hidden(RouterDataset(train, tokenizer), patching.get_routers(model))
+        if longest is not None:
+            raise ValueError(f"--data {args.data} has nothing to learn from: {TOO_SHORT.format(longest)}")
         seconds = _train(args, contender, model, tokenizer, train, trained)
     routers = patching.get_routers(model)
     state = {name: x.clone() for name, x in routers.state_dict().items()}
