@@ -215,7 +215,11 @@ def schedule(
         axes.barh(worker, end - begin, left=filled[worker], height=0.85, color=color, edgecolor="white",
                   hatch="///" if cut else None, linewidth=0.4)  # fmt: skip
         filled[worker] += end - begin
-    axes.set_title("The work of every worker, in the order of its doing", fontsize=10, loc="left")
+    axes.set_title(
+        "All workers have the same amount of work, whatever is full or sparse: what each does, from left to right",
+        fontsize=10,
+        loc="left",
+    )
     axes.set_xlabel(f"work, in blocks of {kv_block} keys for a tile of {q_tokens} queries x {group} query heads")
     axes.set_ylabel("worker (CPU thread or CUDA thread block)")
     axes.set_yticks(range(num_workers))
