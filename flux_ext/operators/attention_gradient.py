@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import call, check_devices
-from .autograd import below, differentiable
+from .autograd import below, differentiable, no_second_gradient
 from .operands import AttendArguments
 
 _ops = torch.ops.flux_ext
@@ -76,20 +76,6 @@ def _attend_twin(*args):
 differentiable(_ops.attend.default, _Attend.apply, _attend_twin)
 
 
-class _AttendBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs):
-        return below(_ops.attend_backward.default, *inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("attention has no second gradient (create_graph=True)")
-
-
 def _attend_backward_twin(grad_out, q, k, v, _out, _lse, *rest):
     def attend(*qkv):
         return _attend_twin(*qkv, *rest, None)[0]  # no page_table
@@ -97,4 +83,4 @@ def _attend_backward_twin(grad_out, q, k, v, _out, _lse, *rest):
     return torch.func.vjp(attend, q, k, v)[1](grad_out)
 
 
-differentiable(_ops.attend_backward.default, _AttendBackward.apply, _attend_backward_twin)
+differentiable(_ops.attend_backward.default, no_second_gradient(_ops.attend_backward.default), _attend_backward_twin)

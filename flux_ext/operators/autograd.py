@@ -48,6 +48,25 @@ def differentiable(op: Any, function: Callable[..., Any], twin: Callable[..., An
     torch.library.register_vmap(op, one_by_one(op))
 
 
+def no_second_gradient(op: Any) -> Callable[..., Any]:
+    """The operator of a gradient, recorded so that a backward pass through it is an error that says so."""
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs):  # type: ignore[no-untyped-def]
+            return below(op, *inputs)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+            raise RuntimeError("attention has no second gradient (create_graph=True)")
+
+    return Recorded.apply
+
+
 def one_by_one(op: Any) -> Callable[..., Any]:
     """What ``torch.func.vmap`` does with an operator: one call per entry."""
 

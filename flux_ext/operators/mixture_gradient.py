@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .arguments import call
 from .attention_gradient import attended, gradients_like
-from .autograd import below, differentiable
+from .autograd import below, differentiable, no_second_gradient
 from .mixture import both_branches
 from .operands import AttendArguments
 
@@ -64,20 +64,6 @@ def _mix_twin(*args):
 differentiable(_ops.mix.default, _Mix.apply, _mix_twin)
 
 
-class _MixBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(*inputs):
-        return below(_ops.mix_backward.default, *inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("attention has no second gradient (create_graph=True)")
-
-
 def _mix_backward_twin(grad_out, q, k, v, _full, _sparse, _full_lse, _sparse_lse, weight, *rest):
     def mix(q, k, v, weight):
         return _mix_twin(q, k, v, weight, *rest, None)[0]  # no page_table
@@ -85,4 +71,4 @@ def _mix_backward_twin(grad_out, q, k, v, _full, _sparse, _full_lse, _sparse_lse
     return torch.func.vjp(mix, q, k, v, weight)[1](grad_out)
 
 
-differentiable(_ops.mix_backward.default, _MixBackward.apply, _mix_backward_twin)
+differentiable(_ops.mix_backward.default, no_second_gradient(_ops.mix_backward.default), _mix_backward_twin)
