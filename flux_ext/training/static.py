@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from ..models import patching
@@ -196,8 +197,11 @@ def _gated(model: PreTrainedModel, pattern: Streaming) -> Iterator[Any]:
     AttentionMaskInterface.register(GATED, lambda *_, **__: None)
     before = model.config._attn_implementation
     model.set_attn_implementation(GATED)
+    # Not cuDNN, which plans anew for every length: batches seldom have that of the one before.
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:
-        yield use
+        with sdpa_kernel(backends):
+            yield use
     finally:
         model.set_attn_implementation(before)
 
