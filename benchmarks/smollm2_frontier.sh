@@ -6,7 +6,7 @@
 #   data        the examples, prompts as long in training as in the test, without what the dense model cannot do
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
 #   published   the soft and the straight-through objective beside them, in the same table
-#   blocks      the same as ours (without static heads), block-sparse instead of streaming
+#   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables of all, as one
 #
 # All parts in this order, or those that are named. MODEL is a folder that "python -m benchmarks frontier weights MODEL"
@@ -18,7 +18,7 @@
 set -eu
 model=$1 out=$2
 shift 2
-[ $# -gt 0 ] || set -- data ours published blocks table
+[ $# -gt 0 ] || set -- data ours published modes table
 end=$(($(date +%s) + 60 * ${MINUTES:-9}))
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python}
@@ -28,6 +28,7 @@ codes="single multikey multivalue multiquery twohop"
 long=7500 short=3500 least=2000 train=480 test=100 pool="" seeds=${SEEDS:-0 1 2} steps=300 batch=8 jobs=${JOBS:-14}
 pattern="--sink 64 --window 512" sparsities="0.5 0.65 0.8 0.9" calibration=360 device=${DEVICE:-cuda}
 # A budget for all, and one that multikey and single, which lose most, must keep to by themselves.
+modes="fa-ta fa-xa xa-ssa"
 budgets="0.015nats 0.015nats,single=0.015nats,multikey=0.015nats"
 further="0.03nats"
 if [ -n "${TINY:-}" ]; then
@@ -76,13 +77,13 @@ for part in "$@"; do
     published) # which go backward through the backbone, and want memory for it
       frontier streaming --static layer head --objective counterfactual soft straight_through --jobs "${JOBS:-4}"
       ;;
-    blocks) frontier block-sparse --preset fa-xa --static layer ;;
+    modes) for mode in $modes; do frontier "$mode" --preset "$mode" --static layer; done ;;
     table)
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
       gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
       versions=$("$python" -c "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')")
       set -- # of the tables that are there
-      for folder in streaming block-sparse; do
+      for folder in streaming $modes; do
         [ ! -e "$out/$folder/frontier.csv" ] || set -- "$@" "$out/$folder/frontier.csv"
       done
       "$python" -m benchmarks frontier table "$@" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
@@ -90,7 +91,7 @@ for part in "$@"; do
         --output "$out/smollm2-frontier.csv"
       ;;
     *)
-      echo "no part $part: data, ours, published, blocks or table" >&2
+      echo "no part $part: data, ours, published, modes or table" >&2
       exit 2
       ;;
   esac
