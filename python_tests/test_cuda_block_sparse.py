@@ -70,6 +70,15 @@ def test_packed():
     expect_lists(BlockSparse(threshold=0.7, width=64), q, k, q_begin=bounds, kv_begin=bounds)
 
 
+def test_many_sequences_beside_a_long_one():
+    """Each thread block meets several tiles, most of which have no rows: the tile before must not wait for theirs."""
+    lens = [6000] + [3] * 100
+    bounds = int32([0, *lens]).cumsum(0, dtype=torch.int32)
+    for heads in [(9, 3), (8, 2)]:
+        q, k = spread(sum(lens), heads[0], 64), spread(sum(lens), heads[1], 64)
+        expect_lists(BlockSparse(threshold=0.7), q, k, q_begin=bounds, kv_begin=bounds)
+
+
 def test_a_chunk_over_a_cache():
     q, k = spread(3, 200, 4, 128), torch.stack([poisoned(spread(n, 2, 128), 1700) for n in (1700, 333, 200)])
     expect_lists(BlockSparse(threshold=0.7), q, k, kv_end=int32([1700, 333, 200]))

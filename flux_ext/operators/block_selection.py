@@ -97,7 +97,7 @@ def _sizes(q: Tensor, k: Tensor, bounds: Bounds) -> tuple[int, int, int]:
     q_begin, q_end, _, _, page_table = bounds
     batch = q.shape[0]
     if q.dim() == 3:  # packed; without bounds, which attention refuses, one sequence
-        batch = 1 if q_begin is None else q_begin.shape[0] - (q_end is None)
+        batch = 1 if q_begin is None else q_begin.shape[0] - int(q_end is None)
     heads = page_table.shape[1] if page_table is not None and page_table.dim() == 3 else k.shape[-2]
     return batch, heads, k.shape[-3] if page_table is None else page_table.shape[-1] * k.shape[1]
 

@@ -147,6 +147,10 @@ CUTLASS_DEVICE void produce_by_copies(const SelectKernelParams& k, typename T::S
     shared.full[loaded.index].arrive();
     loaded.advance();
   };
+  const auto hand_over_all = [&] {
+    sm80::cp_async_wait<0>();
+    for (; under_way > 0; --under_way) hand_over();
+  };
   for (int32_t next = blockIdx.x;;) {
     if (thread == 0) {
       shared.item_empty[items.ring.index].wait(items.ring.phase ^ 1);
@@ -157,6 +161,9 @@ CUTLASS_DEVICE void produce_by_copies(const SelectKernelParams& k, typename T::S
     const int32_t item = items.next(shared);
     if (item < 0) break;
     const SelectTile t(k, item);
+    // Loads of an item hand over the last slabs of the one before. This one has none, and the next but one may wait for
+    // the consumers to be done with them.
+    if (t.columns == 0) hand_over_all();
     for (int32_t pass = 0; t.columns > 0 && pass < k.tiling.passes; ++pass) {
       const SelectLoader<typename T::PackedElement, 128> loader(k, t, pass, thread);
       for (int32_t first = 0; first < t.columns; first += T::kColumns)
@@ -175,8 +182,7 @@ CUTLASS_DEVICE void produce_by_copies(const SelectKernelParams& k, typename T::S
         }
     }
   }
-  sm80::cp_async_wait<0>();
-  for (; under_way > 0; --under_way) hand_over();
+  hand_over_all();
 }
 
 // ---- consumers ----
