@@ -7,7 +7,7 @@
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
 #   published   the soft and the straight-through objective beside them, in the same table
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
-#   table       the tables of all, as one
+#   table       the tables, with lines that say where they come from
 #
 # All parts in this order, or those that are named. MODEL is a folder that "python -m benchmarks frontier weights MODEL"
 # has made; what is installed gives the text (docs/evaluation.md, "Text"). What is stopped after MINUTES (default: 9)
@@ -82,13 +82,12 @@ for part in "$@"; do
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
       gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
       versions=$("$python" -c "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')")
-      set -- # of the tables that are there
       for folder in streaming $modes; do
-        [ ! -e "$out/$folder/frontier.csv" ] || set -- "$@" "$out/$folder/frontier.csv"
+        [ -e "$out/$folder/frontier.csv" ] || continue
+        "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
+          --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
+          --output "$out/smollm2-$folder-frontier.csv"
       done
-      "$python" -m benchmarks frontier table "$@" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
-        --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
-        --output "$out/smollm2-frontier.csv"
       ;;
     *)
       echo "no part $part: data, ours, published, modes or table" >&2
