@@ -14,6 +14,7 @@ KINDS = {
     "picture": "benchmarks.picture",
     "serving_steps": "benchmarks.serving_steps",
     "step": "benchmarks.step",
+    "training": "benchmarks.training",
 }
 
 

@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,24 +238,25 @@ def variant(model: Any, name: str) -> Iterator[None]:
 
 
 class Writer:
-    """Rows on disk as they come."""
+    """Rows of a kind of benchmark on disk as they come."""
 
-    def __init__(self, path: Path, device: str, argv: list[str]) -> None:
+    def __init__(self, path: Path, device: str, kind: str, fields: Sequence[str], argv: list[str]) -> None:
         import transformers
 
-        self._path = path
+        self._path, self._fields = path, tuple(fields)
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python -m benchmarks end_to_end", *argv])
+        command = " ".join([f"python -m benchmarks {kind}", *argv])
         info = {**about(device), "transformers": transformers.__version__, "command": command}
         with path.open("w", newline="") as file:
             file.writelines(f"# {key}: {value}\n" for key, value in info.items())
-            csv.writer(file).writerow(FIELDS)
+            csv.writer(file).writerow(self._fields)
 
     def add(self, row: dict[str, Any]) -> None:
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
         with self._path.open("a", newline="") as file:
-            csv.DictWriter(file, FIELDS).writerow(values)
-        tqdm.write(" ".join(f"{k}={values[k]}" if k in FIELDS[4:] else str(values[k]) for k in FIELDS if k in values))
+            csv.DictWriter(file, self._fields).writerow(values)
+        shown = [k for k in self._fields if k in values]
+        tqdm.write(" ".join(f"{k}={values[k]}" if self._fields.index(k) > 3 else str(values[k]) for k in shown))
 
 
 def run(model: Any, name: str, length: int, batch: int, args: argparse.Namespace, writer: Writer) -> None:
@@ -326,7 +327,7 @@ def main(argv: list[str]) -> None:
     args.deadline = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    writer = Writer(args.output / f"end_to_end-{device}.csv", device, argv)
+    writer = Writer(args.output / f"end_to_end-{device}.csv", device, "end_to_end", FIELDS, argv)
     model, built = None, ("", 0)
     for name, length, batch in tqdm(args.runs, desc="end to end", unit="run", file=sys.stderr, disable=None):
         if time.monotonic() > args.deadline:

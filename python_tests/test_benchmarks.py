@@ -19,7 +19,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: the package itself stays the one that is tested
 
-from benchmarks import end_to_end, launch, picture, step, structured  # noqa: E402
+from benchmarks import end_to_end, launch, picture, step, structured, training  # noqa: E402
 from benchmarks.cuda import compare, criteria, measure, run, table  # noqa: E402
 from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
 from benchmarks.cuda.problems import OURS, Setting, Spec, visible_pairs  # noqa: E402
@@ -292,6 +292,40 @@ def test_structured_keys_leave_blocks_out() -> None:
 def test_whole_models_within_a_budget(tmp_path: Path) -> None:
     end_to_end.main(["--runs", "tiny:64x1", "--minutes", "0", "--output", str(tmp_path)])
     assert criteria.read_models(tmp_path / f"end_to_end-{DEVICE}.csv")[0]["note"].startswith("not run")
+
+
+def test_training_steps(tmp_path: Path) -> None:
+    """Every objective has a line, with the routes that were asked for; one that fails does not end the others."""
+    options = ["--objectives", "dense", "counterfactual", "soft", "straight_through", "--steps", "2"]
+    training.main(["--runs", "tiny:300", "--granularity", "layer", "head", *options, "--output", str(tmp_path)])
+    rows = criteria.read_models(tmp_path / f"training-{DEVICE}.csv")
+    assert [(r["objective"], r["granularity"]) for r in rows] == [
+        ("dense", ""), *((o, g) for o in ("counterfactual", "soft", "straight_through") for g in ("layer", "head"))
+    ]  # fmt: skip
+    assert all(float(r["step_s"]) > 0 and float(r["dense_x"]) > 0 and not r["note"] for r in rows)
+    assert all(float(r["sparse"]) == 0.5 and r["steps"] == "2" for r in rows[1:])
+
+
+def test_training_steps_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+    monkeypatch.setattr(training, "losses", out_of_memory)
+    training.main(["--runs", "tiny:64", "--objectives", "dense", "counterfactual", "--output", str(tmp_path)])
+    training_csv = tmp_path / f"training-{DEVICE}.csv"
+    failed, ran = criteria.read_models(training_csv)
+    assert failed["note"] == "OutOfMemoryError: CUDA out of memory. Tried" and ran["note"] == ""
+    training.main(["--runs", "tiny:64", "--minutes", "0", "--output", str(tmp_path)])
+    assert criteria.read_models(training_csv)[0]["note"].startswith("not run")
+    with pytest.raises(SystemExit):
+        training.main(["--runs", "nothing:64"])
+
+
+@pytest.mark.parametrize("layers", [4, 7, 10, 32, 36])
+def test_the_deck_of_training_steps_is_even(layers: int) -> None:
+    deck = training.even_deck(layers)
+    assert sorted(deck) == list(range(layers))
+    assert all(a + b == layers - 1 for a, b in zip(deck[0::2], deck[1::2], strict=False))
 
 
 def test_every_launch_runs(capsys: pytest.CaptureFixture[str]) -> None:
