@@ -1,11 +1,14 @@
 """What a training says of its cost: measured before it starts, and nothing changes."""
 
+import re
+
 import pytest
 import torch
 from tiny_training import Bytes, batch_rows, dataset, trainer
 
 from flux_ext.examples import Example
 from flux_ext.training import Recipe, RouterDataset
+from flux_ext.training.callbacks import in_short
 from flux_ext.training.dry_run import duration, lengths, peak, reset_peak
 
 RECIPES = (Recipe(budget=0.05), Recipe(targets={"a": 0.5}), Recipe(objective="soft"))
@@ -108,6 +111,25 @@ def test_a_normal_training_says_it_too(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "3 steps of 4 sequences, about 11" in out and "the longest sequence has about 95" in out
     assert "a step takes about" in out and "GB of memory at the peak so far" in out
+
+
+def test_behind_the_progress_bar_is_room_for_two_figures():
+    tasks = [f"t{i}" for i in range(8)]
+    figures = {"sparsity": 0.618, "budget": 0.015, "price": 0.1, "extra_loss": 0.0104, "routes_vary": 0.4}
+    figures |= {f"{t}/{name}": 0.5 for t in tasks for name in ("sparsity", "lm_loss", "extra_loss")}
+    assert in_short(figures, tasks) == "62% sparse, +0.010 of 0.015 nats lost"
+    figures = {"sparsity": 0.25, "a/sparsity": 0.5, "a/target": 0.45, "b/sparsity": 0.31, "b/target": 0.7}
+    assert in_short(figures | {"c/target": 1.0}, ["a", "b", "c"]) == "25% sparse, b 0.31 of 0.70"
+    assert in_short({}, tasks) == ""
+
+
+@pytest.mark.parametrize(
+    "recipe, behind",
+    [({"budget": 0.05}, r"\d+% sparse"), ({"targets": {"a": 0.5}}, r"% sparse, [ab] 0\.\d\d of 0\.50")],
+)
+def test_the_bar_of_a_training_has_them(tmp_path, capsys, recipe, behind):
+    trainer(tmp_path, recipe=Recipe(whiten=0, **recipe), max_steps=2, disable_tqdm=False).train()
+    assert re.search(behind, capsys.readouterr().err)
 
 
 def test_the_peak_is_of_what_was_in_use_since(tmp_path):

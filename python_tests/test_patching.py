@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -130,8 +131,28 @@ def test_patch_is_idempotent_and_undone() -> None:
     for use in (flux_ext.unpatch, get_routers, last_routing):
         with pytest.raises(ValueError, match="not patched"):
             use(model)
-    with pytest.raises(TypeError, match="PreTrainedModel"):
+    with pytest.raises(TypeError, match="must be a transformers PreTrainedModel, got Linear$"):
         flux_ext.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"PreTrainedModel, got Sequential: give what it has as \.1$"):
+        flux_ext.patch(torch.nn.Sequential(torch.nn.Linear(2, 2), model))
+    with pytest.raises(TypeError, match=r"PreTrainedModel, got SimpleNamespace: give what it has as \.model$"):
+        flux_ext.patch(SimpleNamespace(task="text-generation", model=model))
+
+
+def test_a_dtype_without_kernels_is_said_of_the_model() -> None:
+    rule = r"must compute in float16, bfloat16 or float32 on cpu, its dtype is float64: .*model\.to\(torch\.float32\)"
+    ids = torch.randint(2, 128, (1, 10))
+    model = patched_model().double()
+    for granularity in ("layer", "head"):
+        with pytest.raises(ValueError, match=f"LlamaForCausalLM cannot be patched: the model {rule}"):
+            flux_ext.patch(tiny().double(), FluxConfig(**SMALL, granularity=granularity))
+    with pytest.raises(ValueError, match=rule):
+        model(ids)
+    for layers in (None, [1]):  # a layer without a router comes first
+        model = flux_ext.patch(tiny(), FluxConfig(**SMALL, layers_to_route=layers)).double()
+        with pytest.raises(ValueError, match=rule):
+            model(ids)
+        assert bool(model.float()(ids).logits.isfinite().all())
 
 
 def test_with_patched_undoes_itself_on_an_error() -> None:

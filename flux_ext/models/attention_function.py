@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 NAME = "flux_ext"
 
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
+"""What the kernels compute in: attention on CUDA in half precision, all others in each of these."""
+
 
 def flux_attention(
     module: nn.Module,
@@ -49,6 +54,7 @@ def flux_attention(
     context, cache_layer, route = patched.current()
     if torch.is_autocast_enabled(value.device.type):  # of an fp32 model, whose rotary embedding then gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
+    check_dtype(query, HALF if query.is_cuda else FLOATS)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if context.shard is not None:
         q, k, v = context.shard.by_heads(q, k, v)
@@ -88,6 +94,18 @@ def _attend(
         return out[None]
     bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
     return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
+
+
+def check_dtype(x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """ValueError where a model's queries or keys are in a dtype that the kernels do not take."""
+    if x.dtype in allowed:
+        return
+    got, *names = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, *allowed))
+    take, autocast = ("torch.bfloat16", ", or run it under torch.autocast") if x.is_cuda else ("torch.float32", "")
+    raise ValueError(
+        f"the model must compute in {', '.join(names[:-1])} or {names[-1]} on {x.device.type}, its dtype is {got}: "
+        f"load it with dtype={take}, or call model.to({take}){autocast}"
+    )
 
 
 def refuse_terms(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from ..operators.patterns import Full
 from ..sequence_parallel import Shard
 from ..transformers_seam import cache_of
 from . import families
+from .attention_function import FLOATS, check_dtype
 
 if TYPE_CHECKING:
     from .model_patch import Patch
@@ -167,6 +168,7 @@ class PatchedAttention:
         assert self.place is not None and self.tap is not None
         if context is None:
             return  # called from outside the attention module
+        check_dtype(output, FLOATS)
         if cache_layer is not None and cache_layer.route is not None and not cache_layer.waiting:
             context.decisions[self.place] = Decision(None, cache_layer.route)
             return

@@ -67,8 +67,15 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel) and base is not None:
         inner = unwrap_parallel(base())
     if not isinstance(inner, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}")
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(inner).__name__}{_inside(inner)}")
     return inner
+
+
+def _inside(x: Any) -> str:
+    """Where another object, a module around a model or a pipeline, has its model, for a message."""
+    parts = x.named_modules() if isinstance(x, nn.Module) else getattr(x, "__dict__", {}).items()
+    name = next((name for name, part in parts if isinstance(part, PreTrainedModel)), None)
+    return "" if name is None else f": give what it has as .{name}"
 
 
 def _patch_of(model: nn.Module) -> Patch:

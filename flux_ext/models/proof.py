@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..transformers_seam import AttentionInterface, AttentionMaskInterface, cache_of, setting
 from . import families
-from .attention_function import flux_mask, refuse_terms
+from .attention_function import FLOATS, check_dtype, flux_mask, refuse_terms
 
 LOOK = "flux_ext_look"
 PROMPT, PADDING = 9, 3
@@ -120,6 +120,7 @@ class Proof:
 
     def _record(self, index: int, output: Any) -> None:
         own = _first(output).clone()
+        check_dtype(own, FLOATS)
         if not self._valid(own).isfinite().all():
             raise ValueError(f"layer {index} of the unpatched model gives values that are not finite: load its weights")
         self.seen[index].append(own)

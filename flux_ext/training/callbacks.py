@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +89,8 @@ class CostReport(TrainerCallback):
 
 
 class RouterProgress(ProgressCallback):
-    """A progress bar with sparsity and losses of the latest sequences behind it, from the first step on, instead of a
-    line per report; and a table of the tasks at the end."""
+    """A progress bar with the two figures of the latest sequences that matter most behind it, from the first step on,
+    instead of a line per report; and a table of the tasks at the end."""
 
     def __init__(self, trainer: FluxTrainer) -> None:
         super().__init__()
@@ -101,8 +102,7 @@ class RouterProgress(ProgressCallback):
             return
         monitor = self.trainer.monitor
         figures = monitor.figures(monitor.recent.sums(), self.trainer.objective.multipliers)
-        names = ("price", "extra_loss", "sparsity") if "price" in figures else ("/sparsity", "/lm_loss")
-        self.training_bar.set_postfix({k: f"{v:.3g}" for k, v in figures.items() if k.endswith(names)})
+        self.training_bar.set_postfix_str(in_short(figures, monitor.tasks))
 
     def on_log(
         self,
@@ -120,6 +120,28 @@ class RouterProgress(ProgressCallback):
         super().on_train_end(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
         if state.is_world_process_zero and self.trainer.monitor.recent.count:
             tqdm.write(training_report(self.trainer))
+
+
+def in_short(figures: Mapping[str, float], tasks: Sequence[str]) -> str:
+    """What a line has room for, whatever the number of tasks: sparsity in use, and how much of the budget is lost or
+    which task is furthest from its target. All figures are in the log.
+
+    Args:
+        figures: those of a :class:`~.monitor.Monitor`.
+        tasks: the tasks' names.
+    """
+    parts = [f"{figures['sparsity']:.0%} sparse"] if "sparsity" in figures else []
+    if "extra_loss" in figures:
+        parts.append(f"{figures['extra_loss']:+.3f} of {figures['budget']:.3f} nats lost")
+    missing = {
+        task: figures[f"{task}/target"] - figures[f"{task}/sparsity"]
+        for task in tasks
+        if f"{task}/target" in figures and f"{task}/sparsity" in figures
+    }
+    if missing:
+        task = max(missing, key=lambda name: missing[name])
+        parts.append(f"{task} {figures[f'{task}/sparsity']:.2f} of {figures[f'{task}/target']:.2f}")
+    return ", ".join(parts)
 
 
 class StopOnInterrupt(TrainerCallback):
