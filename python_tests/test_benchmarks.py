@@ -10,6 +10,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,9 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.append(str(ROOT))  # last: the package itself stays the one that is tested
 
 from benchmarks import end_to_end, launch, picture, step, structured, training  # noqa: E402
-from benchmarks.cuda import compare, criteria, measure, run, table  # noqa: E402
+from benchmarks.cuda import compare, criteria, measure, peers, run, table  # noqa: E402
 from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
-from benchmarks.cuda.problems import OURS, Setting, Spec, visible_pairs  # noqa: E402
+from benchmarks.cuda.problems import OURS, Setting, Spec, attend, visible_pairs  # noqa: E402
 from flux_ext import Full, Streaming, Triangle  # noqa: E402
 from flux_ext.operators.patterns import dense_mask  # noqa: E402
 
@@ -53,6 +55,39 @@ def test_order_has_every_group_once() -> None:
     assert len({spec.label for spec in specs}) == len(specs)
     for name, group in run.GROUPS.items():
         assert {spec.group for spec in group.specs} == {name}
+
+
+class PagedDecode:
+    """A stand-in for FlashInfer's ``BatchDecodeWithPagedKVCacheWrapper``: what its arguments say, in plain PyTorch."""
+
+    def __init__(self, workspace: torch.Tensor, layout: str, use_tensor_cores: bool) -> None:
+        assert workspace.dtype == torch.uint8 and layout == "NHD"
+
+    def plan(self, first_page: Any, pages: Any, last_page_len: Any, heads: int, kv_heads: int, dim: int, size: int,
+             q_data_type: torch.dtype, kv_data_type: torch.dtype) -> None:  # fmt: skip
+        assert (heads, kv_heads, dim, q_data_type, kv_data_type) == (8, 2, 16, torch.float32, torch.float32)
+        self.plans = [
+            (pages[a:b].long(), int((b - a - 1) * size + last))
+            for a, b, last in zip(first_page[:-1], first_page[1:], last_page_len, strict=True)
+        ]
+
+    def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        rows = []
+        for one, (pages, length) in zip(q, self.plans, strict=True):
+            k, v = (x[pages].flatten(0, 1)[:length].repeat_interleave(4, 1).transpose(0, 1) for x in cache)
+            rows.append(torch.nn.functional.scaled_dot_product_attention(one[:, None], k, v)[:, 0])
+        return torch.stack(rows)
+
+
+def test_the_peer_over_pages_is_asked_for_the_same() -> None:
+    setting, length, size = Setting("cpu", tiny=True, dtype=torch.float32), 300, 64
+    k, v = (setting.random(15, size, 2, 16) for _ in range(2))
+    q, table = setting.random(2, 1, 8, 16), torch.randperm(15).int()[:10].view(2, 5)
+    module = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PagedDecode)
+    got = peers._paged(module, torch.empty(1, dtype=torch.uint8), False, q[:, 0], k, v, table, length)()
+    route, end = setting.int32([[0, 0]] * 2), setting.int32([length] * 2)
+    want = attend(q, k, v, route, setting.sparse, end=end, page_table=table)
+    torch.testing.assert_close(got, want[:, 0])
 
 
 @pytest.mark.parametrize("pattern", [Full(), Streaming(16, 32), Streaming(0, 64, align=64)], ids=str)

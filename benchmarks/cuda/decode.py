@@ -59,6 +59,8 @@ def build_decode(spec: Spec, setting: Setting) -> Problem:
             lambda q=q, t=t: attend(q, k, v, route, setting.sparse, end=kv_len, page_table=t)
             for q, t in zip(queries, tables, strict=True)
         ]
+        if spec.kind == "full" and setting.peers:
+            problem.add(*peers.paged(queries, k, v, tables, spec.length))
         return problem
     step = min(spec.length, 2 * setting.visible) if spec.kind == "streaming" else spec.length
     sets = kv_sets(spec, setting, count, step)

@@ -104,6 +104,48 @@ def dense(inputs: Inputs, causal: bool) -> Peers:
     return calls, missing
 
 
+def paged(queries: Sequence[Tensor], k: Tensor, v: Tensor, tables: Sequence[Tensor], length: int) -> Peers:
+    """FlashInfer's decode of sequences of one length, its plans made before (a model makes one for all its layers): by
+    its kernel without and by its kernel with tensor cores, which is the one of its prefill.
+
+    Args:
+        queries: ``[B, 1, Hq, D]`` of each call.
+        k, v: pools of pages, ``[pages, page size, Hkv, D]``.
+        tables: int32 ``[B, pages of a sequence]`` of each call.
+        length: keys of a sequence.
+    """
+    names = {"FlashInfer": False, "FlashInfer with tensor cores": True}
+    if not k.is_cuda:
+        return {}, dict.fromkeys(names, "needs CUDA")
+    calls: dict[str, Sequence[Call]] = {}
+    missing: dict[str, str] = {}
+    for name, tensor_cores in names.items():
+        try:
+            module = importlib.import_module("flashinfer")
+            workspace = torch.zeros(1 << 28, dtype=torch.uint8, device=k.device)  # of one call at a time
+            calls[name] = [
+                _paged(module, workspace, tensor_cores, q[:, 0], k, v, t, length)
+                for q, t in zip(queries, tables, strict=True)
+            ]
+        except Exception as error:
+            missing[name] = first_line(error)
+    return calls, missing
+
+
+def _paged(
+    module: Any, workspace: Tensor, tensor_cores: bool, q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: int
+) -> Call:
+    batch, pages = table.shape
+    size = k.shape[1]
+    first_page = torch.arange(batch + 1, dtype=torch.int32, device=k.device) * pages
+    last_page_len = torch.full((batch,), length - (pages - 1) * size, dtype=torch.int32, device=k.device)
+    decode = module.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=tensor_cores)
+    heads = q.shape[1], k.shape[2], q.shape[2]
+    kinds = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
+    decode.plan(first_page, table.flatten(), last_page_len, *heads, size, **kinds)
+    return lambda: decode.run(q, (k, v))
+
+
 def _cudnn_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Call:
     aten = torch.ops.aten
     out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
