@@ -180,7 +180,7 @@ def test_the_end_of_a_training_says_what_came_of_it_and_what_to_do_next(folder, 
     """Here nothing is sparse: routers that have learnt nothing start with everything full."""
     assert train(folder, tmp_path / "a b", "--batch-size", 8, "--steps", 2, "--lr", 1e-9, *PATTERN) == 0
     out, err = capsys.readouterr()
-    assert re.search(r" 1/2 \[[^]]*, sparsity=0, price=\S+, extra_loss=0", err)  # figures from the first step on
+    assert re.search(r" 1/2 \[[^]]*, 0% sparse, \+0\.000 of 0\.\d+ nats lost", err)  # figures from the first step on
     lines = out.splitlines()
     [head] = (i for i, line in enumerate(lines) if line.startswith("the latest 16 sequences, losses in nats"))
     names, *rows = (line.split("  ") for line in lines[head + 1 : head + 4])

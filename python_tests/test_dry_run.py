@@ -121,6 +121,8 @@ def test_behind_the_progress_bar_is_room_for_two_figures():
     figures = {"sparsity": 0.25, "a/sparsity": 0.5, "a/target": 0.45, "b/sparsity": 0.31, "b/target": 0.7}
     assert in_short(figures | {"c/target": 1.0}, ["a", "b", "c"]) == "25% sparse, b 0.31 of 0.70"
     assert in_short({}, tasks) == ""
+    figures = {"extra_loss": 0.02, "t0/extra_loss": 0.01, "t0/budget": 0.02, "t1/extra_loss": 0.01, "t1/budget": 0.0}
+    assert in_short(figures, tasks) == "t1 +0.010 of 0.000 nats lost", "all have budgets of their own"
 
 
 @pytest.mark.parametrize(

@@ -123,24 +123,26 @@ class RouterProgress(ProgressCallback):
 
 
 def in_short(figures: Mapping[str, float], tasks: Sequence[str]) -> str:
-    """What a line has room for, whatever the number of tasks: sparsity in use, and how much of the budget is lost or
-    which task is furthest from its target. All figures are in the log.
+    """What a line has room for, whatever the number of tasks: sparsity in use; and how much of the budget is lost, or
+    which task is furthest from its own budget or target. All figures are in the log.
 
     Args:
         figures: those of a :class:`~.monitor.Monitor`.
         tasks: the tasks' names.
     """
     parts = [f"{figures['sparsity']:.0%} sparse"] if "sparsity" in figures else []
-    if "extra_loss" in figures:
-        parts.append(f"{figures['extra_loss']:+.3f} of {figures['budget']:.3f} nats lost")
-    missing = {
-        task: figures[f"{task}/target"] - figures[f"{task}/sparsity"]
-        for task in tasks
-        if f"{task}/target" in figures and f"{task}/sparsity" in figures
-    }
-    if missing:
-        task = max(missing, key=lambda name: missing[name])
-        parts.append(f"{task} {figures[f'{task}/sparsity']:.2f} of {figures[f'{task}/target']:.2f}")
+    lost, short = {}, {}
+    for label, prefix in (("", ""), *((f"{task} ", f"{task}/") for task in tasks)):
+        if f"{prefix}budget" in figures and f"{prefix}extra_loss" in figures:
+            lost[label] = figures[f"{prefix}extra_loss"], figures[f"{prefix}budget"]
+        if f"{prefix}target" in figures and f"{prefix}sparsity" in figures:
+            short[label] = figures[f"{prefix}sparsity"], figures[f"{prefix}target"]
+    if lost:
+        label = max(lost, key=lambda task: lost[task][0] - lost[task][1])
+        parts.append("{}{:+.3f} of {:.3f} nats lost".format(label, *lost[label]))
+    if short:
+        label = max(short, key=lambda task: short[task][1] - short[task][0])
+        parts.append("{}{:.2f} of {:.2f}".format(label, *short[label]))
     return ", ".join(parts)
 
 
