@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,6 +138,33 @@ def test_patch_is_idempotent_and_undone() -> None:
         flux_ext.patch(torch.nn.Sequential(torch.nn.Linear(2, 2), model))
     with pytest.raises(TypeError, match=r"PreTrainedModel, got SimpleNamespace: give what it has as \.model$"):
         flux_ext.patch(SimpleNamespace(task="text-generation", model=model))
+
+
+def test_recomputed_layers_are_not_held_until_the_backward_pass_ends() -> None:
+    """With gradient checkpointing: one layer's states at a time, where each layer's weight has a gradient."""
+    model = patched_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    alive: list[int] = []
+    most = 0
+
+    def count(_module: Any, _args: Any, output: Tensor) -> None:
+        nonlocal most
+        storage = output.untyped_storage()
+        alive.append(key := storage._cdata)
+        weakref.finalize(storage, alive.remove, key)
+        most = max(most, len(alive))
+
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(count)
+    with policy(model, lambda layer, logits: (-logits[..., 1]).sigmoid()):
+        loss = model(torch.randint(2, 128, (1, 60)), use_cache=False).logits.float().sum()
+        first = [d.logits for d in model._flux_ext.local.last.decisions.values()]
+        most = 0
+        loss.backward()
+    assert len(first) == 4 and most <= 2
+    again = [d.logits for d in model._flux_ext.local.last.decisions.values()]
+    assert all(x is y for x, y in zip(first, again, strict=True))
+    assert all(p.grad is not None for p in get_routers(model).parameters())
 
 
 def test_a_dtype_without_kernels_is_said_of_the_model() -> None:

@@ -41,6 +41,8 @@ class ThreadState(threading.local):
         forward: context of the decoder's forward in flight.
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
+        decision: its router's, from then on until the module has run. The context keeps the forward's: the one that is
+            made again when checkpointing recomputes the layer would hold on to what was recomputed for it.
         policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
         last: what is known of the last forward.
         proving: whether the full mode is full attention whatever the configuration says, to be compared with the model
@@ -53,6 +55,7 @@ class ThreadState(threading.local):
         self.forward: Any = None
         self.context: Any = None
         self.cache_layer: FluxCacheLayer | None = None
+        self.decision: Decision | None = None
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
         self.shard: Shard | None = None
@@ -113,9 +116,9 @@ class PatchedAttention:
         state = self.patch.local
         route = None
         if self.place is not None:
-            if self.place not in state.context.decisions:
+            if state.decision is None:
                 raise RuntimeError(f"layer {self.index}: the router did not see its states")
-            route = state.context.decisions[self.place].route
+            route = state.decision.route
         return state.context, state.cache_layer, route
 
     def routings(self, route: Tensor | None) -> tuple[Routing, Routing]:
@@ -152,7 +155,7 @@ class PatchedAttention:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the attention module, also after an error in it: lets go of the cache."""
-        self.patch.local.context = self.patch.local.cache_layer = None
+        self.patch.local.context = self.patch.local.cache_layer = self.patch.local.decision = None
 
     def attach_tap(self) -> None:
         """Hooks the submodule that makes the states the router sees."""
@@ -170,10 +173,10 @@ class PatchedAttention:
             return  # called from outside the attention module
         check_dtype(output, FLOATS)
         if cache_layer is not None and cache_layer.route is not None and not cache_layer.waiting:
-            context.decisions[self.place] = Decision(None, cache_layer.route)
+            self._decided(Decision(None, cache_layer.route))
             return
         if context.held is not None and self.place in context.held.routes:
-            context.decisions[self.place] = Decision(None, context.held.routes[self.place])
+            self._decided(Decision(None, context.held.routes[self.place]))
             return
         router: Any = self.attention.flux_router
         states = context.prompts(self.tap.states(output, self.attention), self.patch.config.pool_size)
@@ -192,4 +195,9 @@ class PatchedAttention:
             route = cache_layer.set_route(route)
         if context.held is not None:
             context.held.routes[self.place] = route
-        context.decisions[self.place] = Decision(logits, route)
+        self._decided(Decision(logits, route))
+
+    def _decided(self, decision: Decision) -> None:
+        """Notes the decision for the attention function, and for the forward unless it was made before."""
+        self.patch.local.decision = decision
+        self.patch.local.context.decisions.setdefault(self.place, decision)
