@@ -353,10 +353,12 @@ def test_a_request_that_is_computed_anew_has_its_routes_by_its_new_first_page():
     requests.begin("a", 10, (3, 4))
     requests.decide(requests.at(0, 3), 5, (1, 0), 0)
     requests.decide(requests.at(0, 3), 7, (1, 1), 0)
+    requests.next_step(True)
     assert requests.routes_at(torch.tensor([4, 3, NULL_PAGE])).tolist() == [[1, 1], [1, 0], [0, 0]]
     requests.begin("a", 10, (9, 8))
     requests.begin("b", 10, (3, 4))
     requests.decide(requests.at(0, 3), 5, (0, 0), 0)
+    requests.next_step(True)
     assert requests.routes_at(torch.tensor([9, 8, 3])).tolist() == [[1, 0], [1, 1], [0, 0]]
 
 
@@ -404,6 +406,32 @@ def test_rehearsals_without_requests_attend_fully(only_answers):
     assert torch.equal(layer.attend(q, pages, pages, page_table, step, 0.25), torch.zeros_like(q))
     empty = PromptStep([], layer.pattern, 0)
     assert torch.equal(layer.attend(q, pages, pages, page_table[:0], empty, 0.25), torch.zeros_like(q))
+
+
+def test_a_rehearsal_between_steps_belongs_to_no_request():
+    """vLLM's runner for GPUs warms up with page tables of requests that it makes up, and its connector is not told."""
+    config, router = spread_router(False, 8, sink=4, window=16)
+    requests, steps, layer = one_layer(config, router, pages=8)
+    pager = Pager(page_size=8, pages=8, dtype=torch.float32)
+    pager.grow("made up", 21)
+    k, v, q = torch.randn(21, KV_HEADS, DIM), torch.randn(21, KV_HEADS, DIM), torch.randn(21, HEADS, DIM)
+    pager.store("made up", 0, k, v)
+    page_table = torch.tensor([pager.tables["made up"]]).int()
+
+    def run(begin, end):
+        step = steps.step(0, torch.tensor([0, end - begin]).int(), torch.tensor([end]).int(), page_table, end - begin)
+        layer.see(q[begin:end], step)
+        return layer.attend(q[begin:end], pager.k, pager.v, page_table, step, DIM**-0.5)
+
+    expected = twin(q, k, v, layer.pattern, [False] * KV_HEADS, 0, 21, 0)
+    for _ in range(2):  # before the first step and after one
+        assert (run(0, 20).double() - expected[:20]).abs().max() < 2e-6
+        assert (run(20, 21).double() - expected[20:]).abs().max() < 2e-6
+        requests.next_step(True)
+        requests.end_step()
+    requests.next_step(False)
+    with pytest.raises(RuntimeError, match="is the first of no request"):
+        run(0, 20)
 
 
 @pytest.mark.parametrize("preset, name", [("fa-xa", "pattern"), ("xa-ssa", "full"), ("fa-ssa", "decode")])

@@ -78,6 +78,10 @@ class FluxRoutes(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._requests.begin(name, prompt_len, first_pages)
         self._requests.next_step(connector_metadata.only_answers)
 
+    def clear_connector_metadata(self) -> None:
+        super().clear_connector_metadata()
+        self._requests.end_step()
+
     def build_connector_worker_meta(self) -> SparseLayers | None:
         decided = self._requests.take_decided()
         if not decided:

@@ -67,8 +67,11 @@ class Requests:
     Attributes:
         groups: of layers that share page tables, by the routed layers in them; known once vLLM has laid out its memory,
             as is the table.
-        table: the routes on the device.
+        table: the routes on the device. What is decided is written before the next step, outside of what a CUDA graph
+            captures: a step of answers only reads it.
         steps: how many there were.
+        announced: whether the step that runs was announced. What is not is a rehearsal of the runner: its page tables
+            may name pages, but no request's.
         only_answers: whether every token of the step comes after its request's prompt.
     """
 
@@ -76,6 +79,7 @@ class Requests:
         self.groups: dict[int, int] = {}
         self.table: RouteTable | None = None
         self.steps = 0
+        self.announced = False
         self.only_answers = False
         self._unwritten: dict[int, Route] = {}
         self._by_name: dict[str, Request] = {}
@@ -146,17 +150,23 @@ class Requests:
             self._unwritten[request.first_pages[self.groups[layer]]] = route
 
     def routes_at(self, pages: Tensor) -> Tensor:
-        """:meth:`RouteTable.at` of all that was decided."""
+        """:meth:`RouteTable.at` of what was decided before the step."""
         assert self.table is not None, "the pool of pages is not laid out yet"
-        if self._unwritten:
-            self.table.write(self._unwritten)
-            self._unwritten = {}
         return self.table.at(pages)
 
     def next_step(self, only_answers: bool) -> None:
         """A step begins: after its requests were announced, before it runs."""
         self.steps += 1
+        self.announced = True
         self.only_answers = only_answers
+        if self._unwritten and self.table is not None:
+            self.table.write(self._unwritten)
+            self._unwritten = {}
+
+    def end_step(self) -> None:
+        """The step is over; what runs before the next one is a rehearsal."""
+        self.announced = self.only_answers = False
+        self.steps += 1
 
     def take_decided(self) -> list[Request]:
         """The requests whose routes were decided since the last call."""

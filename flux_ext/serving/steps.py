@@ -159,7 +159,8 @@ class Steps:
 def rows_of(requests: Requests, group: int, cu_seqlens: Tensor, kv_len: Tensor, page_table: Tensor) -> list[Row]:
     """The rows of a step, read from the device; arguments as for :meth:`Steps.step`."""
     bounds, lengths = cu_seqlens.tolist(), kv_len.tolist()
-    owners = [requests.at(group, page) for page in page_table[: len(lengths), 0].tolist()]
+    first_pages = page_table[: len(lengths), 0].tolist()
+    owners = [requests.at(group, page) if requests.announced else None for page in first_pages]
     return [
         Row(request, q_begin, q_end, end - (q_end - q_begin), end)
         for request, q_begin, q_end, end in zip(owners, bounds[:-1], bounds[1:], lengths, strict=True)
