@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .backend import routed_layers
+from .install import routed_layers
 from .page_manager import RoutedPagesManager
 from .requests import RouteTable
 from .vllm_seam import (

@@ -7,22 +7,23 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from flux_ext_vllm import ROUTERS_VARIABLE
 
 from ..config import FluxConfig
 from ..routers.collection import FluxRouters
-from .backend import RoutedBackend, install
+from .backend import RoutedBackend
+from .install import install
 from .layers import refuse_modes
 from .page_manager import register_pages
 from .vllm_seam import (
-    AttentionBackendEnum,
     BaseModelLoader,
     EngineArgs,
     KVTransferConfig,
     check_installed,
     current_platform,
     init_logger,
-    register_backend,
     replace_method,
 )
 
@@ -54,7 +55,6 @@ def activate() -> None:
     """
     check_installed()
     register_pages()
-    register_backend(AttentionBackendEnum.CPU_ATTN, f"{RoutedBackend.__module__}.{RoutedBackend.__qualname__}")
     replace_method(EngineArgs, "create_engine_config", _with_settings)
     replace_method(BaseModelLoader, "load_model", _with_routers)
 
@@ -103,14 +103,17 @@ def prepare(arguments: Any, routers: str) -> FluxConfig:
 
 def refuse_unsupported(config: Any, settings: FluxConfig) -> None:
     """ValueError where a finished configuration is one that routers, or these ones, were not made for."""
-    if not current_platform.is_cpu():
-        raise ValueError(f"routers are served on CPUs only, this vLLM runs on {current_platform.device_type}")
+    refuse_platform(current_platform)
     parallel = config.parallel_config
     for name in PARALLEL:
         if (size := getattr(parallel, name)) != 1:
             raise ValueError(f"with routers {name} must be 1, got {size}: a router needs all heads of all layers")
     if (connector := config.kv_transfer_config.kv_connector) != CONNECTOR:
         raise ValueError(f"with routers there is no other KV connector: an argument of the engine asks for {connector}")
+    if parallel.use_ubatching:
+        raise ValueError("with routers a step is one batch: enable_dbo and ubatch_size must not be given")
+    if (dtype := config.cache_config.cache_dtype) not in (taken := RoutedBackend.supported_kv_cache_dtypes):
+        raise ValueError(f"with routers kv_cache_dtype must be one of {', '.join(taken)}, got {dtype}")
     if (runner := config.model_config.runner_type) != "generate":
         raise ValueError(f"with routers the model must generate, got runner_type {runner!r}")
     model = config.model_config
@@ -123,6 +126,19 @@ def refuse_unsupported(config: Any, settings: FluxConfig) -> None:
         if theirs not in (None, ours):
             counted = f"{theirs} layers" if name == "layers" else f"{name} {theirs}"
             raise ValueError(f"the routers are of a model with {counted}, this one has {ours}")
+
+
+def refuse_platform(platform: Any) -> None:
+    """ValueError where vLLM runs on a device that this package has no kernels for."""
+    if platform.is_cpu():
+        return
+    if not platform.is_cuda():
+        raise ValueError(f"routers are served on CPUs and CUDA GPUs, this vLLM runs on {platform.device_type}")
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("flux_ext::attend", "CUDA"):
+        raise ValueError("vLLM runs on a GPU, and flux_ext was built without its CUDA kernels: build it where nvcc is")
+    init_logger("vllm.flux_ext").warning(
+        "Routed attention was tested on GPUs, but not yet inside a vLLM that runs on one (docs/serving.md)."
+    )
 
 
 def _with_routers(original: Callable[..., Any]) -> Callable[..., Any]:

