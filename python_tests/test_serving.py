@@ -362,6 +362,26 @@ def test_a_request_that_is_computed_anew_has_its_routes_by_its_new_first_page():
     assert requests.routes_at(torch.tensor([9, 8, 3])).tolist() == [[1, 0], [1, 1], [0, 0]]
 
 
+def test_a_router_that_was_not_asked_is_no_full_route():
+    """A model may rotate its queries elsewhere than where its router looks."""
+    config, router = spread_router(False, 4, sink=8, window=16)
+    requests, steps, layer = one_layer(config, router, pages=20)
+    requests.begin("a", 30, (1,))
+    q, pages, page_table = (
+        torch.randn(20, HEADS, DIM),
+        torch.zeros(20, 8, KV_HEADS, DIM),
+        torch.arange(1, 5)[None].int(),
+    )
+    for begin, end in ((0, 20), (20, 30)):
+        requests.next_step(False)
+        step = steps.step(0, torch.tensor([0, end - begin]).int(), torch.tensor([end]).int(), page_table, end - begin)
+        if end < 30:
+            layer.attend(q, pages, pages, page_table, step, 0.25)
+        else:
+            with pytest.raises(RuntimeError, match="the router of layer 0 did not see the prompt of request a"):
+                layer.attend(q[: end - begin], pages, pages, page_table, step, 0.25)
+
+
 class RecordingRouter:
     """A router that routes everything sparse, and its logits."""
 

@@ -363,7 +363,7 @@ def test_a_step_that_asks_for_more_is_refused():
 
 @pytest.mark.parametrize("built", [True, False])
 def test_devices(monkeypatch, built):
-    engine.refuse_platform(vllm_seam.current_platform)
+    engine.refuse_platform(SimpleNamespace(is_cpu=lambda: True))
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: built)
     with pytest.raises(ValueError, match="served on CPUs and CUDA GPUs, this vLLM runs on cuda"):
         engine.refuse_platform(Gpu(cuda=False))

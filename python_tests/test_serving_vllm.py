@@ -293,6 +293,7 @@ def test_what_routing_needs_is_set(model, spread, monkeypatch):
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kv_transfer_config must not be given",
         ),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of auto, float16, bfloat16, got fp8"),
         ({"kv_offloading_size": 1.0}, "an argument of the engine asks for OffloadingConnector"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -65,7 +65,14 @@ class PromptStep:
 
     def plan(self, layer: int, page_size: int, page_table: Tensor) -> Plan | None:
         """How tokens attend in a layer, which has decided its routes; made once for all layers of the same ones. None
-        where the step has no tokens."""
+        where the step has no tokens.
+
+        Raises:
+            RuntimeError: a prompt is complete and the layer has not: its router was never asked.
+        """
+        for row in self.rows:
+            if row.request is not None and row.end >= row.request.prompt_len and layer not in row.request.routes:
+                raise RuntimeError(f"the router of layer {layer} did not see the prompt of request {row.request.name}")
         routes = tuple(_route_of(row.request, layer) for row in self.rows)
         if routes not in self._plans:
             self._plans[routes] = self._make(routes, page_size, page_table.shape[1], page_table.device)
