@@ -231,8 +231,9 @@ def smollm2(tmp_path_factory):
     kwargs = {"gguf_file": file.name}
     read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kwargs)
     del read.config.quantization_config  # a model that was read from GGUF is not saved
-    plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+    plain.load_state_dict(read.state_dict(), assign=True)
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **kwargs).save_pretrained(folder)
     shape = {"num_layers": 30, "head_dim": 64, "num_kv_heads": 3}
