@@ -52,7 +52,7 @@ run_tests() {
   step gpu 1 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   if [ -x "$CUDA_TEST" ]; then step cuda_test 2 60 "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
   step pytest 6 240 python3 -m pytest --tb=short -p no:cacheprovider python_tests/test_cuda*.py \
-    python_tests/test_attention.py python_tests/test_append.py -k "cuda or gpu"
+    python_tests/test_attention.py python_tests/test_append.py python_tests/test_serving_steps.py -k "cuda or gpu"
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
