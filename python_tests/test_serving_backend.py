@@ -372,3 +372,34 @@ def test_devices(monkeypatch, built):
     else:
         with pytest.raises(ValueError, match="flux_ext was built without its CUDA kernels"):
             engine.refuse_platform(Gpu())
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        *((("parallel_config", name), 2, f"with routers {name} must be 1, got 2") for name in engine.PARALLEL),
+        (("parallel_config", "use_ubatching"), True, "enable_dbo and ubatch_size must not be given"),
+        (("cache_config", "cache_dtype"), "fp8_e5m2", "kv_cache_dtype must be one of .*, got fp8_e5m2"),
+        (("kv_transfer_config", "kv_connector"), "NixlConnector", "an argument of the engine asks for NixlConnector"),
+        (("model_config", "runner_type"), "pooling", "must generate, got runner_type 'pooling'"),
+    ],
+    ids=lambda x: x[1] if isinstance(x, tuple) else "",
+)
+def test_a_configuration_for_which_routers_were_not_made(monkeypatch, place, value, message):
+    monkeypatch.setattr(engine, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+    sizes = {name: 1 for name in engine.PARALLEL}
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**sizes, use_ubatching=False),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        kv_transfer_config=SimpleNamespace(kv_connector=engine.CONNECTOR),
+        model_config=SimpleNamespace(
+            runner_type="generate",
+            get_total_num_hidden_layers=lambda: CONFIG.num_layers,
+            get_head_size=lambda: DIM,
+            get_total_num_kv_heads=lambda: KV_HEADS,
+        ),
+    )
+    engine.refuse_unsupported(config, CONFIG)
+    setattr(getattr(config, place[0]), place[1], value)
+    with pytest.raises(ValueError, match=message):
+        engine.refuse_unsupported(config, CONFIG)
