@@ -167,6 +167,7 @@ class StandIn:
         self.requests.next_step(all(begin >= self.prompt_lens[name] for name, (begin, _) in spans.items()))
         return [cu_seqlens, kv_len], tables, slots, max(lengths)
 
+    @torch.inference_mode()
     def run(
         self, inputs: tuple[list[Tensor], list[Tensor], list[Tensor], int], q: Tensor, k: Tensor, v: Tensor
     ) -> list[Tensor]:
