@@ -13,9 +13,9 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed: .ci/run tests serving in an environment of its own")
 
 from torch import nn
-from vllm.config import CompilationConfig
+from vllm.config import CompilationConfig, VllmConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
-from vllm.platforms.interface import DeviceCapability
+from vllm.platforms.interface import DeviceCapability, Platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -240,7 +240,10 @@ def test_pages_and_their_layout_are_whatever_the_other_layers_need():
 
     assert set(get_supported_kv_cache_layouts([RoutedBackend])) == set(KVCacheLayout)
     assert get_supported_kv_cache_layouts([RoutedBackend, Picky]) == [KVCacheLayout.LBHNC]
-    assert [b.get_preferred_block_size(16) for b in (RoutedBackend, Picky)] == [16, 32]
+    preferred = Platform._preferred_block_size_for_backends
+    config = VllmConfig()
+    assert [preferred([RoutedBackend], size, config) for size in (16, 64, 128)] == [64, 64, 128]
+    assert preferred([RoutedBackend, Picky], 16, config) == 32
 
 
 def test_the_runner_for_gpus_asks_for_pages_of_each_layer(monkeypatch):
