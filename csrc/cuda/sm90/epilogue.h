@@ -1,6 +1,9 @@
 // Writes the rows of a finished tile: normalised output and log-sum-exp, or a partial of a cut tile.
 #pragma once
 
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
 #include "cuda/epilogue.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/thread_rows.h"
@@ -57,6 +60,74 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       if (valid && 8 * (j + lane) < dim) *reinterpret_cast<uint4*>(out + 8 * j) = chunk;
     }
+  }
+}
+
+// The output of a whole tile, all of whose rows are queries that see a key, leaves through shared memory: few
+// instructions for the consumers, who wait for nothing. They write their rows over Q, as TMA wants them.
+template <class T>
+CUTLASS_DEVICE bool leaves_staged(const KernelParams& p, const Piece& piece) {
+  return T::kStagesOutput && !piece.span.split && piece.view.q_rows.size() == p.tile.q_tokens && piece.view.sees_any(0);
+}
+
+template <class T, class Output>
+CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgroup, const ThreadSoftmax& softmax,
+                               float scale_log2, const Output& o) {
+  // No warp of the warpgroup is behind in the products that read Q: they have met at the barrier of a turn since.
+  if constexpr (!T::kTakesTurns) cutlass::arch::NamedBarrier::sync(128, T::kWarpgroups + warpgroup);
+  float factor[kThreadRows];
+  CUTE_UNROLL
+  for (int r = 0; r < kThreadRows; ++r) {
+    const SoftmaxState state = softmax.state(r, scale_log2);
+    factor[r] = 1.f / state.sum;
+    if (threadIdx.x % 4 == 0) shared.lse[stage * T::kRows + thread_row(warpgroup, r)] = state.lse();
+  }
+  // Lanes 0 to 15 say where 16 bytes of one of the warp's rows go, the others where those behind them go.
+  constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
+  const int row = 64 * warpgroup + int(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
+  const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4, behind = int(threadIdx.x % 32 / 16) ^ swizzle;
+  typename T::Element* place = shared.q + stage * T::kQElements + row * T::kSlab;
+  CUTE_UNROLL
+  for (int j = 0; j < T::kHeadDim / 8; j += 2) {
+    uint32_t word[4];
+    CUTE_UNROLL
+    for (int i = 0; i < 4; ++i)
+      word[i] = pack<typename T::PackedElement>(o(4 * j + 2 * i) * factor[i % 2], o(4 * j + 2 * i + 1) * factor[i % 2]);
+    auto* chunk = place + j / kChunks * T::kRows * T::kSlab + 8 * (j % kChunks ^ behind);
+    cute::SM90_U32x4_STSM_N::copy(word[0], word[1], word[2], word[3], *reinterpret_cast<cute::uint128_t*>(chunk));
+  }
+  cutlass::arch::fence_view_async_shared();
+}
+
+// Stores what the consumers have staged, and says when Q's place is free. Called by a whole warp (as `schedule`).
+template <class T>
+CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shared) {
+  const int32_t lane = cutlass::canonical_lane_idx(), group = p.attend.group();
+  Ring<T::kWorkSlots> work;
+  for (Ring<T::kQStages> stage;; work.advance(), stage.advance()) {
+    shared.work_full[work.index].wait(work.phase);
+    const TileView& view = shared.work[work.index].view;
+    if (view.tile.seq < 0) break;
+    shared.q_used[stage.index].wait(stage.phase);
+    if (shared.staged[work.index]) {
+      if (lane == 0) {
+        const int32_t seq = p.attend.out.stride.b == 0 ? 0 : view.tile.seq;
+        CUTE_UNROLL
+        for (int32_t s = 0; s < T::kSlabs; ++s)
+          cute::SM90_TMA_STORE_4D::copy(&p.out_map, shared.q + stage.index * T::kQElements + s * T::kRows * T::kSlab,
+                                        s * T::kSlab, view.tile.kv_head * group, view.q_rows.begin, seq);
+        cute::tma_store_arrive();
+      }
+      for (int32_t row = lane; row < valid_rows(p.attend, view); row += 32)
+        lse_at(p.attend, view, tile_row(p.attend, view, row)) = shared.lse[stage.index * T::kRows + row];
+      if (lane == 0) cute::tma_store_wait<0>();
+      __syncwarp();
+    }
+    if (lane == 0) {
+      shared.q_empty[stage.index].arrive();
+      shared.work_empty[work.index].arrive();
+    }
+    __syncwarp();
   }
 }
 

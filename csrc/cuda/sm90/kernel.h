@@ -20,9 +20,11 @@ CUTLASS_DEVICE void init_barriers(typename T::Shared& shared) {
       empty[i].init(consumers);
     }
   };
-  init(shared.q_full, shared.q_empty, T::kQStages, T::kMathThreads);
+  init(shared.q_full, shared.q_empty, T::kQStages, T::kStagesOutput ? 1 : T::kMathThreads);
+  for (Barrier& used : shared.q_used) used.init(T::kMathThreads);
   init(shared.kv_full, shared.kv_empty, T::kBuffers, T::kMathThreads);
-  init(shared.work_full, shared.work_empty, T::kWorkSlots, T::kMathThreads + 1);  // and the TMA thread
+  init(shared.work_full, shared.work_empty, T::kWorkSlots,
+       T::kMathThreads + 1 + T::kStagesOutput);  // and the TMA thread, and the warp that stores
   shared.work_wanted.init(1);
   cutlass::arch::fence_barrier_init();
 }
@@ -38,6 +40,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) attend_kernel(const __grid_con
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
     if (warp == 0) schedule<T>(p, shared);
     if (warp == 1 && cute::elect_one_sync()) Loader<T>(p, shared).run();
+    if constexpr (T::kStagesOutput)
+      if (warp == 2) store_staged<T>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kMathRegs>();
     Consumer<T>(p, shared, warpgroup - 1).run();

@@ -24,6 +24,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
     shared.work_empty[ring.index].wait(ring.phase ^ 1);
     if (leader) {
       shared.work[ring.index] = piece;
+      shared.staged[ring.index] = leaves_staged<T>(p, piece);
       shared.work_full[ring.index].arrive();
     }
     __syncwarp();  // no lane lags so far behind that it misses a phase

@@ -135,7 +135,10 @@ class Consumer {
         convert_probs();
         if constexpr (!T::kRescalesBetween) softmax.rescale(o);
       }
-      shared_.q_empty[tile_ % T::kQStages].arrive();
+      if (!T::kStagesOutput)
+        shared_.q_empty[tile_ % T::kQStages].arrive();
+      else if (!shared_.staged[slot()])
+        shared_.q_used[tile_ % T::kQStages].arrive();
       const bool cleared = blocks_left() > 0;  // asked here, not kept from above: the loop has no register for it
 
       ++tile_;
@@ -150,17 +153,29 @@ class Consumer {
       finish<0>(o);
       shared_.kv_empty[v_used].arrive();
       convert_probs();
-      store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
+      store(softmax, o);
       shared_.work_empty[slot(-1)].arrive();
       softmax = next_softmax;
     }
     if constexpr (T::kRescalesBetween) softmax.rescale(o);
     start_output(v_buffer);
     finish<0>(o);
-    store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
+    store(softmax, o);
   }
 
  private:
+  // The output of the tile before.
+  template <class Output>
+  CUTLASS_DEVICE void store(const ThreadSoftmax& softmax, const Output& o) {
+    if (T::kStagesOutput && shared_.staged[slot(-1)]) {
+      const int stage = (tile_ - 1) % T::kQStages;
+      stage_rows<T>(shared_, stage, warpgroup_, softmax, scale_log2_, o);
+      shared_.q_used[stage].arrive();
+    } else {
+      store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
+    }
+  }
+
   // Of the tile whose scores are being computed, or of the one before it (-1).
   CUTLASS_DEVICE int slot(int before = 0) const { return (tile_ + before) % T::kWorkSlots; }
   CUTLASS_DEVICE const Piece& piece(int before = 0) const { return shared_.work[slot(before)]; }

@@ -26,8 +26,8 @@ constexpr bool has_spare_registers(int32_t head_dim, int32_t tile_rows) { return
 
 struct KernelParams {
   // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,
-  // kv_rows}.
-  CUtensorMap q_map, k_map, v_map;
+  // kv_rows}. out: as q.
+  CUtensorMap q_map, k_map, v_map, out_map;
   AttendParams attend;
   TileShape tile;
   PlanView plan;

@@ -118,9 +118,9 @@ Shape4 kv_shape(const AttendParams& p, const View& x) {
   return {x.data, {p.head_dim, p.kv.rows.capacity, p.kv.num_heads, t.b == 0 ? 1 : p.batch}, {1, t.s, t.h, t.b}};
 }
 
-bool writable(const MutableView& out) {
-  const Strides& s = out.stride;
-  return reinterpret_cast<uintptr_t>(out.data) % 16 == 0 && s.b % 8 == 0 && s.s % 8 == 0 && s.h % 8 == 0;
+Shape4 out_shape(const AttendParams& p) {
+  const Strides& t = p.out.stride;
+  return {p.out.data, {p.head_dim, p.q.num_heads, p.q.rows.capacity, t.b == 0 ? 1 : p.batch}, {1, t.h, t.s, t.b}};
 }
 
 cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const Workspace& w, KernelParams* k) {
@@ -138,6 +138,7 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
   const int32_t slab = slab_columns(i);
   if (cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.group(), c.tile.q_tokens}, &k->q_map)) return e;
+  if (cudaError_t e = encode(out_shape(p), p.dtype, {slab, p.group(), c.tile.q_tokens}, &k->out_map)) return e;
   if (cudaError_t e = encode(kv_shape(p, p.kv.k), p.dtype, {slab, k->kv_box_rows}, &k->k_map)) return e;
   return encode(kv_shape(p, p.kv.v), p.dtype, {slab, k->kv_box_rows}, &k->v_map);
 }
@@ -151,7 +152,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
   if (!q_shape(p).describable() || !kv_shape(p, p.kv.k).describable() || !kv_shape(p, p.kv.v).describable() ||
-      !writable(p.out))
+      !out_shape(p).describable())
     return false;
   c->instance = i;
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};

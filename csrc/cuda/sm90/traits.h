@@ -22,7 +22,7 @@ using cute::Step;
 using cute::GMMA::Major;
 
 constexpr int kSharedCapacity = 227 * 1024;  // of a multiprocessor, less what the system takes
-constexpr int kSharedRest = 1536;            // what is neither Q nor K nor V
+constexpr int kSharedRest = 2560;            // what is neither Q nor K nor V
 constexpr int kMaxBuffers = 12;
 
 // kWarpgroups: consumer warpgroups, 64 rows each.
@@ -42,6 +42,10 @@ struct Traits {
     return n < kMaxBuffers ? n : kMaxBuffers;
   }
   static constexpr int kQStages = buffers_beside(2) >= 4 ? 2 : 1, kBuffers = buffers_beside(kQStages);
+
+  // Whether the output of a whole tile leaves through the place of its Q, which no product reads any more: the next
+  // tile's Q must then lie elsewhere.
+  static constexpr bool kStagesOutput = kQStages > 1;
 
   // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
   // thread alike; asking for more than that sum would wait for ever.
@@ -102,7 +106,10 @@ struct Traits {
     BlockInfo info[kBuffers];
     Piece work[kWorkSlots];    // none without key blocks; view.tile.seq < 0: no more
     int32_t past[kWorkSlots];  // keys of the tile's last block that lie past the sequence, if positive
+    bool staged[kWorkSlots];   // does the output leave through the place of Q?
+    float lse[kStagesOutput ? kQStages * kRows : 1];
     Barrier q_full[kQStages], q_empty[kQStages];
+    Barrier q_used[kQStages];  // the consumers need Q no more; where `staged`, the output has taken its place
     Barrier kv_full[kBuffers], kv_empty[kBuffers];
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
     Barrier work_wanted;
