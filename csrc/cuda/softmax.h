@@ -18,6 +18,17 @@ __device__ inline float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x by the special function unit alone (1 ulp).
+__device__ inline float fast_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+
 // Scores become scale_log2 * score. A scale that is not positive is moved into the scores themselves, because the
 // running maximum is taken before scaling.
 struct SoftmaxScale {

@@ -27,15 +27,15 @@ CUTLASS_DEVICE uint4 transpose_quad(uint32_t w0, uint32_t w1, uint32_t w2, uint3
 }
 
 template <class T, class Output>
-CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int warpgroup, const ThreadSoftmax& softmax,
-                               float scale_log2, const Output& o) {
+CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int warpgroup, const SoftmaxState* states,
+                               const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
   const int32_t dim = a.head_dim, lane = int32_t(threadIdx.x % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    const SoftmaxState state = softmax.state(r, scale_log2);
     const int32_t row = thread_row(warpgroup, r);
+    const SoftmaxState state = states[row];
     const bool valid = row < valid_rows(a, piece.view);
     if (piece.span.split) {
       if (valid && lane == 0) p.partials.state_of(piece.slot, row) = state;
@@ -71,17 +71,12 @@ CUTLASS_DEVICE bool leaves_staged(const KernelParams& p, const Piece& piece) {
 }
 
 template <class T, class Output>
-CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgroup, const ThreadSoftmax& softmax,
-                               float scale_log2, const Output& o) {
+CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgroup, const SoftmaxState* states,
+                               const Output& o) {
   // No warp of the warpgroup is behind in the products that read Q: they have met at the barrier of a turn since.
   if constexpr (!T::kTakesTurns) cutlass::arch::NamedBarrier::sync(128, T::kWarpgroups + warpgroup);
-  float factor[kThreadRows];
-  CUTE_UNROLL
-  for (int r = 0; r < kThreadRows; ++r) {
-    const SoftmaxState state = softmax.state(r, scale_log2);
-    factor[r] = 1.f / state.sum;
-    if (threadIdx.x % 4 == 0) shared.lse[stage * T::kRows + thread_row(warpgroup, r)] = state.lse();
-  }
+  const float factor[] = {fast_reciprocal(states[thread_row(warpgroup, 0)].sum),
+                          fast_reciprocal(states[thread_row(warpgroup, 1)].sum)};
   // Lanes 0 to 15 say where 16 bytes of one of the warp's rows go, the others where those behind them go.
   constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
   const int row = 64 * warpgroup + int(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
@@ -119,7 +114,7 @@ CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shar
         cute::tma_store_arrive();
       }
       for (int32_t row = lane; row < valid_rows(p.attend, view); row += 32)
-        lse_at(p.attend, view, tile_row(p.attend, view, row)) = shared.lse[stage.index * T::kRows + row];
+        lse_at(p.attend, view, tile_row(p.attend, view, row)) = shared.states[stage.index * T::kRows + row].lse();
       if (lane == 0) cute::tma_store_wait<0>();
       __syncwarp();
     }

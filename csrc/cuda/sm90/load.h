@@ -91,6 +91,7 @@ class Loader {
     prefetch(p_.q_map);
     prefetch(p_.k_map);
     prefetch(p_.v_map);
+    if constexpr (T::kStagesOutput) prefetch(p_.out_map);
     wait_for_previous();
     Keys last;           // where the V that is still to be loaded lies
     int32_t block = -1;  // its block; none at first

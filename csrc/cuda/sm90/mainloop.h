@@ -101,16 +101,16 @@ class Consumer {
     // Scores to probabilities, relative to the running maximum. A wait for a buffer is a branch, across which the
     // compiler moves nothing; the two waits stand where that keeps a good order: the exponentials of row 0 beside the
     // maximum of row 1, and the wait for the second product behind the first half of the softmax.
-    const auto absorb_scores = [&](ThreadSoftmax& into) {
+    const auto absorb_scores = [&] {
       const typename T::BlockInfo info = shared_.info[k_buffer];
       shared_.kv_empty[k_buffer].arrive();
       if (info.masked) apply_mask(s, piece().view, p_.group_inverse, warpgroup_, info.kv_begin);
-      into.raise_maximum(s, 0, scale_log2_);
+      softmax.raise_maximum(s, 0, scale_log2_);
       k_buffer = await_next();
-      into.exponentiate(s, 0, scale_log2_);
-      into.raise_maximum(s, 1, scale_log2_);
+      softmax.exponentiate(s, 0, scale_log2_);
+      softmax.raise_maximum(s, 1, scale_log2_);
       v_buffer = await_next();
-      into.exponentiate(s, 1, scale_log2_);
+      softmax.exponentiate(s, 1, scale_log2_);
     };
 
     if (!await_tile()) return;
@@ -118,61 +118,71 @@ class Consumer {
     k_buffer = await_next();
     start_scores(k_buffer);
     finish<0>(s);
-    absorb_scores(softmax);
+    absorb_scores();
     convert_probs();
 
+    clear(o);
+    int32_t left = blocks_left();  // of the tile; -1: its last second product ran beside the next tile's first block
+    if (left > 0) clear_past(slot(), v_buffer);
     for (;;) {
-      clear(o);
-      int32_t left = blocks_left();
-      if (left > 0) clear_past(slot(), v_buffer);
-      for (; left > 0; --left) {
+      if (left == 0) {  // the next block is another tile's
+        keep(softmax);
+        const bool cleared = blocks_left() > 0;
+        ++tile_;
+        const bool more = await_tile();
+        if (!cleared) clear_past(slot(-1), v_buffer);
+        if (!more) break;
+        softmax.restart();
+      }
+      do {  // one loop for all blocks: code that runs once a tile is not in the instruction cache
         const int v_used = v_buffer;
         start_products();
         finish<1>(s);
-        absorb_scores(softmax);
+        absorb_scores();
         finish<0>(o);
         shared_.kv_empty[v_used].arrive();
         convert_probs();
-        if constexpr (!T::kRescalesBetween) softmax.rescale(o);
-      }
-      if (!T::kStagesOutput)
-        shared_.q_empty[tile_ % T::kQStages].arrive();
-      else if (!shared_.staged[slot()])
-        shared_.q_used[tile_ % T::kQStages].arrive();
-      const bool cleared = blocks_left() > 0;  // asked here, not kept from above: the loop has no register for it
-
-      ++tile_;
-      const bool more = await_tile();
-      if (!cleared) clear_past(slot(-1), v_buffer);
-      if (!more) break;
-      const int v_used = v_buffer;
-      start_products();
-      finish<1>(s);
-      ThreadSoftmax next_softmax;
-      absorb_scores(next_softmax);
-      finish<0>(o);
-      shared_.kv_empty[v_used].arrive();
-      convert_probs();
-      store(softmax, o);
+        if constexpr (!T::kRescalesBetween) softmax.rescale(o, left > 0);
+      } while (--left > 0);
+      if (left == 0) continue;
+      store(o);
       shared_.work_empty[slot(-1)].arrive();
-      softmax = next_softmax;
+      clear(o);
+      left = blocks_left();
+      if (left > 0) clear_past(slot(), v_buffer);
     }
     if constexpr (T::kRescalesBetween) softmax.rescale(o);
     start_output(v_buffer);
     finish<0>(o);
-    store(softmax, o);
+    store(o);
   }
 
  private:
+  // All scores of the tile are in: its Q is needed no more, and its rows' states stay in shared memory meanwhile.
+  CUTLASS_DEVICE void keep(const ThreadSoftmax& softmax) {
+    const int stage = tile_ % T::kQStages;
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) {
+      const SoftmaxState state = softmax.state(r, scale_log2_);
+      if (threadIdx.x % 4 == 0) shared_.states[stage * T::kRows + thread_row(warpgroup_, r)] = state;
+    }
+    __syncwarp();
+    if (!T::kStagesOutput)
+      shared_.q_empty[stage].arrive();
+    else if (!shared_.staged[slot()])
+      shared_.q_used[stage].arrive();
+  }
+
   // The output of the tile before.
   template <class Output>
-  CUTLASS_DEVICE void store(const ThreadSoftmax& softmax, const Output& o) {
+  CUTLASS_DEVICE void store(const Output& o) {
+    const int stage = (tile_ - 1) % T::kQStages;
+    const SoftmaxState* states = shared_.states + stage * T::kRows;
     if (T::kStagesOutput && shared_.staged[slot(-1)]) {
-      const int stage = (tile_ - 1) % T::kQStages;
-      stage_rows<T>(shared_, stage, warpgroup_, softmax, scale_log2_, o);
+      stage_rows<T>(shared_, stage, warpgroup_, states, o);
       shared_.q_used[stage].arrive();
     } else {
-      store_rows<T>(p_, piece(-1), warpgroup_, softmax, scale_log2_, o);
+      store_rows<T>(p_, piece(-1), warpgroup_, states, o);
     }
   }
 

@@ -79,10 +79,17 @@ struct ThreadSoftmax : OnlineSoftmax<kThreadRows> {
     }
   }
 
-  template <class Output>
-  CUTLASS_DEVICE void rescale(Output& o) const {
+  // For the rows of another tile; what was accumulated is still to be brought to the last maximum.
+  CUTLASS_DEVICE void restart() {
     CUTE_UNROLL
-    for (int i = 0; i < size(o); ++i) o(i) *= factor[i / 2 % 2];
+    for (int r = 0; r < kThreadRows; ++r) max[r] = -INFINITY, sum[r] = 0.f;
+  }
+
+  template <class Output>
+  CUTLASS_DEVICE void rescale(Output& o, bool wanted = true) const {
+    const float by[] = {wanted ? factor[0] : 1.f, wanted ? factor[1] : 1.f};
+    CUTE_UNROLL
+    for (int i = 0; i < size(o); ++i) o(i) *= by[i / 2 % 2];
   }
 };
 

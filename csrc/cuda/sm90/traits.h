@@ -7,6 +7,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "core/softmax_state.h"
 #include "cuda/sm90/barrier.h"
 #include "cuda/worker.h"
 
@@ -22,7 +23,7 @@ using cute::Step;
 using cute::GMMA::Major;
 
 constexpr int kSharedCapacity = 227 * 1024;  // of a multiprocessor, less what the system takes
-constexpr int kSharedRest = 2560;            // what is neither Q nor K nor V
+constexpr int kSharedRest = 1024;            // what is neither Q nor K nor V nor of a row
 constexpr int kMaxBuffers = 12;
 
 // kWarpgroups: consumer warpgroups, 64 rows each.
@@ -38,7 +39,8 @@ struct Traits {
   // for it beside four buffers, of the next.
   static constexpr int kQElements = kRows * kHeadDim, kBufferElements = kKvBlock * kHeadDim;
   static constexpr int buffers_beside(int q_stages) {
-    const int n = (kSharedCapacity - kSharedRest - 2 * q_stages * kQElements) / (2 * kBufferElements);
+    const int per_stage = 2 * kQElements + int(sizeof(SoftmaxState)) * kRows;
+    const int n = (kSharedCapacity - kSharedRest - q_stages * per_stage) / (2 * kBufferElements);
     return n < kMaxBuffers ? n : kMaxBuffers;
   }
   static constexpr int kQStages = buffers_beside(2) >= 4 ? 2 : 1, kBuffers = buffers_beside(kQStages);
@@ -107,7 +109,7 @@ struct Traits {
     Piece work[kWorkSlots];    // none without key blocks; view.tile.seq < 0: no more
     int32_t past[kWorkSlots];  // keys of the tile's last block that lie past the sequence, if positive
     bool staged[kWorkSlots];   // does the output leave through the place of Q?
-    float lse[kStagesOutput ? kQStages * kRows : 1];
+    SoftmaxState states[kQStages * kRows];  // of the rows of a tile, from its last scores until it is stored
     Barrier q_full[kQStages], q_empty[kQStages];
     Barrier q_used[kQStages];  // the consumers need Q no more; where `staged`, the output has taken its place
     Barrier kv_full[kBuffers], kv_empty[kBuffers];
