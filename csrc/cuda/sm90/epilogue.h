@@ -97,7 +97,7 @@ CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgr
 // Stores what the consumers have staged, and says when Q's place is free. Called by a whole warp (as `schedule`).
 template <class T>
 CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shared) {
-  const int32_t lane = cutlass::canonical_lane_idx(), group = p.attend.group();
+  const int32_t lane = cutlass::canonical_lane_idx();
   Ring<T::kWorkSlots> work;
   for (Ring<T::kQStages> stage;; work.advance(), stage.advance()) {
     shared.work_full[work.index].wait(work.phase);
@@ -110,7 +110,7 @@ CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shar
         CUTE_UNROLL
         for (int32_t s = 0; s < T::kSlabs; ++s)
           cute::SM90_TMA_STORE_4D::copy(&p.out_map, shared.q + stage.index * T::kQElements + s * T::kRows * T::kSlab,
-                                        s * T::kSlab, view.tile.kv_head * group, view.q_rows.begin, seq);
+                                        s * T::kSlab, view.tile.kv_head * p.group, view.q_rows.begin, seq);
         cute::tma_store_arrive();
       }
       for (int32_t row = lane; row < valid_rows(p.attend, view); row += 32)

@@ -30,16 +30,18 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
     __syncwarp();  // no lane lags so far behind that it misses a phase
     ring.advance();
   };
+  touch(p);
   wait_for_previous();
   let_next_start();
   const bool planned = p.order == TileOrder::kPlanned;
+  const TileShape shape{p.tile.q_tokens, T::kKvBlock};  // a constant: divisions by it are shifts
   constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
   const auto view_of = [&](int32_t t) {
     if constexpr (kSpare)
-      if (p.inline_plan) return view_in_order(p.attend, p.tile, p.order, p.tiles_each, t);
+      if (p.inline_plan) return view_in_order(p.attend, shape, p.order, p.tiles_each, t);
     const int32_t heads = p.attend.kv.num_heads;
     const Tile tile = planned ? p.plan.tiles[t] : tile_at(p.order, t, p.attend.batch * heads, heads, p.tiles_each);
-    return view_tile(p.attend, p.tile, tile);
+    return view_tile(p.attend, shape, tile);
   };
   const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
   PlanHeader header{p.num_tiles, p.num_tiles, 1, 0};
@@ -144,7 +146,7 @@ class Loader {
   CUTLASS_DEVICE void load_q(const TileView& view) {
     const int i = q_ring_.index;
     shared_.q_empty[i].wait(q_ring_.phase ^ 1);
-    const int32_t group = p_.attend.group();
+    const int32_t group = p_.group;
     Barrier& full = shared_.q_full[i];
     full.arrive_and_expect(uint32_t(p_.tile.q_tokens * group * T::kHeadDim * sizeof(typename T::Element)));
     const int32_t seq = p_.attend.q.stride.b == 0 ? 0 : view.tile.seq;

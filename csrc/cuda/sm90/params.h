@@ -36,6 +36,7 @@ struct KernelParams {
   bool inline_plan;  // of few tiles, see line_up_few
   bool uncounted;    // see is_uncounted
   Partials partials;
+  int32_t group;  // query heads that share a KV head
   uint32_t group_inverse;
   int32_t kv_box_rows;  // rows of one K or V box: the key block, or a page that is smaller
 };

@@ -134,6 +134,7 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->inline_plan = c.inline_plan;
   k->uncounted = c.uncounted;
   k->partials = w.partials;
+  k->group = p.group();
   k->group_inverse = inverse_of_group(p.group());
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
   const int32_t slab = slab_columns(i);
