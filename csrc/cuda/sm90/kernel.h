@@ -39,9 +39,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) attend_kernel(const __grid_con
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
     if (warp == 0) schedule<T>(p, shared);
-    if (warp == 1 && cute::elect_one_sync()) Loader<T>(p, shared).run();
     if constexpr (T::kStagesOutput)
       if (warp == 2) store_staged<T>(p, shared);
+    // Last: where nothing follows, the compiler keeps what one thread does in uniform registers.
+    if (warp == 1 && cute::elect_one_sync()) Loader<T>(p, shared).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kMathRegs>();
     Consumer<T>(p, shared, warpgroup - 1).run();
