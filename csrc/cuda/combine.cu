@@ -125,58 +125,12 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
   }
 }
 
-// The line of a decode step, as shared out (see line_up), or of few tiles: the same for every block. Returns how many
-// tiles it has; keep(view) is called by one thread with the view of this block's tile.
-template <bool kFew, typename Keep>
-__device__ int32_t line_up_for_combine(const AttendParams& p, const TileShape& tile_shape, int32_t num_workers,
-                                       InlineLine& line, Keep keep) {
-  const auto tile = int32_t(blockIdx.x);
-  if constexpr (!kFew) {
-    return line_up<32 * kWarps>(p, tile_shape, num_workers, line, [&](int32_t t, const TileView& view) {
-      if (t == tile) keep(view);
-    });
-  }
-  const auto num_tiles = int32_t(gridDim.x), lane = int32_t(threadIdx.x % 32);
-  if (threadIdx.x < 32) {
-    int32_t cost = 0;
-    if (lane < num_tiles) {
-      const TileView view = view_in_order(p, tile_shape, TileOrder::kInLine, tiles_each(p, tile_shape), lane);
-      if (lane == tile) keep(view);
-      cost = tile_cost(view);
-    }
-    const FewTiles few = line_up_few(cost, num_tiles, num_workers);
-    if (lane == 0) line.begin[0] = 0, line.workers = few.workers;
-    if (lane < num_tiles) line.begin[lane + 1] = few.end;
-  }
-  __syncthreads();
-  return num_tiles;
-}
-
-// The same after an inline plan: one block per tile and row. The pieces are shared by the warps, so that all loads are
-// under way at once. All that can be worked out while the attend kernel still runs stands before the wait for it.
-template <typename T, bool kFew>
-__global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside the attend kernel
-    combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
-                          const int32_t num_workers) {
-  __shared__ InlineLine line;
-  __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
-  __shared__ __align__(16) unsigned char sum_memory[sizeof(Sum) * kWarps * 32];
-  auto& view = *reinterpret_cast<TileView*>(view_memory);
-  auto* sums = reinterpret_cast<Sum*>(sum_memory);  // [kWarps, 32]
+// The four warps of a block share the pieces of a row, so that all loads are under way at once.
+template <typename T>
+__device__ void merge_row(const AttendParams& p, const PieceRow& from, const RowWriter<T>& to) {
+  __shared__ __align__(16) unsigned char memory[sizeof(Sum) * kWarps * 32];  // members have initial values
+  auto* sums = reinterpret_cast<Sum*>(memory);                               // [kWarps, 32]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int32_t tile = blockIdx.x, row = blockIdx.y;
-  const int32_t num_tiles =
-      line_up_for_combine<kFew>(p, tile_shape, num_workers, line, [&](const TileView& v) { view = v; });
-  const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
-  if (pieces.count == 1 || row >= valid_rows(p, view)) {
-    wait_for_previous();  // even so: the kernel after this one relies on the one before this one having ended
-    let_next_start();
-    return;
-  }
-  const PieceRow from(partials, pieces, row, warp, kWarps);
-  const RowWriter<T> to(p, view, row);
-  wait_for_previous();
-  let_next_start();
   for (int32_t first_dim = 0; first_dim < p.head_dim; first_dim += 128) {
     const int32_t d = min_of(first_dim + 4 * lane, p.head_dim - 4);  // lanes beyond the end repeat the last ones
     if (first_dim > 0) __syncthreads();
@@ -191,28 +145,56 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   }
 }
 
-// The same for few tiles of many rows: a warp takes a row, and one piece after the other.
+// The same after the plan of a decode step, which every block makes again (see line_up): one block per tile and row.
+// All that can be worked out while the attend kernel still runs stands before the wait for it.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps, 5)
-    combine_rows_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
-                        const int32_t num_workers) {
+__global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside the attend kernel
+    combine_inline_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const Partials partials,
+                          const int32_t num_workers) {
   __shared__ InlineLine line;
   __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
   auto& view = *reinterpret_cast<TileView*>(view_memory);
+  const int32_t tile = blockIdx.x, row = blockIdx.y;
   const int32_t num_tiles =
-      line_up_for_combine<true>(p, tile_shape, num_workers, line, [&](const TileView& v) { view = v; });
-  const TilePieces pieces = tile_pieces(line.begin, num_tiles, blockIdx.x, line.workers);
-  const int32_t row = blockIdx.y * kWarps + threadIdx.x / 32;
+      line_up<32 * kWarps>(p, tile_shape, num_workers, line, [&](int32_t t, const TileView& own) {
+        if (t == tile) view = own;
+      });
+  const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
-    wait_for_previous();  // even so, as above
+    wait_for_previous();  // even so: the kernel after this one relies on the one before this one having ended
     let_next_start();
     return;
   }
-  const PieceRow from(partials, pieces, row, 0, 1);
+  const PieceRow from(partials, pieces, row, threadIdx.x / 32, kWarps);
   const RowWriter<T> to(p, view, row);
   wait_for_previous();
   let_next_start();
-  for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
+  merge_row(p, from, to);
+}
+
+// The same after a prefill kernel that planned few tiles for itself. No block of this one starts beside it, so it has
+// left its plan, the ranges of its workers. One block per tile and row, or, where there are many rows (kRowsEach), one
+// for every kWarps of them: a warp takes a row, and one piece after the other.
+template <typename T, bool kRowsEach>
+__global__ void __launch_bounds__(32 * kWarps, 5)
+    combine_few_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
+                       const Partials partials, const int32_t num_workers) {
+  __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
+  auto& view = *reinterpret_cast<TileView*>(view_memory);
+  const int32_t tile = blockIdx.x, row = kRowsEach ? blockIdx.y * kWarps + threadIdx.x / 32 : blockIdx.y;
+  wait_for_previous();
+  let_next_start();
+  if (threadIdx.x == 0) view = view_in_order(p, tile_shape, TileOrder::kInLine, tiles_each(p, tile_shape), tile);
+  const TilePieces pieces = pieces_of(plan.ranges, num_workers, tile);
+  __syncthreads();
+  if (pieces.count == 0 || row >= valid_rows(p, view)) return;
+  const RowWriter<T> to(p, view, row);
+  if constexpr (kRowsEach) {
+    const PieceRow from(partials, pieces, row, 0, 1);
+    for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
+  } else {
+    merge_row(p, PieceRow(partials, pieces, row, threadIdx.x / 32, kWarps), to);
+  }
 }
 
 // So many blocks with a row each run at once on the smallest GPU of the Hopper family; more would come in waves.
@@ -224,13 +206,13 @@ cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace
     const int32_t num_tiles = tiles_each(p, c.tile) * num_seq_heads(p);
     const int32_t rows = min_of(p.q.max_len, c.tile.q_tokens) * p.group();
     const bool few_rows = num_tiles * rows <= kRowsAtOnce;
-    return cuda::launch(few_rows ? combine_inline_kernel<T, true> : combine_rows_kernel<T>,
+    return cuda::launch(few_rows ? combine_few_kernel<T, false> : combine_few_kernel<T, true>,
                         dim3(num_tiles, few_rows ? rows : ceil_div(rows, kWarps)), 32 * kWarps, 0, stream, c.overlap, p,
-                        c.tile, w.partials, c.num_workers);
+                        c.tile, w.plan, w.partials, c.num_workers);
   }
   if (c.inline_plan) {
     const dim3 grid(num_seq_heads(p), max_of(int32_t(most_rows(p)), 1));
-    return cuda::launch(combine_inline_kernel<T, false>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
+    return cuda::launch(combine_inline_kernel<T>, grid, 32 * kWarps, 0, stream, c.overlap, p, c.tile, w.partials,
                         c.num_workers);
   }
   const dim3 grid(c.num_workers, min_of(ceil_div(c.instance->tile_rows, kRowWarps), kRowBlocks));

@@ -192,6 +192,31 @@ __device__ inline FewTiles line_up_few(int32_t cost, int32_t num_tiles, int32_t 
   return {end, __shfl_sync(~0u, end, 31), cut.num_workers};
 }
 
+// The pieces of a tile, found by a warp among the ranges of all workers; count 0: it is whole.
+__device__ inline TilePieces pieces_of(const WorkRange* ranges, int32_t num_workers, int32_t tile) {
+  constexpr int kAtOnce = 5;  // loads of a lane under way: all ranges of 160 workers
+  TilePieces pieces{0, 0, 0};
+  for (int32_t first = 0; first < num_workers; first += 32 * kAtOnce) {
+    const auto worker_of_lane = [&](int i) { return first + 32 * i + int32_t(threadIdx.x % 32); };
+    WorkRange own[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      own[i] = worker_of_lane(i) < num_workers ? ranges[worker_of_lane(i)] : WorkRange{-1, 0, -1, 0};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t worker = worker_of_lane(i);
+      const bool joins = own[i].tile == tile && own[i].block > 0;
+      const uint32_t leads = __ballot_sync(~0u, leads_tile(own[i]) == tile);
+      pieces.count += __popc(leads) + __popc(__ballot_sync(~0u, joins));
+      if (leads == 0) continue;
+      const int lane = __ffs(leads) - 1;
+      pieces.leader = __shfl_sync(~0u, worker, lane);
+      pieces.leader_slot = __shfl_sync(~0u, partial_slot(own[i], worker, tile), lane);
+    }
+  }
+  return pieces;
+}
+
 // A tile by its number. Every sequence head has as many as the longest: those past the end of a shorter one are empty.
 __device__ inline TileView view_in_order(const AttendParams& p, const TileShape& tile, TileOrder order,
                                          int32_t tiles_each, int32_t t) {

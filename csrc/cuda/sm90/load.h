@@ -51,6 +51,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
     const int32_t cost = lane < p.num_tiles ? tile_cost(view_of(lane)) : 0;
     header = {p.num_tiles, int32_t(gridDim.x), 0, 0};
     range = line_up_few(cost, p.num_tiles, int32_t(gridDim.x)).range(p.num_tiles, int32_t(blockIdx.x));
+    if (leader) p.plan.ranges[blockIdx.x] = range;  // for combine
   } else if (planned) {
     header = *p.plan.header;
     range = first_range(p.plan, header);
