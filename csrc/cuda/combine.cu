@@ -155,10 +155,9 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
   auto& view = *reinterpret_cast<TileView*>(view_memory);
   const int32_t tile = blockIdx.x, row = blockIdx.y;
-  const int32_t num_tiles =
-      line_up<32 * kWarps>(p, tile_shape, num_workers, line, [&](int32_t t, const TileView& own) {
-        if (t == tile) view = own;
-      });
+  const int32_t num_tiles = line_up<32 * kWarps>(p, tile_shape, num_workers, line, [&](int32_t t, const TileView& own) {
+    if (t == tile) view = own;
+  });
   const TilePieces pieces = tile_pieces(line.begin, num_tiles, tile, line.workers);
   if (pieces.count == 1 || row >= valid_rows(p, view)) {
     wait_for_previous();  // even so: the kernel after this one relies on the one before this one having ended

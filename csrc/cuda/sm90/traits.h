@@ -106,9 +106,9 @@ struct Traits {
     alignas(1024) Element q[kQStages * kQElements];
     alignas(1024) Element kv[kBuffers * kBufferElements];
     BlockInfo info[kBuffers];
-    Piece work[kWorkSlots];    // none without key blocks; view.tile.seq < 0: no more
-    int32_t past[kWorkSlots];  // keys of the tile's last block that lie past the sequence, if positive
-    bool staged[kWorkSlots];   // does the output leave through the place of Q?
+    Piece work[kWorkSlots];                 // none without key blocks; view.tile.seq < 0: no more
+    int32_t past[kWorkSlots];               // keys of the tile's last block that lie past the sequence, if positive
+    bool staged[kWorkSlots];                // does the output leave through the place of Q?
     SoftmaxState states[kQStages * kRows];  // of the rows of a tile, from its last scores until it is stored
     Barrier q_full[kQStages], q_empty[kQStages];
     Barrier q_used[kQStages];  // the consumers need Q no more; where `staged`, the output has taken its place
