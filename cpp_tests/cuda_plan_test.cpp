@@ -27,25 +27,62 @@ int32_t largest(const std::vector<int32_t>& cost) {
   return cost.empty() ? 0 : *std::max_element(cost.begin(), cost.end());
 }
 
-// Apart, if shares that are little larger than even ones do; else evenly.
-std::vector<WorkRange> cut(const std::vector<int32_t>& cost, int32_t num_workers) {
-  const auto num_tiles = int32_t(cost.size());
-  int64_t total = 0;
-  for (const int32_t c : cost) total += c;
-  const int32_t smallest = cost.empty() ? 0 : *std::min_element(cost.begin(), cost.end());
-  const Cut<int64_t> cut = cut_apart<int64_t>(total, smallest, largest(cost), num_tiles,
-                                              sharing_workers(total, num_tiles, num_workers), [&](int64_t share) {
-                                                int64_t shares = 0;
-                                                for (const int32_t c : cost) shares += ceil_div_64(c, share);
-                                                return shares;
-                                              });
+int32_t smallest(const std::vector<int32_t>& cost) {
+  return cost.empty() ? 0 : *std::min_element(cost.begin(), cost.end());
+}
+int64_t sum(const std::vector<int32_t>& cost) { return std::accumulate(cost.begin(), cost.end(), int64_t(0)); }
+
+// Shares of a line whose tiles are rounded up to multiples of a unit.
+std::vector<WorkRange> cut_at(const std::vector<int64_t>& cost, const Cut<int64_t>& cut) {
   std::vector<int64_t> begin{0};
-  for (const int32_t c : cost) begin.push_back(begin.back() + ceil_div_64(c, cut.unit) * cut.unit);
+  for (const int64_t c : cost) begin.push_back(begin.back() + ceil_div_64(c, cut.unit) * cut.unit);
   std::vector<WorkRange> ranges;
   for (int32_t w = 0; w < cut.num_workers; ++w)
-    ranges.push_back(work_range(begin.data(), num_tiles, w, cut.num_workers));
+    ranges.push_back(work_range(begin.data(), int32_t(cost.size()), w, cut.num_workers));
   return ranges;
 }
+
+// Apart, if shares that are little larger than even ones do; else evenly.
+Cut<int64_t> how_to_cut(const std::vector<int32_t>& cost, int32_t num_workers) {
+  const auto num_tiles = int32_t(cost.size());
+  return cut_apart<int64_t>(sum(cost), smallest(cost), largest(cost), num_tiles,
+                            sharing_workers(sum(cost), num_tiles, num_workers), [&](int64_t share) {
+                              int64_t shares = 0;
+                              for (const int32_t c : cost) shares += ceil_div_64(c, share);
+                              return shares;
+                            });
+}
+std::vector<WorkRange> cut(const std::vector<int32_t>& cost, int32_t num_workers) {
+  return cut_at({cost.begin(), cost.end()}, how_to_cut(cost, num_workers));
+}
+
+std::vector<Tile> tiles_in_turn(const AttendParams& problem, int32_t tiles_each) {
+  std::vector<Tile> tiles;
+  for (int32_t i = tiles_each - 1; i >= 0; --i)
+    for (int32_t n = 0; n < num_seq_heads(problem); ++n)
+      tiles.push_back({n / problem.kv.num_heads, n % problem.kv.num_heads, i});
+  return tiles;
+}
+
+// The line of turns, cut apart, where that can be done: the last tile of a turn is rounded up for all.
+bool cut_turns(const AttendParams& problem, const std::vector<int32_t>& cost, int32_t tiles_each, int32_t num_workers,
+               HostPlan& plan) {
+  std::vector<int32_t> turns(tiles_each);
+  for (size_t t = 0; t < cost.size(); ++t) turns[t % tiles_each] += cost[t];
+  const int32_t sharing = sharing_workers(sum(cost), int32_t(cost.size()), num_workers);
+  const Cut<int64_t> cut = cut_turns_apart<int64_t>(sum(cost), smallest(turns), largest(turns), tiles_each, sharing);
+  if (cut.unit == 1) return false;
+  std::vector<int64_t> in_turn;
+  for (int32_t i = 0; i < tiles_each; ++i) {
+    for (int32_t n = 0; n < num_seq_heads(problem); ++n) in_turn.push_back(cost[n * tiles_each + i]);
+    in_turn.back() += cut.unit - turns[i];
+  }
+  plan.tiles = tiles_in_turn(problem, tiles_each);
+  plan.ranges = cut_at(in_turn, {1, cut.num_workers});
+  return true;
+}
+
+int turns_cut = 0;  // problems whose turns are cut apart
 
 HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_t num_workers) {
   HostPlan p;
@@ -86,15 +123,17 @@ HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_
   whole |= waves_end_in_time(num_tiles, largest(own), cost.back(), num_workers);
   if (!whole) {
     p.ranges = cut(own, num_workers);
+    const bool even =
+        std::all_of(tiles_of.begin(), tiles_of.end(), [&](const Span& s) { return s.size() == tiles_of[0].size(); });
+    if (even && num_tiles <= 1024 && how_to_cut(own, num_workers).unit == 1 &&
+        cut_turns(problem, own, tiles_each, num_workers, p))
+      ++turns_cut;
     p.header = {num_tiles, int32_t(p.ranges.size()), 0, 0};
     return p;
   }
   p.header = {num_tiles, num_tiles, 1, 0};
   if (in_turn) {
-    p.tiles.clear();
-    for (int32_t i = tiles_each - 1; i >= 0; --i)
-      for (int32_t n = 0; n < num_seq_heads(problem); ++n)
-        p.tiles.push_back({n / problem.kv.num_heads, n % problem.kv.num_heads, i});
+    p.tiles = tiles_in_turn(problem, tiles_each);
     return p;
   }
   std::vector<int32_t> order(num_seq_heads(problem));
@@ -106,7 +145,7 @@ HostPlan plan_on_host(const AttendParams& problem, const TileShape& tile, int32_
 }
 
 void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t max_kv, TileShape tile,
-                        int32_t num_workers, uint32_t seed, bool equal_q = false) {
+                        int32_t num_workers, uint32_t seed, bool equal_q = false, int32_t most_last_q = 200) {
   SCOPED_TRACE(testing::Message() << "batch " << batch << ", heads " << kv_heads << ", q " << max_q << ", kv " << max_kv
                                   << ", workers " << num_workers << ", seed " << seed);
   std::mt19937 random(seed);
@@ -124,7 +163,7 @@ void expect_equal_plans(int32_t batch, int32_t kv_heads, int32_t max_q, int32_t 
   p.q.total_rows = int64_t(batch) * max_q;
   p.routing.stride_b = kv_heads;
   p.routing.stride_h = 1;
-  p.routing.patterns[1] = {128, 512, up_to(200), 1};
+  p.routing.patterns[1] = {128, 512, up_to(most_last_q), 1};
   AttendParams on_host = p;
   on_host.q.rows.end = q_end.data();
   on_host.kv.rows.end = kv_end.data();
@@ -192,6 +231,17 @@ TEST_F(Plan, Prefill) {
     expect_equal_plans(4, 8, 512, 1500, {32, 64}, 40, seed, true);
     expect_equal_plans(1, 5, 128, 3000, {32, 64}, 132, seed, true);  // would, but tiles end late
   }
+}
+
+TEST_F(Plan, ChunksOverACache) {
+  turns_cut = 0;
+  for (uint32_t seed = 0; seed < 5; ++seed) {
+    expect_equal_plans(1, 8, 256, 32768, {32, 128}, 132, seed, true, 0);
+    expect_equal_plans(1, 8, 2048, 60000, {32, 128}, 132, seed, true, 0);  // more tiles than workers
+    expect_equal_plans(2, 4, 100, 20000, {32, 128}, 132, seed, true, 0);
+    expect_equal_plans(1, 40, 1000, 60000, {32, 128}, 132, seed, true, 0);  // more tiles than the planner has threads
+  }
+  EXPECT_GT(turns_cut, 5);
 }
 
 #ifdef FLUX_SIMT

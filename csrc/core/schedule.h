@@ -383,6 +383,18 @@ FLUX_HD Cut<Int> cut_apart(Int total_cost, Int smallest_cost, Int largest_cost, 
   return {1, num_workers};
 }
 
+// Tiles that differ much, as those of full and of sparse heads, cannot be cut apart; but turns can, one tile of every
+// sequence head each, where all have as many: those of a chunk of a prompt over a cache are alike. The line then has
+// turn after turn, each cut at the same places, and so have the tiles of a sequence head. `Cut::unit` is what a turn is
+// rounded up to; 1: turns cannot be cut apart either.
+template <typename Int>
+FLUX_HD Cut<Int> cut_turns_apart(Int total_cost, Int smallest_turn, Int largest_turn, int32_t tiles_each,
+                                 int32_t num_workers) {
+  if (tiles_each < 2) return {1, num_workers};
+  return cut_apart(total_cost, smallest_turn, largest_turn, tiles_each, num_workers,
+                   [](Int) { return Int(INT32_MAX); });  // all turns alike, or not at all
+}
+
 // Ascending keys put the costliest sequence head first, equal ones in their order.
 constexpr int kSeqHeadBits = 22;
 FLUX_HD int64_t sort_key(int64_t cost, int32_t seq_head) {

@@ -18,9 +18,20 @@ struct Shared {
   int32_t warp_sums[32];
   int32_t any_late;
   int32_t costs_differ;
-  int32_t no_turns, perhaps_late;
+  int32_t uneven, no_turns, perhaps_late;  // uneven: not all sequence heads have as many tiles
   int32_t largest_cost, minus_smallest_cost;
+  int32_t largest_turn, minus_smallest_turn;
 };
+
+// The cost of the tiles with this place in their sequence heads.
+__device__ int32_t turn_cost(const int64_t* cost, int32_t num_seq_heads, int32_t tiles_each, int32_t place) {
+  int64_t sum = 0;
+  for (int32_t n = 0; n < num_seq_heads; ++n) {
+    const int64_t* own = cost + n * tiles_each + place;
+    sum += own[1] - own[0];
+  }
+  return int32_t(sum);
+}
 
 // Bitonic network; `n` is a power of two.
 template <int kThreads>
@@ -54,8 +65,8 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
   for (int32_t n = tid; n < seq_heads; n += kThreads)
     begin[n] = min_of(tiles_in_seq_head(p, tile, n / p.kv.num_heads, n % p.kv.num_heads), kMaxSeqHeadTiles);
   if (tid == 0)
-    shared.any_late = shared.costs_differ = shared.no_turns = shared.perhaps_late = 0, shared.largest_cost = 0,
-    shared.minus_smallest_cost = INT_MIN;
+    shared.any_late = shared.costs_differ = shared.uneven = shared.no_turns = shared.perhaps_late = 0,
+    shared.largest_cost = shared.largest_turn = 0, shared.minus_smallest_cost = shared.minus_smallest_turn = INT_MIN;
   __syncthreads();
   exclusive_sum<kThreads>(begin, seq_heads, shared.warp_sums);
   if (begin[seq_heads] > tiles_max) {  // only spans that overlap make so many
@@ -66,7 +77,8 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
   const int32_t num_tiles = begin[seq_heads], tiles_each = begin[1];
   for (int32_t n = tid; n < seq_heads; n += kThreads) {
     const int32_t longest_kv = p.kv.rows(n / p.kv.num_heads, n % p.kv.num_heads).size();
-    if (begin[n + 1] - begin[n] != tiles_each || !takes_turns(seq_heads, longest_kv, p.head_dim)) shared.no_turns = 1;
+    if (begin[n + 1] - begin[n] != tiles_each) shared.uneven = 1;
+    if (!takes_turns(seq_heads, longest_kv, p.head_dim)) shared.no_turns = 1;
   }
   int64_t* cost = num_tiles <= kSmallTiles ? shared.cost : plan.cost;
 
@@ -91,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
   exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
 
   const int64_t total = cost[num_tiles];
-  const bool in_turn = !shared.no_turns;
+  const bool even = !shared.uneven, in_turn = even && !shared.no_turns;
   largest_cost = shared.largest_cost;
   if (waves_end_in_time(num_tiles, largest_cost, total, num_workers)) {
     // Whole tiles, in any order.
@@ -123,14 +135,38 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
     };
     const Cut<uint32_t> cut =
         cut_apart<uint32_t>(uint32_t(total), -shared.minus_smallest_cost, largest_cost, num_tiles, sharing, shares_of);
-    if (cut.unit > 1) {  // from now on costs are those shared out
-      const uint32_t own = tid < num_tiles ? uint32_t(cost[tid + 1] - cost[tid]) : 0;
+    // From now on costs are those shared out.
+    const auto share_out = [&](uint32_t own) {
       __syncthreads();
-      if (tid < num_tiles) cost[tid] = whole_shares(own, cut.unit) * cut.unit;
+      if (tid < num_tiles) cost[tid] = own;
       __syncthreads();
       exclusive_sum<kThreads>(cost, num_tiles, shared.warp_sums);
+    };
+    if (cut.unit > 1) {
+      share_out(tid < num_tiles ? whole_shares(uint32_t(cost[tid + 1] - cost[tid]), cut.unit) * cut.unit : 0);
+      sharing = cut.num_workers;
+    } else if (even) {
+      if (tid < tiles_each) {
+        const int32_t turn = turn_cost(cost, seq_heads, tiles_each, tid);
+        atomicMax(&shared.largest_turn, turn);
+        atomicMax(&shared.minus_smallest_turn, -turn);
+      }
+      __syncthreads();
+      const Cut<uint32_t> turns = cut_turns_apart<uint32_t>(uint32_t(total), -shared.minus_smallest_turn,
+                                                            shared.largest_turn, tiles_each, sharing);
+      if (turns.unit > 1) {
+        uint32_t own = 0;
+        if (tid < num_tiles) {
+          const int32_t seq_head = tid % seq_heads, place = tid / seq_heads;
+          const int64_t* first = cost + seq_head * tiles_each + place;
+          own = uint32_t(first[1] - first[0]);
+          if (seq_head == seq_heads - 1) own += turns.unit - turn_cost(cost, seq_heads, tiles_each, place);
+          plan.tiles[tid] = tile_at(TileOrder::kInTurn, tid, seq_heads, p.kv.num_heads, tiles_each);
+        }
+        share_out(own);
+        sharing = turns.num_workers;
+      }
     }
-    sharing = cut.num_workers;
   }
   if (tid == 0) *plan.header = {num_tiles, whole ? num_tiles : sharing, whole, 0};
   // Written where tiles are whole too: blocks ask for their first range and for the header at once.
