@@ -31,11 +31,10 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
                                const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
-  const uint32_t thread = thread_anew();
-  const int32_t dim = a.head_dim, lane = int32_t(thread % 4);
+  const int32_t dim = a.head_dim, lane = int32_t(threadIdx.x % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    const int32_t row = thread_row(warpgroup, r, thread);
+    const int32_t row = thread_row(warpgroup, r);
     const SoftmaxState state = states[row];
     const bool valid = row < valid_rows(a, piece.view);
     if (piece.span.split) {
@@ -76,13 +75,12 @@ CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgr
                                const Output& o) {
   // No warp of the warpgroup is behind in the products that read Q: they have met at the barrier of a turn since.
   if constexpr (!T::kTakesTurns) cutlass::arch::NamedBarrier::sync(128, T::kWarpgroups + warpgroup);
-  const uint32_t thread = thread_anew();
-  const float factor[] = {fast_reciprocal(states[thread_row(warpgroup, 0, thread)].sum),
-                          fast_reciprocal(states[thread_row(warpgroup, 1, thread)].sum)};
+  const float factor[] = {fast_reciprocal(states[thread_row(warpgroup, 0)].sum),
+                          fast_reciprocal(states[thread_row(warpgroup, 1)].sum)};
   // Lanes 0 to 15 say where 16 bytes of one of the warp's rows go, the others where those behind them go.
   constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
-  const int row = 64 * warpgroup + int(thread % 128 / 32 * 16 + thread % 16);
-  const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4, behind = int(thread % 32 / 16) ^ swizzle;
+  const int row = 64 * warpgroup + int(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
+  const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4, behind = int(threadIdx.x % 32 / 16) ^ swizzle;
   typename T::Element* place = shared.q + stage * T::kQElements + row * T::kSlab;
   CUTE_UNROLL
   for (int j = 0; j < T::kHeadDim / 8; j += 2) {

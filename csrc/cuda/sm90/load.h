@@ -34,9 +34,11 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   wait_for_previous();
   let_next_start();
   const bool planned = p.order == TileOrder::kPlanned;
-  const TileShape shape{p.tile.q_tokens, T::kKvBlock};  // a constant spares divisions
+  const TileShape shape{p.tile.q_tokens, T::kKvBlock};  // a constant: divisions by it are shifts
+  constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
   const auto view_of = [&](int32_t t) {
-    if (p.inline_plan) return view_in_order(p.attend, shape, p.order, p.tiles_each, t);
+    if constexpr (kSpare)
+      if (p.inline_plan) return view_in_order(p.attend, shape, p.order, p.tiles_each, t);
     const int32_t heads = p.attend.kv.num_heads;
     const Tile tile = planned ? p.plan.tiles[t] : tile_at(p.order, t, p.attend.batch * heads, heads, p.tiles_each);
     return view_tile(p.attend, shape, tile);
@@ -44,7 +46,7 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
   PlanHeader header{p.num_tiles, p.num_tiles, 1, 0};
   WorkRange range = whole_tile(blockIdx.x);
-  if (p.inline_plan) {
+  if (kSpare && p.inline_plan) {
     const int32_t lane = cutlass::canonical_lane_idx();
     const int32_t cost = lane < p.num_tiles ? tile_cost(view_of(lane)) : 0;
     header = {p.num_tiles, int32_t(gridDim.x), 0, 0};
@@ -69,8 +71,8 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
       }
     }
     if (!header.whole_tiles || header.num_items <= int32_t(gridDim.x)) break;  // one item per thread block
-    item = p.uncounted ? item_uncounted(int32_t(blockIdx.x), ++wave, int32_t(gridDim.x))
-                       : __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
+    item = kSpare && p.uncounted ? item_uncounted(int32_t(blockIdx.x), ++wave, int32_t(gridDim.x))
+                                 : __shfl_sync(~0u, leader ? take_item(p.plan) : 0, 0);
     if (item >= header.num_items) break;
   }
   Piece end;

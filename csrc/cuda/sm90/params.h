@@ -20,6 +20,10 @@ constexpr bool token_of_row_is_exact() {
 }
 static_assert(token_of_row_is_exact());
 
+// Whether an instance's producers have registers for more than the plan's items: beside two large consumer warpgroups
+// they have 24 each.
+constexpr bool has_spare_registers(int32_t head_dim, int32_t tile_rows) { return head_dim <= 128 || tile_rows == 64; }
+
 struct KernelParams {
   // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,
   // kv_rows}. out: as q.

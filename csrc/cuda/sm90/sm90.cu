@@ -159,8 +159,9 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
   c->order = known_order(p, c->tile, c->num_workers);
-  c->uncounted = is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
-  c->inline_plan = c->order == TileOrder::kPlanned && plans_few(p, c->tile);
+  const bool spare = has_spare_registers(i->head_dim, i->tile_rows);
+  c->uncounted = spare && is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
+  c->inline_plan = c->order == TileOrder::kPlanned && spare && plans_few(p, c->tile);
   return true;
 }
 
