@@ -31,10 +31,11 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
                                const Output& o) {
   using Element = typename T::Element;
   const AttendParams& a = p.attend;
-  const int32_t dim = a.head_dim, lane = int32_t(threadIdx.x % 4);
+  const uint32_t thread = thread_anew<T>();
+  const int32_t dim = a.head_dim, lane = int32_t(thread % 4);
   CUTE_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    const int32_t row = thread_row(warpgroup, r);
+    const int32_t row = thread_row(warpgroup, r, thread);
     const SoftmaxState state = states[row];
     const bool valid = row < valid_rows(a, piece.view);
     if (piece.span.split) {

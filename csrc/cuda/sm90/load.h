@@ -30,12 +30,12 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
     __syncwarp();  // no lane lags so far behind that it misses a phase
     ring.advance();
   };
-  touch(p);
+  constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
+  if constexpr (kSpare) touch(p);
   wait_for_previous();
   let_next_start();
   const bool planned = p.order == TileOrder::kPlanned;
-  const TileShape shape{p.tile.q_tokens, T::kKvBlock};  // a constant: divisions by it are shifts
-  constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
+  const TileShape shape{p.tile.q_tokens, kSpare ? T::kKvBlock : p.tile.kv_block};  // a constant spares divisions
   const auto view_of = [&](int32_t t) {
     if constexpr (kSpare)
       if (p.inline_plan) return view_in_order(p.attend, shape, p.order, p.tiles_each, t);

@@ -33,13 +33,6 @@ CUTLASS_DEVICE void finish(C& acc) {
   cute::warpgroup_fence_operand(acc);
 }
 
-// Hides from the compiler that x is what it was, so that it computes anew what depends on x, where it would have kept
-// that in registers all through the main loop: with three warpgroups there are none to spare.
-template <class Int>
-CUTLASS_DEVICE void forget(Int& x) {
-  asm volatile("" : "+r"(x));
-}
-
 // The warpgroups start their products in turn, so that one's softmax runs beside another's products.
 template <class T>
 struct Turns {
@@ -85,7 +78,7 @@ class Consumer {
     };
 
     const auto start_scores = [&](int k_buffer) {
-      forget(tile_);
+      forget(tile_);  // with three warpgroups there is no register for where its Q lies
       issue(mma_qk, q(_, _, _, tile_ % T::kQStages), k(_, _, _, k_buffer), s, GMMA::ScaleOut::Zero);
     };
     const auto start_output = [&](int v_buffer) { issue(mma_pv, probs, v(_, _, _, v_buffer), o, GMMA::ScaleOut::One); };
@@ -161,10 +154,11 @@ class Consumer {
   // All scores of the tile are in: its Q is needed no more, and its rows' states stay in shared memory meanwhile.
   CUTLASS_DEVICE void keep(const ThreadSoftmax& softmax) {
     const int stage = tile_ % T::kQStages;
+    const uint32_t thread = thread_anew<T>();
     CUTE_UNROLL
     for (int r = 0; r < kThreadRows; ++r) {
       const SoftmaxState state = softmax.state(r, scale_log2_);
-      if (threadIdx.x % 4 == 0) shared_.states[stage * T::kRows + thread_row(warpgroup_, r)] = state;
+      if (thread % 4 == 0) shared_.states[stage * T::kRows + thread_row(warpgroup_, r, thread)] = state;
     }
     __syncwarp();
     if (!T::kStagesOutput)

@@ -20,8 +20,9 @@ constexpr bool token_of_row_is_exact() {
 }
 static_assert(token_of_row_is_exact());
 
-// Whether an instance's producers have registers for more than the plan's items: beside two large consumer warpgroups
-// they have 24 each.
+// Whether an instance's scheduler does more than walk the plan's items. At head dimension 256 with two consumer
+// warpgroups it had no registers for that; it has them now (docs/kernels_diary.md, v14), but that it gains anything was
+// not measured.
 constexpr bool has_spare_registers(int32_t head_dim, int32_t tile_rows) { return head_dim <= 128 || tile_rows == 64; }
 
 struct KernelParams {

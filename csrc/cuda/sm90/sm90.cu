@@ -138,10 +138,16 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->group_inverse = inverse_of_group(p.group());
   k->kv_box_rows = p.kv.page_table ? min_of(p.kv.page_size, i.kv_block) : i.kv_block;
   const int32_t slab = slab_columns(i);
-  if (cudaError_t e = encode(q_shape(p), p.dtype, {slab, p.group(), c.tile.q_tokens}, &k->q_map)) return e;
-  if (cudaError_t e = encode(out_shape(p), p.dtype, {slab, p.group(), c.tile.q_tokens}, &k->out_map)) return e;
-  if (cudaError_t e = encode(kv_shape(p, p.kv.k), p.dtype, {slab, k->kv_box_rows}, &k->k_map)) return e;
-  return encode(kv_shape(p, p.kv.v), p.dtype, {slab, k->kv_box_rows}, &k->v_map);
+  // Rows of K and V are read in slabs of 128 bytes: where 256 came at once, few queries over a cache took up to 9 %
+  // longer.
+  constexpr auto kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  const auto encoded = [&](const Shape4& tensor, std::initializer_list<int32_t> box, CUtensorMap* map) {
+    return encode(tensor, p.dtype, box, map, kFetch);
+  };
+  if (cudaError_t e = encoded(q_shape(p), {slab, p.group(), c.tile.q_tokens}, &k->q_map)) return e;
+  if (cudaError_t e = encoded(out_shape(p), {slab, p.group(), c.tile.q_tokens}, &k->out_map)) return e;
+  if (cudaError_t e = encoded(kv_shape(p, p.kv.k), {slab, k->kv_box_rows}, &k->k_map)) return e;
+  return encoded(kv_shape(p, p.kv.v), {slab, k->kv_box_rows}, &k->v_map);
 }
 
 }  // namespace

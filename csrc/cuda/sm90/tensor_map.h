@@ -32,8 +32,10 @@ struct TensorShape {
   }
 };
 
+// `fetch`: how much the L2 cache takes from memory at once.
 template <int kRank>
-cudaError_t encode(const TensorShape<kRank>& t, DType dtype, std::initializer_list<int32_t> box, CUtensorMap* map) {
+cudaError_t encode(const TensorShape<kRank>& t, DType dtype, std::initializer_list<int32_t> box, CUtensorMap* map,
+                   CUtensorMapL2promotion fetch = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   static const auto encode_tiled = [] {
     void* f = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -54,11 +56,10 @@ cudaError_t encode(const TensorShape<kRank>& t, DType dtype, std::initializer_li
     if (i > 0) stride[i - 1] = t.size[i] == 1 ? 16 : cuuint64_t(t.stride[i] * t.kElementBytes);
   }
   const bool wide = boxes[0] * t.kElementBytes == 128;
-  const CUresult r =
-      encode_tiled(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                   kRank, const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult r = encode_tiled(
+      map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank,
+      const_cast<void*>(t.data), size, stride, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      wide ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, fetch, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -15,8 +15,24 @@ namespace flux::cuda::sm90 {
 constexpr int kThreadRows = 2;
 
 // Row of the tile.
-CUTLASS_DEVICE int32_t thread_row(int warpgroup, int r) {
-  return 64 * warpgroup + int32_t(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) + 8 * r;
+CUTLASS_DEVICE int32_t thread_row(int warpgroup, int r, uint32_t thread = threadIdx.x) {
+  return 64 * warpgroup + int32_t(thread % 128 / 32 * 16 + thread % 32 / 4) + 8 * r;
+}
+
+// Hides from the compiler that x is what it was, so that it computes anew what depends on x, where it would have kept
+// that in registers all through the main loop.
+template <class Int>
+CUTLASS_DEVICE void forget(Int& x) {
+  asm volatile("" : "+r"(x));
+}
+
+// threadIdx.x, for what is worked out once a tile: at head dimension 256 the main loop leaves no register to keep it
+// in.
+template <class T>
+CUTLASS_DEVICE uint32_t thread_anew() {
+  uint32_t thread = threadIdx.x;
+  if constexpr (T::kHeadDim > 128) forget(thread);
+  return thread;
 }
 
 // Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of

@@ -53,8 +53,8 @@ struct Traits {
   // thread alike; asking for more than that sum would wait for ever.
   static constexpr int kMathThreads = 128 * kWarpgroups, kThreads = 128 + kMathThreads;
   static constexpr int kLaunchRegs = kWarpgroups == 1 ? 224 : 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : kHeadDim > 128 && kWarpgroups == 2 ? 24 : 56;
-  static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : kHeadDim > 128 ? 240 : 224;
+  static constexpr int kProducerRegs = kWarpgroups == 3 ? 32 : 56;
+  static constexpr int kMathRegs = kWarpgroups == 3 ? 160 : kHeadDim > 128 && kWarpgroups == 1 ? 240 : 224;
   static_assert(kProducerRegs + kWarpgroups * kMathRegs <= (1 + kWarpgroups) * kLaunchRegs);
 
   // How the products of a block are started (docs/kernels_diary.md, v11): whether the warpgroups take turns, and
