@@ -49,9 +49,9 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream
 }
 
 #ifdef FLUX_SM90
-// Its blocks own and visit 128 keys, which must be those of one entry of a list.
+// Its blocks own or visit up to 128 keys, which must be those of one entry of a list.
 bool runs_on_sm90(const AttendParams& p, const Device& device) {
-  if (device.capability != 90 || p.head_dim > 128) return false;
+  if (device.capability != 90) return false;
   for (const BlockTable& t : p.routing.blocks)
     if (t.blocks && t.kv_width != 128) return false;
   return true;
@@ -66,7 +66,8 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_un
   if (runs_on_sm90(b.forward, device)) {
     if (dim <= 64) return run<sm90::BackwardKernels<kDType, 64>>(b, w, stream);
     if (dim <= 96) return run<sm90::BackwardKernels<kDType, 96>>(b, w, stream);
-    return run<sm90::BackwardKernels<kDType, 128>>(b, w, stream);
+    if (dim <= 128) return run<sm90::BackwardKernels<kDType, 128>>(b, w, stream);
+    return run<sm90::BackwardKernels<kDType, 256>>(b, w, stream);
   }
 #endif
   if (dim <= 64) return run<sm80::BackwardKernels<kDType, 64>>(b, w, stream);

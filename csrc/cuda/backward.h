@@ -96,6 +96,7 @@ struct alignas(16) VisitedRows {
   float lse[kRows], delta[kRows];
   VisibleKeys keys[kRows];  // where needs_mask
   bool needs_mask;          // must any pair of these rows and the block's keys be hidden?
+  bool last;                // are they the last ones that the block visits? (sm90)
 };
 
 // Brings row first_row + i of a sequence head to entry i; by kRows threads or more. What it copies belongs to the

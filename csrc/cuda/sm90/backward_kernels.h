@@ -1,4 +1,4 @@
-// The gradient kernels of this family, as the host names them: for head dimensions up to 128, any layout and group.
+// The gradient kernels of this family, as the host names them: for any head dimension, layout and group.
 #pragma once
 
 #include "cuda/cuda.h"

@@ -12,6 +12,10 @@ class Barrier {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address()), "r"(arrivals) : "memory");
   }
   CUTE_DEVICE void arrive() { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address()) : "memory"); }
+  // Arrives when all that this thread began to copy with cp.async has come.
+  CUTE_DEVICE void arrive_with_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address()) : "memory");
+  }
   // At the same barrier of a block of the cluster.
   CUTE_DEVICE void arrive_at(uint32_t rank) {
     asm volatile(

@@ -1,8 +1,9 @@
 // Host side of the gradient kernels of this family.
 #pragma once
 
-#include "cuda/sm90/backward.h"
 #include "cuda/sm90/backward_kernels.h"
+#include "cuda/sm90/backward_keys.h"
+#include "cuda/sm90/backward_queries.h"
 
 namespace flux::cuda::sm90 {
 
@@ -18,7 +19,9 @@ cudaError_t BackwardKernels<kDType, kDim>::launch_queries(const AttendBackwardPa
 template <DType kDType, int kDim>
 cudaError_t BackwardKernels<kDType, kDim>::launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w,
                                                        cudaStream_t stream) {
-  return launch_keys_backward<KeysBackward<CutlassElement<kDType>, kDim>>(b, w, stream);
+  using Element = CutlassElement<kDType>;
+  using Body = std::conditional_t<(kDim > 128), WideKeysBackward<Element, kDim>, KeysBackward<Element, kDim>>;
+  return launch_keys_backward<Body>(b, w, stream);
 }
 
 }  // namespace flux::cuda::sm90
