@@ -80,7 +80,11 @@ LARGER = [
     *(Case((1, 9) * 30, (1, 9) * 30, "packed", heads=h, head_dim=128) for h in (4, 12)),  # more than a warp's lanes
     Case((400, 400), (2100, 900), "cached", heads=8, sparse=Triangle(16, 128, last_q=50), head_dim=128),
     Case((400, 400), (900, 77), "cached_per_head", heads=8, sparse=Streaming(128, 256, align=128), head_dim=64),
-    Case((1024, 1024), (1024, 1024), heads=8, kv_heads=4, sparse=Streaming(128, 256), head_dim=128),
+    *(
+        Case((1024, 1024), (1024, 1024), heads=8, kv_heads=4, sparse=Streaming(128, 256), head_dim=d)
+        for d in (96, 128, 256)
+    ),
+    Case((400, 400), (2100, 900), "cached", heads=6, sparse=Triangle(16, 128, last_q=50), head_dim=256),
 ]
 
 
@@ -93,8 +97,18 @@ def test_gradients_of_many_tiles(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("width", (64, 128))
-@pytest.mark.parametrize(("q_len", "kv_len", "heads"), ((384, 384, 4), (300, 555, 14), (1, 333, 4), (5000, 5000, 2)))
-def test_gradients_of_block_lists(width: int, both: bool, q_len: int, kv_len: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "heads", "dim"),
+    [
+        (384, 384, 4, 64),
+        (300, 555, 14, 64),
+        (1, 333, 4, 64),
+        (5000, 5000, 2, 64),
+        (300, 555, 14, 128),
+        (700, 700, 8, 256),
+    ],
+)
+def test_gradients_of_block_lists(width: int, both: bool, q_len: int, kv_len: int, heads: int, dim: int) -> None:
     torch.manual_seed(q_len + width)
     kv_heads, q_blocks = 2, -(-q_len // 128)
 
@@ -109,8 +123,8 @@ def test_gradients_of_block_lists(width: int, both: bool, q_len: int, kv_len: in
                 blocks[0, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
         return BlockSparse(blocks=blocks.to(DEVICE), counts=counts.to(DEVICE), width=width)
 
-    q = torch.randn(1, q_len, heads, 64, device=DEVICE, dtype=torch.bfloat16)
-    k, v = torch.randn(2, 1, kv_len, kv_heads, 64, device=DEVICE, dtype=torch.bfloat16)
+    q = torch.randn(1, q_len, heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, kv_len, kv_heads, dim, device=DEVICE, dtype=torch.bfloat16)
     route = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
     full = {"full": lists(0.7)} if both else {}
     check(q, k, v, route, sparse=lists(0.2), **full)

@@ -52,7 +52,14 @@ RULES = (
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
-    Rule(r"backward_kernel.*sm90", need=frozenset({"HGMMA", "LDGSTS"}), forbid=SPILLS | ATOMICS | {"HMMA"}),
+    # Few waits among the products: ptxas puts one behind each where it has no registers to let them overlap.
+    Rule(
+        r"backward_kernel.*sm90",
+        need=frozenset({"HGMMA", "LDGSTS"}),
+        forbid=SPILLS | ATOMICS | {"HMMA"},
+        most_among_products=(("R2UR", 8), ("WARPGROUP", 12)),
+        most_registers=168,
+    ),
     Rule(r"backward_kernel.*sm80", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"route_kernel", most_registers=128),
     Rule(r"plan_kernel", most_registers=64),
