@@ -137,6 +137,7 @@ T __reduce_max_sync(unsigned, T x) {
   return simt::over_lanes(x, x, [](T a, T b, int) { return std::max(a, b); });
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 template <typename T>

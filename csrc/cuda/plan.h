@@ -209,7 +209,7 @@ __device__ inline TilePieces pieces_of(const WorkRange* ranges, int32_t num_work
       const uint32_t leads = __ballot_sync(~0u, leads_tile(own[i]) == tile);
       pieces.count += __popc(leads) + __popc(__ballot_sync(~0u, joins));
       if (leads == 0) continue;
-      const int lane = __popc(leads - 1);  // the one whose bit it is
+      const int lane = __ffs(leads) - 1;
       pieces.leader = __shfl_sync(~0u, worker, lane);
       pieces.leader_slot = __shfl_sync(~0u, partial_slot(own[i], worker, tile), lane);
     }
