@@ -382,8 +382,8 @@ def test_pictures_of_the_committed_tables(tmp_path: Path) -> None:
     picture.main([*map(str, tables), "--output", str(tmp_path)])
     drawn = [path.name for path in tmp_path.glob("*.png")]
     kinds = re.compile(r"(cuda|end_to_end|cpu)-.*|.*-frontier")
-    for table in tables:
-        assert any(name.startswith(f"{table.stem}-") for name in drawn) == bool(kinds.fullmatch(table.stem)), table
+    for path in tables:
+        assert any(name.startswith(f"{path.stem}-") for name in drawn) == bool(kinds.fullmatch(path.stem)), path
 
 
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.sh"))
