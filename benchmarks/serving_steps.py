@@ -317,6 +317,8 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = given.sparse or [0, given.layers // 2, given.layers]
     if max(numbers) > given.layers:
         parser.error(f"--sparse must be at most the layers, {given.layers}, got {max(numbers)}")
+    if min(numbers) < 0:
+        parser.error(f"--sparse must not be negative, got {min(numbers)}")
     config = FluxConfig(
         sink=given.sink, window=given.window, granularity=given.granularity, num_layers=given.layers,
         head_dim=given.head_dim, num_kv_heads=given.heads[1],

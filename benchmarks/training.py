@@ -240,6 +240,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.steps < 0:
         parser.error(f"--steps must be 0 or more, got {args.steps}")
+    if not 0 <= args.share <= 1:
+        parser.error(f"--share must be from 0 to 1, got {args.share}")
     args.deadline = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -136,6 +136,9 @@ def implementation_for(attention: Any, index: int) -> RoutedImplementation:
         ),
         f"computes in {attention.dtype}": not RoutedBackend.supports_dtype(attention.dtype)
         or (capability is not None and attention.dtype.itemsize != 2),
+        f"computes in {attention.dtype} and keeps keys and values in {attention.kv_cache_torch_dtype}": (
+            attention.kv_cache_torch_dtype != attention.dtype
+        ),
         f"is on a GPU of compute capability {capability}": capability is not None
         and not RoutedBackend.supports_compute_capability(capability),
     }
