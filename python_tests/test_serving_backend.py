@@ -309,7 +309,10 @@ def test_a_layer_gets_our_attention():
         ({"sliding_window": 128}, "has a sliding window of its own"),
         ({"attn_type": AttentionType.ENCODER_DECODER}, "is not causal"),
         ({"kv_cache_dtype": "fp8"}, "has keys and values in fp8"),
-        ({"kv_cache_torch_dtype": torch.float16}, "computes in torch.bfloat16 and keeps keys and values in torch.float16"),
+        (
+            {"kv_cache_torch_dtype": torch.float16},
+            "computes in torch.bfloat16 and keeps keys and values in torch.float16",
+        ),
         ({"kv_sharing_target_layer_name": "layers.0"}, "shares another layer's keys and values"),
         ({"use_mm_prefix": True}, "sees the later tokens of an image"),
         ({"head_size": 320, "head_size_v": 320}, "has head_dim 320"),
