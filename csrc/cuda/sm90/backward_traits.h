@@ -33,6 +33,7 @@ struct BackwardTraits {
   // registers for both, and products are short, which leaves more to hide.
   static constexpr bool kAhead = kHeadDim <= 64;
   static constexpr int kLoadRegs = kHeadDim > 128 ? 56 : 40, kMathRegs = kHeadDim > 128 ? 224 : 232;
+  static_assert(kLoadRegs + 2 * kMathRegs <= 3 * (65536 / kThreads / 8 * 8));
 
   using OwnedTile = SlabTile<kHeadDim, kOwned>;
   using VisitedTile = SlabTile<kHeadDim, kVisited>;

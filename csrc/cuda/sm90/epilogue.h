@@ -74,7 +74,8 @@ CUTLASS_DEVICE bool leaves_staged(const KernelParams& p, const Piece& piece) {
 template <class T, class Output>
 CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgroup, const SoftmaxState* states,
                                const Output& o) {
-  // No warp of the warpgroup is behind in the products that read Q: they have met at the barrier of a turn since.
+  // A warp writes the rows of Q that its own products read. That none of the warpgroup is behind in its products is
+  // made sure of by the barrier of a turn since, but in a block's last tile, or by this one where no turns are taken.
   if constexpr (!T::kTakesTurns) cutlass::arch::NamedBarrier::sync(128, T::kWarpgroups + warpgroup);
   const float factor[] = {fast_reciprocal(states[thread_row(warpgroup, 0)].sum),
                           fast_reciprocal(states[thread_row(warpgroup, 1)].sum)};
