@@ -356,6 +356,13 @@ def test_training_steps_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.Monk
         training.main(["--runs", "nothing:64"])
 
 
+@pytest.mark.parametrize("share", ["-0.1", "2", "nan"])
+def test_training_steps_of_no_share(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        training.main(["--runs", "tiny:64", "--share", share])
+    assert f"--share must be from 0 to 1, got {float(share)}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("layers", [4, 7, 10, 32, 36])
 def test_the_deck_of_training_steps_is_even(layers: int) -> None:
     deck = training.even_deck(layers)

@@ -182,3 +182,6 @@ def test_the_table_of_times(capsys):
         serving_steps.main(["--graph"])
     with pytest.raises(SystemExit):
         serving_steps.main([*small, "--sparse", "3"])
+    with pytest.raises(SystemExit):
+        serving_steps.main([*small, "--sparse", "-1"])
+    assert "--sparse must not be negative, got -1" in capsys.readouterr().err

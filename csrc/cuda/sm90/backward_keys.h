@@ -111,11 +111,11 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
     typename Base::MmaOut mma_out;
     const auto slice_in = mma_in.get_slice(warpgroup * 128);
     const auto slice_out = mma_out.get_slice(warpgroup * 128);
-    const auto in_smem = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
-    const Tensor k = slice_in.partition_fragment_A(in_smem(shared.owned[0], typename Base::LayoutOwned{}));
-    const Tensor values = slice_in.partition_fragment_A(in_smem(shared.owned[1], typename Base::LayoutOwned{}));
-    const Tensor rows = slice_in.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutVisited{}));
-    const Tensor rows_t = slice_out.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutTransposed{}));
+    const Tensor k = slice_in.partition_fragment_A(Base::in_smem(shared.owned[0], typename Base::LayoutOwned{}));
+    const Tensor values = slice_in.partition_fragment_A(Base::in_smem(shared.owned[1], typename Base::LayoutOwned{}));
+    const Tensor rows = slice_in.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutVisited{}));
+    const Tensor rows_t =
+        slice_out.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutTransposed{}));
     Tensor s = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor ds = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor dk = partition_fragment_C(mma_out, Shape<Int<kOwned>, Int<kHeadDim>>{});
@@ -223,11 +223,6 @@ struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<
   }
 
  private:
-  template <class Layout>
-  static CUTLASS_DEVICE auto in_smem(Element* data, Layout layout) {
-    return cute::make_tensor(cute::make_smem_ptr(data), layout);
-  }
-
   static CUTLASS_DEVICE void find_dv(const AttendBackwardParams& b, const TileView& seq_head, const Span& keys,
                                      bool empty) {
     using namespace cute;
@@ -237,9 +232,10 @@ struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<
     typename Base::MmaOut mma_out;
     const auto slice_in = mma_in.get_slice(0);
     const auto slice_out = mma_out.get_slice(0);
-    const Tensor k = slice_in.partition_fragment_A(in_smem(shared.owned[0], typename Base::LayoutOwned{}));
-    const Tensor rows = slice_in.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutVisited{}));
-    const Tensor rows_t = slice_out.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutTransposed{}));
+    const Tensor k = slice_in.partition_fragment_A(Base::in_smem(shared.owned[0], typename Base::LayoutOwned{}));
+    const Tensor rows = slice_in.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutVisited{}));
+    const Tensor rows_t =
+        slice_out.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutTransposed{}));
     Tensor s = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor dv = partition_fragment_C(mma_out, Shape<Int<kOwned>, Int<kHeadDim>>{});
     auto prob_left = Base::make_left();
@@ -279,9 +275,10 @@ struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<
     typename Base::MmaOut mma_out;
     const auto slice_in = mma_in.get_slice(0);
     const auto slice_out = mma_out.get_slice(0);
-    const Tensor values = slice_in.partition_fragment_A(in_smem(shared.owned[1], typename Base::LayoutOwned{}));
-    const Tensor rows = slice_in.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutVisited{}));
-    const Tensor rows_t = slice_out.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutTransposed{}));
+    const Tensor values = slice_in.partition_fragment_A(Base::in_smem(shared.owned[1], typename Base::LayoutOwned{}));
+    const Tensor rows = slice_in.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutVisited{}));
+    const Tensor rows_t =
+        slice_out.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutTransposed{}));
     Tensor ds = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor dk = partition_fragment_C(mma_out, Shape<Int<kOwned>, Int<kHeadDim>>{});
     auto probs = Base::make_left(), ds_left = Base::make_left();

@@ -75,11 +75,10 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
     auto& shared = Base::shared();
     const auto slice_in = mma_in.get_slice(warpgroup * 128);
     const auto slice_out = mma_out.get_slice(warpgroup * 128);
-    const auto in_smem = [](Element* data, auto layout) { return make_tensor(make_smem_ptr(data), layout); };
-    const Tensor q = slice_in.partition_fragment_A(in_smem(shared.owned[0], typename Base::LayoutOwned{}));
-    const Tensor dout = slice_in.partition_fragment_A(in_smem(shared.owned[1], typename Base::LayoutOwned{}));
-    const Tensor kv = slice_in.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutVisited{}));
-    const Tensor k_t = slice_out.partition_fragment_B(in_smem(shared.visited, typename Base::LayoutTransposed{}));
+    const Tensor q = slice_in.partition_fragment_A(Base::in_smem(shared.owned[0], typename Base::LayoutOwned{}));
+    const Tensor dout = slice_in.partition_fragment_A(Base::in_smem(shared.owned[1], typename Base::LayoutOwned{}));
+    const Tensor kv = slice_in.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutVisited{}));
+    const Tensor k_t = slice_out.partition_fragment_B(Base::in_smem(shared.visited, typename Base::LayoutTransposed{}));
     Tensor s = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor ds = partition_fragment_C(mma_in, Shape<Int<kOwned>, Int<kVisited>>{});
     Tensor dq = partition_fragment_C(mma_out, Shape<Int<kOwned>, Int<kHeadDim>>{});
@@ -96,15 +95,7 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
       CUTE_UNROLL
       for (int r = 0; r < kThreadRows; ++r) {
         const int32_t row = own_row + 8 * r, token = row / p.group() - (v.q_rows.begin - seq_head.q_rows.begin);
-        const VisibleKeys keys = row < rows.end ? v.visible_keys(token) : VisibleKeys{};
-        const int32_t begin = keys.begin - base, last = keys.last - base, sink = keys.sink - base;
-        CUTE_UNROLL
-        for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          const int32_t col = 8 * j + c;
-          const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // VisibleKeys::contain, without branches
-          s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : 0.f;
-        }
+        hide_unseen(s, r, row < rows.end ? v.visible_keys(token) : VisibleKeys{}, base, 0.f);
       }
     };
     const auto start_ds = [&] {

@@ -84,6 +84,11 @@ struct BackwardTraits {
     return {sm80::shared_address(shared().visited + buffer * kVisitedElements)};
   }
 
+  template <class Tiles>
+  static CUTLASS_DEVICE auto in_smem(Element* data, Tiles layout) {
+    return cute::make_tensor(cute::make_smem_ptr(data), layout);
+  }
+
   // By one thread, before the others come to a barrier of the block. A thread that loads arrives twice: with its copies
   // and with what it wrote itself.
   static CUTLASS_DEVICE void init_barriers() {

@@ -35,6 +35,20 @@ CUTLASS_DEVICE uint32_t thread_anew() {
   return thread;
 }
 
+// What stands at pairs that row r of a thread's two does not see becomes `hidden`; base: of the first column of its
+// thread.
+template <class Scores>
+CUTLASS_DEVICE void hide_unseen(Scores& s, int r, const VisibleKeys& keys, int32_t base, float hidden) {
+  const int32_t begin = keys.begin - base, last = keys.last - base, sink = keys.sink - base;
+  CUTE_UNROLL
+  for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
+  for (int c = 0; c < 2; ++c) {
+    const int32_t col = 8 * j + c;
+    const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // VisibleKeys::contain, without branches
+    s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : hidden;
+  }
+}
+
 // Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of
 // many: kept, they would cost registers. Where only the diagonal and the end of the queries hide anything, one
 // comparison a score does.
@@ -53,17 +67,8 @@ CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inve
     return;
   }
   CUTE_UNROLL
-  for (int r = 0; r < kThreadRows; ++r) {
-    const VisibleKeys keys = v.visible_keys(token_of_row(thread_row(warpgroup, r), group_inverse));
-    const int32_t begin = keys.begin - base, last = keys.last - base, sink = keys.sink - base;
-    CUTE_UNROLL
-    for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-    for (int c = 0; c < 2; ++c) {
-      const int32_t col = 8 * j + c;
-      const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // VisibleKeys::contain, without branches
-      s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : -INFINITY;
-    }
-  }
+  for (int r = 0; r < kThreadRows; ++r)
+    hide_unseen(s, r, v.visible_keys(token_of_row(thread_row(warpgroup, r), group_inverse)), base, -INFINITY);
 }
 
 struct ThreadSoftmax : OnlineSoftmax<kThreadRows> {
