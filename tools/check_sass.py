@@ -39,8 +39,14 @@ class Rule:
 SM90_256 = Rule(
     r"sm90.*attend.*Li256E", need=frozenset({"HGMMA", "UTMALDG"}), forbid=SPILLS | {"HMMA"}, most_registers=168
 )
-# Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8).
-SM90 = replace(SM90_256, pattern=r"sm90.*attend", most_among_products=(("R2UR", 8),))
+# Descriptors that stand in uniform registers, not moved there before every product (docs/kernels_diary.md, v8); and
+# outputs that leave through shared memory and TMA, for which only 128 rows of head dimension 256 have no room.
+SM90 = replace(
+    SM90_256,
+    pattern=r"sm90.*attend",
+    need=SM90_256.need | {"STSM", "UTMASTG"},
+    most_among_products=(("R2UR", 8),),
+)
 
 # The first rule that matches counts.
 RULES = (
