@@ -25,9 +25,11 @@ def run(file, count, *args):
 
 
 def launch(file, count, *args):
-    """As :func:`run`, and it must end well."""
+    """As :func:`run`, and it must end well; where it does not, the last that each process said is told."""
     done = run(file, count, *args)
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = done.stderr.splitlines()
+    last = [line for rank in range(count) for line in [s for s in said if s.startswith(f"[rank{rank}]")][-20:]]
+    assert done.returncode == 0, "\n".join(last) or done.stderr[-4000:]
 
 
 def end():

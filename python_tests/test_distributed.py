@@ -24,12 +24,21 @@ from one_process import (
 )
 from processes import end, launch
 
+from flux_ext import FluxRouters
+
 PROCESSES = 2
 
 
 def process(folder: Path) -> None:
     """What each of the processes does; what it saw goes to a file."""
-    seen = {}
+    seen = {"saved": 0}
+    save = FluxRouters.save_pretrained
+
+    def counted(*args, **options):
+        seen["saved"] += 1
+        return save(*args, **options)
+
+    FluxRouters.save_pretrained = counted
     for objective in OBJECTIVES:
         for packed in (False, True):
             seen["step", objective, packed] = one_step(
@@ -79,6 +88,12 @@ def test_all_processes_have_the_same_routers_and_their_own_draws(seen, objective
     one, two = (s["through", objective] for s in seen)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert not torch.equal(one[2], two[2])
+
+
+def test_one_process_writes_the_routers(seen):
+    """Two that wrote the same files would find each other's half written."""
+    first, *others = (s["saved"] for s in seen)
+    assert first > 0 and not any(others)
 
 
 @pytest.mark.parametrize("objective", ["counterfactual", "soft"])

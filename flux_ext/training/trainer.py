@@ -399,6 +399,8 @@ class FluxTrainer(Trainer):
             m.ascend((sums["sparsity"] / count).float(), count, (sums["own_sparsity"] / count).float())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:  # from transformers 5.23 on, every process calls this method
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         check_output_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -432,7 +434,7 @@ class FluxTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self._save_objective(Path(output_dir))  # `_save` runs on the first process only
+        self._save_objective(Path(output_dir))  # `_save` is for the first process only
 
     def _save_objective(self, folder: Path) -> None:
         if self.group is not None and self.group.rank > 0:
