@@ -334,7 +334,12 @@ def _train(
     torch.manual_seed(contender.seed)
     # Published objectives go backward through the backbone: of long prompts it keeps the layers' inputs alone.
     backward = contender.objective != "counterfactual"
-    recipe = Recipe(**budget_options(contender.budget), objective=cast(Any, contender.objective), flips=args.flips)
+    recipe = Recipe(
+        **budget_options(contender.budget),
+        objective=cast(Any, contender.objective),
+        flips=args.flips,
+        flip_loss=args.flip_loss or "linear",
+    )
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name
     trainer = FluxTrainer(
