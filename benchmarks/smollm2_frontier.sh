@@ -5,7 +5,7 @@
 #
 #   data        the examples, prompts as long in training as in the test, without what the dense model cannot do
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
-#   logistic    the routers of ours once more, with --flip-loss logistic
+#   logistic    dense, all sparse and the routers of ours once more, with --flip-loss logistic, in a table of its own
 #   published   the soft and the straight-through objective beside them, in the same table
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables, with lines that say where they come from
@@ -86,7 +86,9 @@ for part in "$@"; do
       versions=$("$python" -c "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')")
       for folder in streaming streaming-logistic $modes; do
         [ -e "$out/$folder/frontier.csv" ] || continue
-        "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
+        set --
+        [ "$folder" != streaming-logistic ] || set -- --header "flips by the logistic loss"
+        "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" "$@" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
           --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
           --output "$out/smollm2-$folder-frontier.csv"
       done

@@ -29,7 +29,7 @@ def launch(file, count, *args):
     done = run(file, count, *args)
     said = done.stderr.splitlines()
     last = [line for rank in range(count) for line in [s for s in said if s.startswith(f"[rank{rank}]")][-20:]]
-    assert done.returncode == 0, "\n".join(last) or done.stderr[-4000:]
+    assert done.returncode == 0, "\n".join([*last, done.stderr[-2000:]])
 
 
 def end():

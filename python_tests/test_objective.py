@@ -93,6 +93,37 @@ def test_with_the_logistic_loss_a_flip_counts_by_the_chance_of_the_wrong_route(n
     assert torch.allclose(grads["logistic", 0.0], linear, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", ["budget", "own budgets", "inequality", "published"])
+def test_with_the_logistic_loss_each_head_counts_by_its_own_chance(form):
+    """One head of several flips, at odds of its own; in the mean that is the gradient of all of them."""
+    goal = {
+        "budget": {"budget": 0.05},
+        "own budgets": {"budget": 0.05, "budgets": {"b": 0.3}},
+        "inequality": {"targets": {"a": 0.5, "b": 1.0}},
+        "published": {"targets": {"a": 0.5, "b": 1.0}, "multipliers": "published"},
+    }[form]
+    model = toy(num_heads=3)
+    recipe = Recipe(**goal, flips=2, flip_loss="logistic", delta_clip=100, logit_bound=100)
+    o = make_objective(recipe, ["a", "b"], LAYERS, 3)
+    if form == "inequality":
+        o.multipliers.lambda1[:] = torch.tensor([1.0, 5.0])
+    with torch.no_grad():
+        model.z.copy_(2 * torch.randn(model.z.shape, generator=torch.Generator().manual_seed(5)))
+    p = torch.sigmoid(model.z.detach())
+    if form in ("inequality", "published"):  # a penalty's slope in the mean sparsity of a task
+        sparsity = (1 - p).mean((1, 2)).requires_grad_()
+        o.multipliers.penalty(sparsity, torch.arange(2)).backward()
+        price = -2 * sparsity.grad
+    else:
+        price = o.multipliers.prices()
+    net = price[:, None, None] / (LAYERS * 3) - model.cost
+    steps = 800
+    for _ in range(steps):
+        o(model, model.tasks).loss.backward()
+    expected = net / 4 * 2 * torch.where(net > 0, p, 1 - p) / 2  # a task has half of the batch
+    assert torch.allclose(model.z.grad / steps, expected, atol=0.06)
+
+
 def test_with_the_logistic_loss_the_mean_decides_where_inputs_are_alike():
     """One router for two kinds of input, worth 3 and -1: at odds of 3 to 1 it is at rest."""
     model = toy(batch=8)

@@ -172,7 +172,7 @@ def _check_settings(args: argparse.Namespace, file: Path) -> None:
     if not file.exists():
         _write(file, settings)
         return
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = {"flip_loss": "linear", **json.loads(file.read_text(encoding="utf-8"))}  # older ones do not say it
     if differ := sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name)):
         name = differ[0]
         raise ValueError(
@@ -338,7 +338,7 @@ def _train(
         **budget_options(contender.budget),
         objective=cast(Any, contender.objective),
         flips=args.flips,
-        flip_loss=args.flip_loss or "linear",
+        flip_loss=args.flip_loss,
     )
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name

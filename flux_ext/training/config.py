@@ -94,8 +94,8 @@ class Recipe:
         flip_choice: which layers are flipped: ``"evenly"``, each as often, or ``"by_worth"``, those more often whose
             flips have changed the loss more (:mod:`~flux_ext.training.flips`); the gradient's mean is the same.
         flip_loss: how a flip moves the log-odds: ``"linear"``, by what it is worth, whatever they are; or
-            ``"logistic"``, the less, the likelier the route that is worth more already is
-            (:class:`~flux_ext.training.objective.Counterfactual`).
+            ``"logistic"``, by less, the likelier the better route already is
+            (:class:`~flux_ext.training.objective.Counterfactual`; as all about flips, of that objective alone).
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.

@@ -269,8 +269,8 @@ class Counterfactual(Objective):
     That is linear in the log-odds (``flip_loss="linear"``): a layer that one kind of input cannot do without is pushed
     towards full for as long as it is seen, past the bound, and takes other kinds with it. With ``"logistic"`` the
     routers classify which route is worth its price, and an example counts by how much it is worth: the flipped unit's
-    gradient is ``(L * delta + price) / 4`` times twice the chance of the wrong route, the same at even odds, and
-    nothing where all is right. Where inputs cannot be told apart, the mean decides in both.
+    gradient is that of ``L * delta + price`` times twice the chance of the wrong route, the same at even odds. Where
+    flips disagree, by noise or because inputs cannot be told apart, the log-odds' sign is that of the mean in both.
 
     With a budget, half of the sequences are not drawn for but take the routers' own routes: they say what is lost in
     use, and what each layer is worth there; the others explore.
@@ -412,6 +412,7 @@ class Counterfactual(Objective):
             told = delta[:, None] * members  # [R, H]
             if prices is not None:
                 told = (delta + prices[rows] * members.sum(1))[:, None] * members
+                # Where it is positive, sparse attention is worth more, and full is the wrong route.
                 told = told * 2 * torch.where(told > 0, p[rows, place], 1 - p[rows, place])
             # No row has a layer twice.
             worth[rows, place] += scale[rows] / chance.to(delta)[place, None] * told
