@@ -316,6 +316,11 @@ def tensor_parallel_size(model: Any) -> int:
     return getattr(model, "_tp_size", None) or 1
 
 
+def sharded_at_load(model: Any) -> bool:
+    """Whether ``from_pretrained(distributed_config=...)`` has cut a model's weights up over the processes."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
 def offloaded_to(module: nn.Module) -> list[Any]:
     """The devices that accelerate brings a module's weights to when it runs."""
     hooks: list[Any] = [getattr(m, "_hf_hook", None) for m in module.modules()]

@@ -102,6 +102,13 @@ def test_an_accelerate_that_is_too_old_for_fsdp_is_named(tmp_path, monkeypatch):
         FluxTrainer(model(), args=args, train_dataset=dataset(), tokenizer=Bytes())
 
 
+def test_a_model_that_was_sharded_while_it_was_loaded_is_refused(tmp_path, monkeypatch):
+    m = model()
+    monkeypatch.setattr(type(m), "is_distributed_loading_by_transformers", True, raising=False)
+    with pytest.raises(ValueError, match="model must be whole, it was sharded while it was loaded"):
+        FluxTrainer(m, args=stock(tmp_path), train_dataset=dataset(), tokenizer=Bytes())
+
+
 def test_several_gpus_in_one_process_are_refused(tmp_path):
     m, args = model(), stock(tmp_path)
     assert args.n_gpu <= 1

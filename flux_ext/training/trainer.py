@@ -22,7 +22,7 @@ from ..examples import Tokenizer
 from ..models import patching
 from ..models.patching import evaluation_mode
 from ..routers.modules import Router
-from ..transformers_seam import check_trainer
+from ..transformers_seam import check_trainer, sharded_at_load
 from .backbone import PatchedModel, answered, losses
 from .budget import DenseLosses, Price
 from .calibration import MARGIN, TRIES, Calibration, Shared, calibrate
@@ -118,6 +118,11 @@ class FluxTrainer(Trainer):
             longest = nothing_hidden(train_dataset, self.routers)
             if longest is not None:
                 warnings.warn(f"there is nothing to learn: {TOO_SHORT.format(longest)}", stacklevel=2)
+        if sharded_at_load(model):
+            raise ValueError(
+                "model must be whole, it was sharded while it was loaded (distributed_config), and the routers' "
+                "gradients would not be averaged: load it without, and shard it with fsdp=True"
+            )
         args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
         config = self.routers.config
         self.objective: Objective = make_objective(
