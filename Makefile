@@ -12,7 +12,7 @@ PACKAGE ?= .
 BIN := $(VENV)/bin
 BUILD := build/cpp
 # Processes of pytest: as many as this one may use cores, at most four.
-TESTERS = $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))")
+TESTERS = $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1))")
 # `-c` adds to the constraints that pip's configuration may name.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c "$(CONSTRAINTS)")
 TOOLS := "pip>=24" "setuptools>=77" wheel "torch>=2.10" numpy "pybind11>=2.13" cmake ninja
