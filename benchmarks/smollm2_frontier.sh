@@ -5,7 +5,6 @@
 #
 #   data        the examples, prompts as long in training as in the test, without what the dense model cannot do
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
-#   logistic    dense, all sparse and the routers of ours once more, with --flip-loss logistic, in a table of its own
 #   published   the soft and the straight-through objective beside them, in the same table
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables, with lines that say where they come from
@@ -19,7 +18,7 @@
 set -eu
 model=$1 out=$2
 shift 2
-[ $# -gt 0 ] || set -- data ours logistic published modes table
+[ $# -gt 0 ] || set -- data ours published modes table
 end=$(($(date +%s) + 60 * ${MINUTES:-9}))
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python}
@@ -75,7 +74,6 @@ for part in "$@"; do
       make_data test-1.jsonl --tasks $tasks $unseen --length $short --min-length $least --count $test --seed 1
       ;;
     ours) frontier streaming --static layer head ;;
-    logistic) frontier streaming-logistic --static none --flip-loss logistic ;;
     published) # which go backward through the backbone, and want memory for it
       frontier streaming --static layer head --objective counterfactual soft straight_through --jobs "${JOBS:-4}"
       ;;
@@ -84,17 +82,15 @@ for part in "$@"; do
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
       gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
       versions=$("$python" -c "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')")
-      for folder in streaming streaming-logistic $modes; do
+      for folder in streaming $modes; do
         [ -e "$out/$folder/frontier.csv" ] || continue
-        set --
-        [ "$folder" != streaming-logistic ] || set -- --header "flips by the logistic loss"
-        "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" "$@" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
+        "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
           --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
           --output "$out/smollm2-$folder-frontier.csv"
       done
       ;;
     *)
-      echo "no part $part: data, ours, logistic, published, modes or table" >&2
+      echo "no part $part: data, ours, published, modes or table" >&2
       exit 2
       ;;
   esac

@@ -151,7 +151,8 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
         if n in overview or any(n in panel.lines for panel in panels.values())
     ]  # fmt: skip
     handles.append(Line2D([], [], color="#888888", linestyle="--", label="dense"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=9, frameon=False)
+    across = max(int(figure.get_figwidth() / 2.2), 1)  # room for the longest name
+    figure.legend(handles=handles, loc="outside upper left", ncols=across, fontsize=9, frameon=False)
     return figure
 
 

@@ -24,7 +24,7 @@ from flux_ext.evaluation.tasks import SPLITS
 from flux_ext.examples import load_examples
 from flux_ext.routers.files import CONFIG_FILE, WEIGHTS_FILE
 from flux_ext.training import Recipe, training_arguments
-from flux_ext.training.config import FLIP_CHOICES, FLIP_LOSSES, MULTIPLIER_FORMS, OBJECTIVES
+from flux_ext.training.config import FLIP_CHOICES, MULTIPLIER_FORMS, OBJECTIVES
 
 # ruff: noqa: F811 (tests take them as arguments)
 
@@ -35,7 +35,7 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
     parse = parser(commands.COMMANDS).parse_args
     args, recipe, arguments = parse(train), Recipe(), training_arguments(str(tmp_path))
     options.fill_in_training(args)
-    names = "objective multipliers multiplier_lr whiten flips flip_choice flip_loss heads_per_flip start_bias"
+    names = "objective multipliers multiplier_lr whiten flips flip_choice heads_per_flip start_bias"
     for name in [*names.split(), "default_target"]:
         assert getattr(args, name) == getattr(recipe, name), name
     assert (args.steps, args.lr) == (arguments.max_steps, arguments.learning_rate)
@@ -44,7 +44,6 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
         ("objective", OBJECTIVES),
         ("multipliers", MULTIPLIER_FORMS),
         ("flip_choice", FLIP_CHOICES),
-        ("flip_loss", FLIP_LOSSES),
     ):
         for choice in choices:
             assert getattr(parse([*train, f"--{name.replace('_', '-')}", choice]), name) == choice

@@ -6,7 +6,6 @@ from tiny_training import trainer
 
 from flux_ext.training import Recipe
 from flux_ext.training.flips import FlipChances
-from flux_ext.training.report import training_record
 
 
 def noted(sizes, flips, times=50):
@@ -67,11 +66,3 @@ def test_a_checkpoint_has_them_and_the_choice_cannot_change(tmp_path):
     assert torch.equal(through.objective.chances.square, resumed.objective.chances.square)
     with pytest.raises(ValueError, match="was trained with flip_choice 'by_worth', not 'evenly'"):
         trainer(tmp_path / "two", recipe=Recipe(budget=0.05)).train(resume_from_checkpoint=folder)
-
-
-@pytest.mark.parametrize("objective, told", [("counterfactual", True), ("soft", False)])
-def test_the_record_names_the_logistic_loss_where_there_are_flips(tmp_path, objective, told):
-    t = trainer(tmp_path, recipe=Recipe(objective=objective, flip_loss="logistic", budget=0.05), max_steps=1)
-    t.train()
-    assert (f"objective {objective}, flips by the logistic loss; budget" in training_record(t)) == told
-    assert f"objective {objective}" in training_record(t)

@@ -117,7 +117,7 @@ def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     """Trained, searched, scored, drawn; and what is there is not done again."""
     more = ("--granularity", "layer", "head", "--budgets", "0.02nats,retrieval=0.01nats",
             "--static", "layer", "head", "--static-sparsity", "0.5", "0.875", "--calibrate", "9nats",
-            "--teacher-forced", "retrieval", "--flip-loss", "logistic")  # fmt: skip
+            "--teacher-forced", "retrieval")  # fmt: skip
     assert commands.main(options(data, tmp_path, *more)) == 0
     rows = read_table(tmp_path / "frontier.csv")
     found = {(r.routes, r.granularity) for r in rows}
@@ -137,8 +137,6 @@ def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     name = "routed-head-0.02nats+retrieval=0.01nats-0"
     assert FluxRouters.from_pretrained(tmp_path / "routers" / name).config.granularity == "head"
     assert json.loads((tmp_path / "runs" / f"{name}.json").read_text())["training_seconds"] > 0
-    recipes = [json.loads(file.read_text()) for file in (tmp_path / "runs" / name).glob("checkpoint-*/recipe.json")]
-    assert recipes and {recipe["flip_loss"] for recipe in recipes} == {"logistic"}
     card = (tmp_path / "routers" / f"{name}@9nats" / "README.md").read_text()
     assert "Calibrated on 8 sequences: sparsity 1.000" in card
 
@@ -157,8 +155,6 @@ def test_other_objectives_and_modes_are_contenders_too(data, tmp_path):
     name = "soft-layer-0.01-0"
     assert commands.main(options(data, tmp_path, *more, "--only", "dense", name)) == 0
     assert (tmp_path / "routers" / name / "flux_config.json").exists()
-    settings = tmp_path / "runs" / "settings.json"  # as an older version wrote it: it goes on
-    settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "flip_loss"}))
     assert commands.main(options(data, tmp_path, *more, "--only", "sparse")) == 0
     assert commands.main(options(data, tmp_path, *more, "--budgets", "0.01")) == 0
     rows = [r for r in read_table(tmp_path / "frontier.csv") if r.routes == "soft"]

@@ -67,75 +67,6 @@ def test_counterfactual_gradient_is_the_exact_worth_of_each_unit():
     assert torch.allclose(model.z.grad, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_heads", [1, 3])
-def test_with_the_logistic_loss_a_flip_counts_by_the_chance_of_the_wrong_route(num_heads):
-    """At even odds the gradient is the linear one, the price's included; where the better route is certain, none."""
-    grads = {}
-    for loss in ("linear", "logistic"):
-        for odds in (0.0, 20.0, -20.0):
-            model, o = (
-                toy(num_heads),
-                objective(num_heads, flips=LAYERS, delta_clip=100, logit_bound=100, flip_loss=loss),
-            )
-            o.groups = lambda own: torch.ones(len(own), LAYERS, num_heads, dtype=torch.bool)  # all heads are flipped
-            o.multipliers.lambda1[:] = torch.tensor([0.4, 3.0])
-            with torch.no_grad():
-                model.cost[:] = model.cost.mean(2, keepdim=True)  # then a head is worth its share of them all
-                model.z.fill_(odds)
-            o(model, model.tasks).loss.backward()
-            grads[loss, odds] = model.z.grad
-    linear = grads["linear", 0.0]
-    assert linear.min() < -0.01 and linear.max() > 0.01
-    for odds in (20.0, -20.0):
-        assert torch.allclose(grads["linear", odds], linear, atol=1e-6)
-        wrong = (linear > 0) if odds > 0 else (linear < 0)
-        assert torch.allclose(grads["logistic", odds], torch.where(wrong, 2 * linear, 0.0), atol=1e-6)
-    assert torch.allclose(grads["logistic", 0.0], linear, atol=1e-6)
-
-
-@pytest.mark.parametrize("form", ["budget", "own budgets", "inequality", "published"])
-def test_with_the_logistic_loss_each_head_counts_by_its_own_chance(form):
-    """One head of several flips, at odds of its own; in the mean that is the gradient of all of them."""
-    goal = {
-        "budget": {"budget": 0.05},
-        "own budgets": {"budget": 0.05, "budgets": {"b": 0.3}},
-        "inequality": {"targets": {"a": 0.5, "b": 1.0}},
-        "published": {"targets": {"a": 0.5, "b": 1.0}, "multipliers": "published"},
-    }[form]
-    model = toy(num_heads=3)
-    recipe = Recipe(**goal, flips=2, flip_loss="logistic", delta_clip=100, logit_bound=100)
-    o = make_objective(recipe, ["a", "b"], LAYERS, 3)
-    if form == "inequality":
-        o.multipliers.lambda1[:] = torch.tensor([1.0, 5.0])
-    with torch.no_grad():
-        model.z.copy_(2 * torch.randn(model.z.shape, generator=torch.Generator().manual_seed(5)))
-    p = torch.sigmoid(model.z.detach())
-    if form in ("inequality", "published"):  # a penalty's slope in the mean sparsity of a task
-        sparsity = (1 - p).mean((1, 2)).requires_grad_()
-        o.multipliers.penalty(sparsity, torch.arange(2)).backward()
-        price = -2 * sparsity.grad
-    else:
-        price = o.multipliers.prices()
-    net = price[:, None, None] / (LAYERS * 3) - model.cost
-    steps = 800
-    for _ in range(steps):
-        o(model, model.tasks).loss.backward()
-    expected = net / 4 * 2 * torch.where(net > 0, p, 1 - p) / 2  # a task has half of the batch
-    assert torch.allclose(model.z.grad / steps, expected, atol=0.06)
-
-
-def test_with_the_logistic_loss_the_mean_decides_where_inputs_are_alike():
-    """One router for two kinds of input, worth 3 and -1: at odds of 3 to 1 it is at rest."""
-    model = toy(batch=8)
-    model.cost[0], model.cost[1] = 3.0, -1.0
-    o = objective(flips=LAYERS, delta_clip=100, logit_bound=100, flip_loss="logistic")
-    with torch.no_grad():
-        model.z.fill_(math.log(3))
-    o(model, model.tasks).loss.backward()
-    assert torch.allclose(model.z.grad.sum(0), torch.zeros(LAYERS, 1), atol=1e-6)
-    assert model.z.grad[0].max() < -0.01 and model.z.grad[1].min() > 0.01
-
-
 @pytest.mark.parametrize("num_heads, group", [(1, 1), (4, 2)])
 @pytest.mark.parametrize("size", [9, 1000])
 def test_flips_that_run_together_are_worth_the_same(num_heads, group, size):
@@ -338,7 +269,6 @@ def test_training_reaches_the_best_routing_where_two_layers_need_each_other(name
         ({"start_bias": math.nan}, "start_bias must be finite, got nan"),
         ({"default_target": math.nan}, r"default_target must lie in \[0, 1\], got nan"),
         ({"flip_choice": "often"}, "flip_choice must be one of evenly, by_worth, got 'often'"),
-        ({"flip_loss": "square"}, "flip_loss must be one of linear, logistic, got 'square'"),
         ({"flips": 1.5}, "flips must be >= 1 and whole, got 1.5"),
         ({"flips": 0}, "flips must be >= 1"),
         ({"flips": 9}, "flips must be at most the 4 routed layers, got 9"),

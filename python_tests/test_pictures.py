@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from flux_ext import pictures
+from flux_ext.evaluation.frontier import LINES
 from flux_ext.operators.patterns import Full, Streaming
 
 
@@ -33,3 +34,14 @@ def test_routes(tmp_path):
     assert [t.get_text() for t in figure.axes[0].texts] == ["1.00", "0.50", "0.00", "0.00", "0.00", "0.00"]
     figure.savefig(tmp_path / "routes.png")
     assert (tmp_path / "routes.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("tasks", (1, 8))
+def test_the_legend_of_all_ways_to_route_is_on_the_picture(tasks):
+    marks = {name: [pictures.Mark(0.5, 0.9)] for name in LINES.values()}
+    panels = {f"task {i}": pictures.Panel(marks, 1.0, True, True) for i in range(tasks)}
+    figure = pictures.quality(marks, panels, list(LINES.values()))
+    figure.draw_without_rendering()
+    box, room = figure.legends[0].get_window_extent(), figure.bbox
+    assert len(figure.legends[0].get_texts()) == len(LINES) + 1
+    assert room.x0 <= box.x0 and box.x1 <= room.x1 and box.y1 <= room.y1

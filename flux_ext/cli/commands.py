@@ -236,7 +236,6 @@ def _train(args: argparse.Namespace) -> None:
         whiten=args.whiten,
         flips=args.flips,
         flip_choice=args.flip_choice,
-        flip_loss=args.flip_loss,
         heads_per_flip=args.heads_per_flip,
     )
     examples, unseen = calibrate.held_out(args, load_examples(args.data), recipe.has_budget)

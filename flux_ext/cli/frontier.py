@@ -172,7 +172,7 @@ def _check_settings(args: argparse.Namespace, file: Path) -> None:
     if not file.exists():
         _write(file, settings)
         return
-    found = {"flip_loss": "linear", **json.loads(file.read_text(encoding="utf-8"))}  # older ones do not say it
+    found = json.loads(file.read_text(encoding="utf-8"))
     if differ := sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name)):
         name = differ[0]
         raise ValueError(
@@ -334,12 +334,7 @@ def _train(
     torch.manual_seed(contender.seed)
     # Published objectives go backward through the backbone: of long prompts it keeps the layers' inputs alone.
     backward = contender.objective != "counterfactual"
-    recipe = Recipe(
-        **budget_options(contender.budget),
-        objective=cast(Any, contender.objective),
-        flips=args.flips,
-        flip_loss=args.flip_loss,
-    )
+    recipe = Recipe(**budget_options(contender.budget), objective=cast(Any, contender.objective), flips=args.flips)
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name
     trainer = FluxTrainer(

@@ -179,12 +179,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         choices=["evenly", "by_worth"],
         help="layers to flip: each as often, or those more often whose flips have changed the loss more",
     )
-    add(
-        "--flip-loss",
-        default="linear",
-        choices=["linear", "logistic"],
-        help="a flip moves the log-odds by its worth, or by less, the likelier the better route already is",
-    )
     add("--heads-per-flip", type=options.COUNT, default=1, help="with --granularity head: KV heads switched together")
     add("--start-bias", type=options.number(""), help="log-odds of full at the start (default: the objective's)")
     options.add_modes(add, papers=True)
@@ -320,7 +314,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--steps", type=options.COUNT, default=300, help="of a training")
     add("--batch-size", type=options.COUNT, default=8, help="sequences per step")
     add("--flips", type=options.COUNT, help="counterfactuals per sequence and step (default: 2, per head 4)")
-    add("--flip-loss", default="linear", choices=["linear", "logistic"], help="as of flux-ext train")
     add("--lr", type=options.POSITIVE, default=1e-3, help="learning rate of the routers, at its peak")
     add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
     add("--eval-batch-size", type=options.COUNT, default=8, help="examples scored at a time")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 FlipChoice = Literal["evenly", "by_worth"]
-FlipLoss = Literal["linear", "logistic"]
 ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
 MultiplierForm = Literal["inequality", "published", "published_abs"]
 ScheduleName = Literal["cosine", "linear", "exponential"]
@@ -27,7 +26,6 @@ OBJECTIVES = ("counterfactual", "soft", "straight_through")
 MULTIPLIER_FORMS = ("inequality", "published", "published_abs")
 SCHEDULES = ("cosine", "linear", "exponential")
 FLIP_CHOICES = ("evenly", "by_worth")
-FLIP_LOSSES = ("linear", "logistic")
 BUDGET_UNITS = ("share", "nats")
 
 DEFAULT_BUDGET = 0.01
@@ -93,9 +91,6 @@ class Recipe:
             (its units are more and their worth is smaller), or all layers where there are fewer.
         flip_choice: which layers are flipped: ``"evenly"``, each as often, or ``"by_worth"``, those more often whose
             flips have changed the loss more (:mod:`~flux_ext.training.flips`); the gradient's mean is the same.
-        flip_loss: how a flip moves the log-odds: ``"linear"``, by what it is worth, whatever they are; or
-            ``"logistic"``, by less, the likelier the better route already is
-            (:class:`~flux_ext.training.objective.Counterfactual`; as all about flips, of that objective alone).
         heads_per_flip: with head-level routing, KV heads switched together.
         logit_bound: log-odds beyond which a counterfactual router is pulled back, so that it can still turn.
         delta_clip: largest worth of one flip that counts, in nats.
@@ -120,7 +115,6 @@ class Recipe:
     whiten: int | None = None
     flips: int | None = None
     flip_choice: FlipChoice = "evenly"
-    flip_loss: FlipLoss = "linear"
     heads_per_flip: int = 1
     logit_bound: float = 2.0
     delta_clip: float = 1.0
@@ -132,7 +126,6 @@ class Recipe:
             ("tau_schedule", SCHEDULES),
             ("budget_unit", BUDGET_UNITS),
             ("flip_choice", FLIP_CHOICES),
-            ("flip_loss", FLIP_LOSSES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

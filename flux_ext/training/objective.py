@@ -266,12 +266,6 @@ class Counterfactual(Objective):
     router can still turn, with a soft bound on the log-odds for the same reason. The price is the
     multipliers' gradient. No backward pass goes through the backbone.
 
-    That is linear in the log-odds (``flip_loss="linear"``): a layer that one kind of input cannot do without is pushed
-    towards full for as long as it is seen, past the bound, and takes other kinds with it. With ``"logistic"`` the
-    routers classify which route is worth its price, and an example counts by how much it is worth: the flipped unit's
-    gradient is that of ``L * delta + price`` times twice the chance of the wrong route, the same at even odds. Where
-    flips disagree, by noise or because inputs cannot be told apart, the log-odds' sign is that of the mean in both.
-
     With a budget, half of the sequences are not drawn for but take the routers' own routes: they say what is lost in
     use, and what each layer is worth there; the others explore.
 
@@ -391,9 +385,6 @@ class Counterfactual(Objective):
         together = group.sum(-1)[:, :1]  # [B, 1]
         scale = self.num_heads / (together.square() * batch)
         worth = torch.zeros_like(z)
-        p = torch.sigmoid(z.detach())
-        sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
-        prices = self._unit_prices(sparsity, tasks) if recipe.flip_loss == "logistic" else None
         for first, rows, which in runs:
             place = layers[rows, which].to(tasks.device)  # [R]
             rows, which = rows.to(tasks.device), which.to(tasks.device)
@@ -409,29 +400,18 @@ class Counterfactual(Objective):
                 change = model.loss_again(other, first, rows) - base[rows]
             was_full = (full[rows, place] & members).any(1)
             delta = torch.where(was_full, -change, change).clamp(-recipe.delta_clip, recipe.delta_clip)
-            told = delta[:, None] * members  # [R, H]
-            if prices is not None:
-                told = (delta + prices[rows] * members.sum(1))[:, None] * members
-                # Where it is positive, sparse attention is worth more, and full is the wrong route.
-                told = told * 2 * torch.where(told > 0, p[rows, place], 1 - p[rows, place])
             # No row has a layer twice.
-            worth[rows, place] += scale[rows] / chance.to(delta)[place, None] * told
+            worth[rows, place] += scale[rows] / chance.to(delta)[place, None] * delta[:, None] * members
             if self.chances is not None:
                 for layer in place.unique().tolist():
                     self.chances.note(layer, delta[place == layer])
+        p = torch.sigmoid(z.detach())
+        sparsity = 1 - (p + (z - z.detach()) / 4).mean((1, 2))  # value of the policy, gradient of even odds
         bound = F.relu(z.abs() - recipe.logit_bound).square().mean()
-        penalty = self.multipliers.penalty(sparsity, tasks)
-        total = (worth / 4 * (z - z.detach())).sum() + (penalty if prices is None else penalty.detach())
+        total = (worth / 4 * (z - z.detach())).sum() + self.multipliers.penalty(sparsity, tasks)
         # The value is the policy's loss, for the logs; the gradient is that of the terms above.
         loss = total + base.mean() + self.BOUND_WEIGHT * bound
         return Step(loss, base, sparsity.detach(), z.detach() <= 0, torch.where(own, base, torch.nan))
-
-    def _unit_prices(self, sparsity: Tensor, tasks: Tensor) -> Tensor:
-        """What the full attention of one unit costs in each sequence, ``[B]`` in nats: the penalty's slope."""
-        with torch.enable_grad():
-            sparsity = sparsity.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.multipliers.penalty(sparsity, tasks), sparsity)
-        return -slope * len(tasks) / (self.num_layers * self.num_heads)
 
     @staticmethod
     def _agree(full: Tensor, z: Tensor, draw: Tensor, flipped: Tensor, group: Tensor) -> Tensor:

@@ -56,11 +56,9 @@ def training_record(trainer: FluxTrainer) -> str | None:
     else:
         goal = f"target sparsity {', '.join(f'{recipe.target(task):g} for {task}' for task in trainer.tasks)}"
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    logistic = recipe.objective == "counterfactual" and recipe.flip_loss == "logistic"
-    flips = ", flips by the logistic loss" if logistic else ""
     text = (
         f"{trainer.state.global_step} of {trainer.state.max_steps} steps of {sequences} sequences; "
-        f"objective {recipe.objective}{flips}; {goal}; learning rate {args.learning_rate:g}; seed {args.seed}."
+        f"objective {recipe.objective}; {goal}; learning rate {args.learning_rate:g}; seed {args.seed}."
     )
     if trainer.calibration is not None:
         text = f"{text} {trainer.calibration.record()}"
