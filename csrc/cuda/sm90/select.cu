@@ -369,6 +369,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) select_kernel(const __grid_con
     cute::cluster_arrive_relaxed();
     cute::cluster_wait();
     rank = int32_t(cute::block_rank_in_cluster());
+    wait_for_previous();
+    let_next_start();
   }
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
@@ -396,32 +398,36 @@ auto kernel_of(DType dtype) {
                                   : select_kernel<SelectTraits<cutlass::bfloat16_t, kTma>>;
 }
 
+// By TMA: clusters, which may start before the previous kernel has ended (dependent_launch.h).
 template <bool kTma>
-cudaLaunchConfig_t config_of(int32_t blocks, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+cudaLaunchConfig_t config_of(int32_t blocks, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
   using T = SelectTraits<cutlass::half_t, kTma>;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {T::kCluster, 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {T::kCluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = sizeof(typename T::Shared);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = kTma ? 2 : 1;
   return config;
 }
 
 template <bool kTma>
 int most_blocks(const SelectParams& p, const Device&) {
   const auto kernel = kernel_of<kTma>(p.dtype);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<kTma>(2, nullptr, cluster);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = config_of<kTma>(2, nullptr, attributes);
+  config.numAttrs = 1;
   int clusters = 0;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)) !=
           cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess)
     return 0;
-  return clusters * int(cluster.val.clusterDim.x);
+  return clusters * int(attributes[0].val.clusterDim.x);
 }
 
 // Dimensions of whole strides; see SelectCall.
@@ -451,15 +457,15 @@ cudaError_t launch_by_tma(const SelectKernelParams& k, int32_t blocks, cudaStrea
   const int32_t group = p.group();
   if (cudaError_t e = encode(q_shape(p), p.dtype, {kSelectInner, group, 1, kSelectRows / group}, &call.q_map)) return e;
   if (cudaError_t e = encode(k_shape(p), p.dtype, {kSelectInner, 1, T::kBox}, &call.k_map)) return e;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<true>(blocks, stream, cluster);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of<true>(blocks, stream, attributes);
   return cudaLaunchKernelEx(&config, kernel_of<true>(p.dtype), call);
 }
 
 cudaError_t launch_by_copies(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream) {
   if (cudaError_t e = cudaMemsetAsync(k.next_item, 0, sizeof(int32_t), stream)) return e;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<false>(blocks, stream, cluster);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of<false>(blocks, stream, attributes);
   return cudaLaunchKernelEx(&config, kernel_of<false>(k.select.dtype), SelectCall<false>{k});
 }
 
