@@ -26,12 +26,15 @@ constexpr int kSharedCapacity = 227 * 1024;  // of a multiprocessor, less what t
 constexpr int kSharedRest = 1024;            // what is neither Q nor K nor V nor of a row
 constexpr int kMaxBuffers = 12;
 
+// The same bits, as cuda/element.h takes them.
+template <class Element>
+using CudaElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
+
 // kWarpgroups: consumer warpgroups, 64 rows each.
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_>
 struct Traits {
   using Element = Element_;
-  // The same bits, as cuda/element.h takes them.
-  using PackedElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
+  using PackedElement = CudaElement<Element>;
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
 
