@@ -47,7 +47,8 @@ void mix_on_device(MixCase& c) {
   AttendParams p = to_device(c.attend, copy);
   p.routing = sparse_alone(p.routing);
   const Mixture m = mixture_of(c, copy);
-  const Status done = mix(p, m, nullptr);
+  const DeviceArray<char> memory(std::vector<char>(kMixBytes, char(0xff)));
+  const Status done = mix(p, m, memory.get(), nullptr);
   ASSERT_TRUE(done.ok()) << done.what;
   CUDA_OK(cudaDeviceSynchronize());
   bring_back(c.attend.out, p.out.data), bring_back(c.sparse, m.sparse_out.data), bring_back(c.mixed, m.mixed.data);

@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) m.grad_weight[seq * m.grad_stride_b + first_head * m.grad_stride_h] = float(sums[0]);
 }
 
-Status check(const AttendParams& p) {
-  Device device{};
+Status check(const AttendParams& p, Device& device) {
   if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
@@ -65,14 +64,21 @@ cudaError_t with_kernels(const AttendParams& p, F f) {
 
 }  // namespace
 
-Status mix(const AttendParams& p, const Mixture& m, cudaStream_t stream) {
-  if (const Status s = check(p); !s.ok()) return s;
+Status mix(const AttendParams& p, const Mixture& m, [[maybe_unused]] void* memory, cudaStream_t stream) {
+  Device device{};
+  if (const Status s = check(p, device); !s.ok()) return s;
   const int32_t rows = sm80::most_tile_rows(p.head_dim);
   if (p.group() > rows)
     return {rows < 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
                        : "no kernel fits: at most 128 query heads may share a KV head",
             cudaSuccess};
   if (MixTiles(p, rows, 1).total() > INT_MAX) return {"q must have at most 2^31 tiles: split the batch", cudaSuccess};
+#ifdef FLUX_SM90
+  if (device.capability == 90 && sm90::mixes(p)) {
+    if (cudaError_t e = sm90::mix(p, m, static_cast<int32_t*>(memory), device.num_sms, stream)) return {"mix", e};
+    return {};
+  }
+#endif
   if (cudaError_t e = with_kernels(p, [&](auto kernels) { return kernels.launch(p, m, stream); })) return {"mix", e};
   return {};
 }
@@ -80,7 +86,8 @@ Status mix(const AttendParams& p, const Mixture& m, cudaStream_t stream) {
 Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t stream) {
   const AttendParams& p = b.forward;
   const Mixture& m = b.mixture;
-  if (const Status s = check(p); !s.ok()) return s;
+  Device device{};
+  if (const Status s = check(p, device); !s.ok()) return s;
   if (const Status s = check_counts(b); !s.ok()) return s;
   const MixBackwardWorkspace w = lay_out(b, memory);
   if (const BackwardWorkspace& lists = w.parts[kSparsePart]; lists.listed) {

@@ -55,9 +55,17 @@ inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, void* base) {
   return w;
 }
 
-Status mix(const AttendParams& p, const Mixture& m, cudaStream_t stream);
+// `memory` is kMixBytes of device memory, for the counter of tiles.
+constexpr size_t kMixBytes = 256;
+Status mix(const AttendParams& p, const Mixture& m, void* memory, cudaStream_t stream);
 // `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no sequence are not
 // written; of the weight every entry is.
 Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t stream);
+
+// The family of kernels for Hopper: does it take a mixture? `counter` is in device memory.
+namespace sm90 {
+bool mixes(const AttendParams& p);
+cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms, cudaStream_t stream);
+}  // namespace sm90
 
 }  // namespace flux::cuda

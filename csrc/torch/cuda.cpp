@@ -192,7 +192,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix(const MixArgs& a) {
   const MixOutputs outputs(a, p, m);
   if (outputs.mixed.numel() == 0 || p.batch == 0) return outputs.all();
   p.routing = sparse_alone(p.routing);
-  check_status(cuda::mix(p, m, current_stream(q)));
+  const Tensor memory = torch::stable::new_empty(q, {int64_t(cuda::kMixBytes)}, ScalarType::Byte);
+  check_status(cuda::mix(p, m, memory.mutable_data_ptr(), current_stream(q)));
   return outputs.all();
 }
 
