@@ -59,6 +59,9 @@ LARGER = [
     Case((5000,), (5000,), heads=2, kv_heads=1, sparse=PUBLISHED, head_dim=128),
     Case((3000,), (3000,), heads=4, kv_heads=2, sparse=BlockSparse(name="every third"), head_dim=128),
     Case((3000,), (3000,), heads=4, kv_heads=2, sparse=BlockSparse(name="every third"), head_dim=64),
+    # More tiles than thread blocks, of which the parts of some are one key block, or none.
+    Case((1, 130, 129, 700) * 12, (1, 130, 129, 700) * 12, "packed", heads=16, kv_heads=4, head_dim=128),
+    Case((160,) * 40, (410,) * 40, "cached", heads=8, sparse=Streaming(0, 128, align=128), head_dim=96),
 ]
 
 
@@ -187,9 +190,9 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
                 called.append(str(func).split(".")[1])
             return func(*args, **(kwargs or {}))
 
-    def operators_of(length: int, **patterns: Any) -> list[str]:
+    def operators_of(length: int, head_dim: int = 64, **patterns: Any) -> list[str]:
         called.clear()
-        x = make(Case((length,), (300,), "cached", head_dim=64), torch.bfloat16, DEVICE)
+        x = make(Case((length,), (300,), "cached", head_dim=head_dim), torch.bfloat16, DEVICE)
         with Watch():
             flux_ext.attention(x.q, x.k, x.v, torch.tensor([0.3], device=DEVICE), **{**x.kwargs, **patterns})
         return [name for name in called if name in ("attend", "mix")]
@@ -198,5 +201,10 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operators_of(200, full=Streaming(0, 100)) == ["attend", "attend"]
     monkeypatch.undo()
     assert operators_of(3) == ["attend", "attend"], "a few queries over a cache"
+    assert operators_of(200) == ["mix"]
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert operators_of(200) == (["attend", "attend"] if hopper else ["mix"])
+    assert operators_of(200, head_dim=256) == (["attend", "attend"] if hopper else ["mix"])
+    lists = torch.zeros((1, 2, 2, 1), dtype=torch.int32, device=DEVICE)
+    for width in (64, 128):
+        narrow = BlockSparse(lists, torch.ones((1, 2, 2), dtype=torch.int32, device=DEVICE), width)
+        assert operators_of(200, sparse=narrow) == (["attend", "attend"] if hopper and width == 64 else ["mix"])

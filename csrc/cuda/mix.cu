@@ -5,6 +5,9 @@
 #include "cuda/mix.h"
 #include "cuda/sm80/kernels.h"
 #include "cuda/sm80/mix_kernels.h"
+#ifdef FLUX_SM90
+#include "cuda/sm90/mix_kernels.h"
+#endif
 
 namespace flux::cuda {
 namespace {
@@ -62,6 +65,32 @@ cudaError_t with_kernels(const AttendParams& p, F f) {
                                     : with_kernels<DType::kBFloat16>(p.head_dim, f);
 }
 
+#ifdef FLUX_SM90
+// Do Hopper's kernels take the gradients? Their blocks own and visit 128 keys, which must be those of one entry of a
+// list.
+bool gradients_on_sm90(const AttendParams& p, const Device& device) {
+  const BlockTable& lists = p.routing.blocks[0];
+  return device.capability == 90 && p.head_dim <= 128 && (!lists.blocks || lists.kv_width == 128);
+}
+template <DType kDType, typename F>
+cudaError_t with_sm90_kernels(int32_t head_dim, F f) {
+  if (head_dim <= 64) return f(sm90::MixBackwardKernels<kDType, 64>());
+  if (head_dim <= 96) return f(sm90::MixBackwardKernels<kDType, 96>());
+  return f(sm90::MixBackwardKernels<kDType, 128>());
+}
+#endif
+
+// The kernels of the gradients.
+template <typename F>
+cudaError_t with_backward_kernels(const AttendParams& p, [[maybe_unused]] const Device& device, F f) {
+#ifdef FLUX_SM90
+  if (gradients_on_sm90(p, device))
+    return p.dtype == DType::kFloat16 ? with_sm90_kernels<DType::kFloat16>(p.head_dim, f)
+                                      : with_sm90_kernels<DType::kBFloat16>(p.head_dim, f);
+#endif
+  return with_kernels(p, f);
+}
+
 }  // namespace
 
 Status mix(const AttendParams& p, const Mixture& m, [[maybe_unused]] void* memory, cudaStream_t stream) {
@@ -98,10 +127,10 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
                                  false, lists.listed, w.parts[kRestPart].listed, words))
         return {"index of the block lists", e};
   }
-  if (cudaError_t e = with_kernels(p, [&](auto kernels) { return kernels.launch_queries(b, w, stream); }))
-    return {"gradient of the queries", e};
-  if (cudaError_t e = with_kernels(p, [&](auto kernels) { return kernels.launch_keys(b, w, stream); }))
-    return {"gradient of the keys", e};
+  const auto queries = [&](auto kernels) { return kernels.launch_queries(b, w, stream); };
+  const auto keys = [&](auto kernels) { return kernels.launch_keys(b, w, stream); };
+  if (cudaError_t e = with_backward_kernels(p, device, queries)) return {"gradient of the queries", e};
+  if (cudaError_t e = with_backward_kernels(p, device, keys)) return {"gradient of the keys", e};
   const dim3 entries(p.batch, m.grad_stride_h ? p.kv.num_heads : 1);
   if (cudaError_t e = launch(weight_kernel, entries, kThreads, 0, stream, false, b, w))
     return {"gradient of the weight", e};

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .operands import KeyValues, Routing
-from .patterns import Full
+from .patterns import BlockSparse, Full, Pattern
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 """``operators.attend`` or its twin: ``(q, kv, routing, scale, q_begin, q_end) -> (out, lse)``."""
@@ -82,18 +82,23 @@ def walks_once(q: Tensor, kv: KeyValues, routing: Routing) -> bool:
     On the CPU always. On CUDA it takes mixtures whose full pattern shows every key, so that the sparse one's are part
     of it (``csrc/core/mixture_parts.h``); and where two calls are faster, they stay.
     """
-    return q.is_cpu or (q.is_cuda and isinstance(routing.full, Full) and one_walk_is_faster(q, kv))
+    return q.is_cpu or (q.is_cuda and isinstance(routing.full, Full) and one_walk_is_faster(q, kv, routing.sparse))
 
 
-def one_walk_is_faster(q: Tensor, kv: KeyValues) -> bool:
+def one_walk_is_faster(q: Tensor, kv: KeyValues, sparse: Pattern) -> bool:
     """Of a mixture that the CUDA operator takes: than two calls of attention?
 
-    Not on Hopper, for which attention has kernels of its own and a mixture has not; nor of a few queries, of which
-    attention shares out the keys; nor of long sequences, of which a sparse pattern mostly shows little
+    Not of a few queries, of which attention shares out the keys. Otherwise on Hopper where it has kernels for mixtures:
+    up to head dimension 128, and not for lists of 64 keys (``sm90::mixes`` in ``csrc/cuda/sm90/sm90.cu``); on other
+    GPUs up to a length beyond which a sparse pattern mostly shows little
     (``docs/decisions/0002-fractional-routes.md``).
     """
     group = q.shape[-2] // max(kv.k.shape[-2], 1)
-    return q.shape[-3] * group > _FEW_ROWS and kv.k.shape[-3] <= _LONG and not _is_hopper(q.device.index)
+    if q.shape[-3] * group <= _FEW_ROWS:
+        return False
+    if _is_hopper(q.device.index):
+        return q.shape[-1] <= 128 and not (isinstance(sparse, BlockSparse) and sparse.width < 128)
+    return kv.k.shape[-3] <= _LONG
 
 
 _FEW_ROWS, _LONG = 64, 16384

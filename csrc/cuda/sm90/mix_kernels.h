@@ -18,4 +18,11 @@ struct MixKernelParams : KernelParams {
 template <DType kDType, int kHeadDim>
 cudaError_t launch_mix(const MixKernelParams& p, int32_t num_workers, cudaStream_t stream);
 
+// Of the gradients, as sm80::MixKernels; defined in mix_backward.h, instantiated in mix_backward_d*.cu.
+template <DType kDType, int kDim>
+struct MixBackwardKernels {
+  static cudaError_t launch_queries(const MixBackwardParams& b, const MixBackwardWorkspace& w, cudaStream_t stream);
+  static cudaError_t launch_keys(const MixBackwardParams& b, const MixBackwardWorkspace& w, cudaStream_t stream);
+};
+
 }  // namespace flux::cuda::sm90
