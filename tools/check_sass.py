@@ -54,6 +54,8 @@ RULES = (
     replace(SM90, pattern=SM90.pattern + r".*Li1ELi\d+E", most_registers=240),
     SM90_256,
     SM90,
+    replace(SM90, pattern=r"sm90.*mix_kernel", need=SM90_256.need | {"STSM"}),  # two warps store what is staged
+    Rule(r"sm80.*mix_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"sm90.*select_kernel.*Lb1E", need=frozenset({"HGMMA", "UTMALDG"}), most_registers=168),  # by TMA
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),

@@ -34,13 +34,6 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) w.listed[word] = bits;
 }
 
-cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream) {
-  const int64_t words = int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words;
-  if (words == 0) return cudaSuccess;
-  return launch(list_kernel, dim3(unsigned(ceil_div_64(words, kThreads / 32))), kThreads, 0, stream, false, p, w,
-                words);
-}
-
 template <typename Kernels>
 Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
   if (cudaError_t e = Kernels::launch_queries(b, w, stream)) return {"gradient of the queries", e};
@@ -78,17 +71,30 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_un
 
 }  // namespace
 
+cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream) {
+  const int64_t words = int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words;
+  if (words == 0) return cudaSuccess;
+  return launch(list_kernel, dim3(unsigned(ceil_div_64(words, kThreads / 32))), kThreads, 0, stream, false, p, w,
+                words);
+}
+
+Status check_counts(const AttendBackwardParams& b) {
+  const AttendParams& p = b.forward;
+  if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
+    return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
+  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
+      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
+    return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
+  return {};
+}
+
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {
   const AttendParams& p = b.forward;
   Device device{};
   if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
-  if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
-    return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
-  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
-      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
-    return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
+  if (const Status s = check_counts(b); !s.ok()) return s;
   const BackwardWorkspace w = lay_out(b, memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};
   return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, device, stream)

@@ -245,6 +245,9 @@ Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaSt
 // The gradients; `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no
 // sequence are not written.
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream);
+// Its parts: are there few enough rows and heads; and where there are block lists, w.listed.
+Status check_counts(const AttendBackwardParams& b);
+cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream);
 
 // Asked once per device: the driver takes microseconds to answer.
 cudaError_t current_device(Device* d);

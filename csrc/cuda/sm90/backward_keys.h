@@ -5,19 +5,20 @@
 
 namespace flux::cuda::sm90 {
 
-// The second kernel: dK and dV of kOwned keys. One warpgroup loads; the others call multiply(blocks, warpgroup).
-template <class Base, class Multiply>
-CUTLASS_DEVICE void run_keys(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                             const Span& keys, Multiply multiply) {
+// The second kernel: dK and dV of kOwned keys. One warpgroup loads; the others call multiply(walk, warpgroup).
+template <class Base, class Walks, class Multiply>
+CUTLASS_DEVICE void run_keys(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                             const TileView& seq_head, const Span& keys, Multiply multiply) {
   using T = typename Base::T;
   constexpr int kVisited = Base::kVisited;
   const AttendParams& p = b.forward;
-  __shared__ cuda::Shared<QueryBlocks> shared_blocks;
+  using Walk = typename Walks::OfKeys;
+  __shared__ cuda::Shared<Walk> shared_walk;
   if (threadIdx.x == 0) Base::init_barriers();
-  const QueryBlocks& blocks = shared_blocks.make([&] { return blocks_seeing(p, w, seq_head, keys, kVisited); });
+  const Walk& walk = shared_walk.make([&] { return Walk(p, w, seq_head, keys, kVisited); });
   if (threadIdx.x >= kLoadThreads) {
     cutlass::arch::warpgroup_reg_alloc<Base::kMathRegs>();
-    multiply(blocks, cutlass::canonical_warp_group_idx() - 1);
+    multiply(walk, cutlass::canonical_warp_group_idx() - 1);
     return;
   }
   cutlass::arch::warpgroup_reg_dealloc<Base::kLoadRegs>();
@@ -25,14 +26,14 @@ CUTLASS_DEVICE void run_keys(const AttendBackwardParams& b, const BackwardWorksp
   Keys(p, p.kv.k, seq_head).template load<Base::kOwned>(keys.begin, Base::owned(0));  // come with the first rows
   Keys(p, p.kv.v, seq_head).template load<Base::kOwned>(keys.begin, Base::owned(1));
   const RowLoader<T, kVisited, typename Base::VisitedTile> rows(b, seq_head);
-  const RowFactsLoader<kVisited> facts(b, w, seq_head, {keys.begin, keys.begin + Base::kOwned});
+  const RowFactsLoader<Walks, kVisited> facts(b, w, seq_head, walk, {keys.begin, keys.begin + Base::kOwned});
   typename Base::Filling buffers;
-  for (int32_t m = blocks.first(); m < blocks.end();) {
+  for (int32_t i = walk.first(); i < walk.end();) {
     const int q = buffers.await(), dout = buffers.await();
-    rows.load(m, Base::visited(q), Base::visited(dout));
-    facts.load(m, Base::shared().info[q]);
-    m = blocks.after(m);
-    if (threadIdx.x == 0) Base::shared().info[q].last = m >= blocks.end();
+    rows.load(walk[i], Base::visited(q), Base::visited(dout));
+    facts.load(i, Base::shared().info[q]);
+    i = walk.after(i);
+    if (threadIdx.x == 0) Base::shared().info[q].last = i >= walk.end();
     buffers.hand_over(q), buffers.hand_over(dout);
   }
   sm80::cp_async_wait<0>();
@@ -86,7 +87,7 @@ CUTLASS_DEVICE void store_keys(const AttendParams& p, const TileView& seq_head, 
   });
 }
 
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, class Walks>
 struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>> {
   // For dS, too, or are they taken from what dV's product gets, rounded? There is no register left for both.
   static constexpr bool kKeepsProbs = kHeadDim < 128;
@@ -95,15 +96,16 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
   using Base::kOwned, Base::kVisited;
   using typename Base::Emptying;
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 const Span& keys) {
-    run_keys<Base>(b, w, seq_head, keys,
-                   [&](const QueryBlocks& blocks, int warpgroup) { multiply(b, seq_head, keys, blocks, warpgroup); });
+  static CUTLASS_DEVICE void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                                 const TileView& seq_head, const Span& keys) {
+    run_keys<Base, Walks>(b, w, seq_head, keys, [&](const typename Walks::OfKeys& walk, int warpgroup) {
+      multiply(b, seq_head, keys, walk, warpgroup);
+    });
   }
 
  private:
   static CUTLASS_DEVICE void multiply(const AttendBackwardParams& b, const TileView& seq_head, const Span& keys,
-                                      const QueryBlocks& blocks, int warpgroup) {
+                                      const typename Walks::OfKeys& walk, int warpgroup) {
     using namespace cute;
     const AttendParams& p = b.forward;
     auto& shared = Base::shared();
@@ -148,7 +150,7 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
       Base::round(ds_left, ds);
     };
     const auto give_back = [&](int of_q, int of_dout) { buffers.give_back(of_q), buffers.give_back(of_dout); };
-    if (blocks.first() >= blocks.end()) {  // nobody sees these keys
+    if (walk.first() >= walk.end()) {  // nobody sees these keys
     } else if constexpr (Base::kAhead) {
       start_in();
       finish<1>(s);
@@ -205,16 +207,16 @@ struct ProbExchange {
 
 // Above head dimension 128, dK and dV of 64 keys fill two warpgroups' registers: one finds P and dV, and hands P,
 // rounded, to the other, which finds dS and dK.
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, class Walks>
 struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<64>, ProbExchange> {
   using Base = BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<64>, ProbExchange>;
   using Base::kOwned, Base::kVisited;
   using typename Base::Emptying;
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 const Span& keys) {
-    run_keys<Base>(b, w, seq_head, keys, [&](const QueryBlocks& blocks, int warpgroup) {
-      const bool empty = blocks.first() >= blocks.end();  // nobody sees these keys
+  static CUTLASS_DEVICE void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                                 const TileView& seq_head, const Span& keys) {
+    run_keys<Base, Walks>(b, w, seq_head, keys, [&](const typename Walks::OfKeys& walk, int warpgroup) {
+      const bool empty = walk.first() >= walk.end();  // nobody sees these keys
       if (warpgroup == 0)
         find_dv(b, seq_head, keys, empty);
       else

@@ -5,7 +5,7 @@
 // a number of rows is a whole number of queries; a division takes as long as many loads.
 #pragma once
 
-#include "cuda/backward.h"
+#include "cuda/backward_walk.h"
 #include "cuda/sm90/traits.h"
 
 namespace flux::cuda::sm90 {
@@ -119,41 +119,48 @@ class RowLoader {
   int64_t q_ = 0, grad_ = 0;
 };
 
-// What is known of blocks of kRows rows; see load_visited_rows.
-template <int kRows>
+// What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows.
+template <class Walks, int kRows>
 class RowFactsLoader {
  public:
-  CUTLASS_DEVICE RowFactsLoader(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
+  using Params = typename Walks::Params;
+  using Workspace = typename Walks::Workspace;
+  using Walk = typename Walks::OfKeys;
+
+  CUTLASS_DEVICE RowFactsLoader(const Params& b, const Workspace& w, const TileView& seq_head, const Walk& walk,
                                 const Span& owned_keys)
-      : b_(b), w_(w), seq_head_(seq_head), keys_(owned_keys) {
+      : b_(b), w_(w), seq_head_(seq_head), walk_(walk), keys_(owned_keys) {
     const int32_t group = b.forward.group();
-    if (kRows % group != 0 || !seq_head.hides_only_later_keys()) return;
+    if (kRows % group != 0 || !walk.tells_at_once(seq_head)) return;
     tokens_ = kRows / group;
     const TileRow at = tile_row(b.forward, seq_head, int32_t(threadIdx.x));
     token_ = at.token;
-    from_ = row_offset(w.row, seq_head, at);
+    from_ = row_offset(walk.numbers(w, 0).row, seq_head, at);
   }
 
-  CUTLASS_DEVICE void load(int32_t block, VisitedRows<kRows>& rows) const {
-    if (tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, keys_, block * kRows, rows);
-    const int32_t i = threadIdx.x, first = block * tokens_, token = first + token_;
+  CUTLASS_DEVICE void load(int32_t at, VisitedRows<kRows>& rows) const {
+    if (tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, walk_, keys_, at, rows);
+    const int32_t i = threadIdx.x, first = walk_[at] * tokens_, token = first + token_;
     if (i >= kRows) return;
-    const bool needs_mask = keys_.end - 1 > seq_head_.q_pos + first, exists = token < seq_head_.q_rows.size();
+    const BackwardWorkspace& w = walk_.numbers(w_, at);
+    const bool needs_mask = walk_.needs_mask_of_queries(seq_head_, keys_, at, first, kRows);
+    const bool exists = token < seq_head_.q_rows.size();
     if (i == 0) rows.needs_mask = needs_mask;
     if (exists) {
-      const int64_t from = from_ + first * w_.row.s;
-      sm80::cp_async4(sm80::shared_address(&rows.lse[i]), w_.lse + from);
-      sm80::cp_async4(sm80::shared_address(&rows.delta[i]), w_.delta + from);
+      const int64_t from = from_ + first * w.row.s;
+      sm80::cp_async4(sm80::shared_address(&rows.lse[i]), w.lse + from);
+      sm80::cp_async4(sm80::shared_address(&rows.delta[i]), w.delta + from);
     } else {
       rows.lse[i] = INFINITY, rows.delta[i] = 0.f;
     }
-    if (needs_mask) rows.keys[i] = exists ? seq_head_.visible_keys(token) : VisibleKeys{};
+    if (needs_mask) rows.keys[i] = exists ? walk_.visible_keys(seq_head_, token, at) : VisibleKeys{};
   }
 
  private:
-  const AttendBackwardParams& b_;
-  const BackwardWorkspace& w_;
+  const Params& b_;
+  const Workspace& w_;
   const TileView& seq_head_;
+  const Walk& walk_;
   const Span keys_;
   int32_t tokens_ = 0, token_ = 0;  // of a block, or 0: each is found anew; of this thread's row, in the first block
   int64_t from_ = 0;

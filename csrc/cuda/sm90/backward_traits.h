@@ -22,7 +22,7 @@ struct Nothing {
 template <class Element_, int kHeadDim_, int kOwned_, int kVisited_, class Info_, class Exchange_ = Nothing>
 struct BackwardTraits {
   using Element = Element_;
-  using T = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;  // the same bits
+  using T = CudaElement<Element>;
   using Info = Info_;
   using Exchange = Exchange_;
   static constexpr int kHeadDim = kHeadDim_, kOwned = kOwned_, kVisited = kVisited_, kMinBlocks = 1;
