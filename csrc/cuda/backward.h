@@ -34,6 +34,11 @@ struct Shared {
   }
 };
 
+// Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)?
+__device__ inline bool adds_in_order(const AttendParams& p, const BackwardWorkspace& w, int32_t seq, int32_t kv_head) {
+  return w.dq && p.routing.patterns[p.routing.mode(seq, kv_head)].is_full();
+}
+
 // A block of rows, or of keys, of one sequence.
 struct OwnedBlock {
   int32_t seq, block, count;  // count: blocks of the sequence; where block is no less, there is no such block
@@ -185,7 +190,7 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const auto num_rows = [&](int32_t seq) { return p.q.rows(seq, kv_head).size() * p.group(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
-  if (own.block >= own.count) return;
+  if (own.block >= own.count || adds_in_order(p, w, own.seq, kv_head)) return;
   __shared__ Shared<TileView> seq_head;
   const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
   Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const auto num_keys = [&](int32_t seq) { return p.kv.rows(seq, kv_head).size(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
-  if (own.block >= own.count) return;
+  if (own.block >= own.count || adds_in_order(p, w, own.seq, kv_head)) return;
   __shared__ Shared<TileView> seq_head;
   const int32_t first = own.block * Body::kOwned;
   Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),

@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
   AttendBackwardParams p = to_backward_params({grad_out, out, lse, given}, grad_out, grad_q, grad_k, grad_v);
   FLUX_CHECK(p.forward.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
   if (no_queries || p.forward.batch == 0) return {grad_q, grad_k, grad_v};
-  const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
+  const auto bytes = int64_t(cuda::lay_out(p, cuda::adds_in_order(p), nullptr).bytes);
   const Tensor memory = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
   check_status(cuda::attend_backward(p, memory.mutable_data_ptr(), current_stream(q)));
   return {grad_q, grad_k, grad_v};

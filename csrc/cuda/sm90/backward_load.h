@@ -12,9 +12,10 @@ namespace flux::cuda::sm90 {
 
 constexpr int kLoadThreads = 128;
 
-// A tile in shared memory as slabs of kSlab columns, rows of 128 (or 64) bytes, swizzled.
-template <int kDim, int kRows>
+// A tile in shared memory as slabs of kSlab columns, rows of 128 (or 64) bytes, swizzled; kThreads load it.
+template <int kDim, int kRows, int kThreads_ = kLoadThreads>
 struct SlabTile {
+  static constexpr int kThreads = kThreads_;
   static constexpr int kChunks = kDim / 8, kSlabChunks = kDim % 64 == 0 ? 8 : 4;  // of 16 bytes
   uint32_t base;
 
@@ -27,7 +28,8 @@ struct SlabTile {
 // What a thread copies of a tile: 16 bytes, `chunk` and those kColumns apart, of row `row` and those kStep apart.
 template <typename Tile>
 struct LoadingThread {
-  static constexpr int kColumns = Tile::kChunks <= 8 ? 8 : 16, kStep = kLoadThreads / kColumns;
+  static constexpr int kColumns = Tile::kChunks <= 8 || Tile::kThreads < 128 ? 8 : 16,
+                       kStep = Tile::kThreads / kColumns;
   static constexpr int kChunksEach = ceil_div(Tile::kChunks, kColumns);
   int32_t chunk = threadIdx.x % kColumns, row = threadIdx.x / kColumns;
 
@@ -98,7 +100,7 @@ class RowLoader {
 
   CUTLASS_DEVICE void load(int32_t block, Tile to_q, Tile to_grad) const {
     const AttendParams& p = b_.forward;
-    if (tokens_ == 0) return load_rows<T, kRows, kLoadThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
+    if (tokens_ == 0) return load_rows<T, kRows, Tile::kThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
     if (thread_.idle()) return;
     const int32_t left = seq_head_.q_rows.size() * p.group() - block * kRows - thread_.row;
     const auto copy = [&](Tile tile, const void* data, int64_t offset, const Strides& stride) {
