@@ -1,5 +1,5 @@
-// The order in which blocks of keys add up the queries' gradient: every tile is reached once by each block that it sees,
-// and no worker waits for ever.
+// The order in which blocks of keys add up the queries' gradient: every tile is reached once by each block that it
+// sees, and no worker waits for ever.
 #include "core/add_order.h"
 
 #include <gtest/gtest.h>
@@ -39,8 +39,7 @@ TEST(AddOrder, TilesAndBlocksAreThoseOfTheMask) {
       for (int32_t tile = 0; tile < c.tiles(); ++tile) {
         ASSERT_EQ(tile >= tiles.begin && tile < tiles.end, sees(c, tile, block)) << tile << " " << block;
         // The blocks that a tile sees are the first ones, so a block's number is its turn.
-        if (c.kv_len > 0)
-          ASSERT_EQ(block < blocks_seen(tile, c.q_pos(), c.q_len, c.group), sees(c, tile, block));
+        if (c.kv_len > 0) ASSERT_EQ(block < blocks_seen(tile, c.q_pos(), c.q_len, c.group), sees(c, tile, block));
       }
     }
   }
@@ -108,9 +107,8 @@ TEST(AddOrder, WorkersNeverWaitForEver) {
     }
     for (size_t h = 0; h < heads.size(); ++h)
       for (int32_t tile = 0; tile < heads[h].tiles(); ++tile)
-        ASSERT_EQ(tickets[h][tile], heads[h].kv_len == 0 ? 0
-                                                         : blocks_seen(tile, heads[h].q_pos(), heads[h].q_len,
-                                                                       heads[h].group));
+        ASSERT_EQ(tickets[h][tile],
+                  heads[h].kv_len == 0 ? 0 : blocks_seen(tile, heads[h].q_pos(), heads[h].q_len, heads[h].group));
   }
 }
 

@@ -1,10 +1,11 @@
 // All gradients of full attention on Hopper by one kernel, which computes S and dP once: as the kernel of the keys
-// (backward_keys.h), and each block of keys also adds its part of dQ, dS K, to sums in fp32 in global memory, in a fixed
-// order (core/add_order.h). A kernel before it finds lse and delta of the rows, one after it writes dQ. Sequence heads
-// with another pattern are left to the two kernels of the rows and keys.
+// (backward_keys.h), and each block of keys also adds its part of dQ, dS K, to sums in fp32 in global memory, in a
+// fixed order (core/add_order.h). A kernel before it finds lse and delta of the rows, one after it writes dQ. Sequence
+// heads with another pattern are left to the two kernels of the rows and keys.
 //
-// dS goes through shared memory, as both warpgroups' keys count in each row of dQ: a warpgroup finds half of the columns,
-// of all keys. The sums lie in memory as the threads' accumulators hold them, so a thread adds 16 bytes at a time.
+// dS goes through shared memory, as both warpgroups' keys count in each row of dQ: a warpgroup finds half of the
+// columns, of all keys. The sums lie in memory as the threads' accumulators hold them, so a thread adds 16 bytes at a
+// time.
 #pragma once
 
 #include "core/add_order.h"
@@ -19,9 +20,9 @@ template <class Element>
 struct OrderedExchange {
   static constexpr int kTurns = 4;  // so many steps may be between a turn's begin and the next block's
   alignas(1024) Element ds[2][kAddedKeys * kTileRows];  // [keys][rows], swizzled
-  Barrier turn[kTurns];   // the block may add to the tile,
-  Barrier added[kTurns];  // has added to it,
-  Barrier passed[kTurns]; // and the next block knows
+  Barrier turn[kTurns];                                 // the block may add to the tile,
+  Barrier added[kTurns];                                // has added to it,
+  Barrier passed[kTurns];                               // and the next block knows
 
   CUTLASS_DEVICE void init() {
     for (int i = 0; i < kTurns; ++i) turn[i].init(1), added[i].init(256), passed[i].init(1);
@@ -58,9 +59,8 @@ CUTLASS_DEVICE void store_release(uint32_t* to, uint32_t x) {
 }
 
 template <class Element>
-struct OrderedBackward
-    : BackwardTraits<Element, 128, kAddedKeys, kTileRows, VisitedRows<kTileRows>, OrderedExchange<Element>,
-                     kOrderedLoadThreads> {
+struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, VisitedRows<kTileRows>,
+                                        OrderedExchange<Element>, kOrderedLoadThreads> {
   using Base = BackwardTraits<Element, 128, kAddedKeys, kTileRows, VisitedRows<kTileRows>, OrderedExchange<Element>,
                               kOrderedLoadThreads>;
   using Base::kHeadDim, Base::kOwned, Base::kVisited;
@@ -74,8 +74,7 @@ struct OrderedBackward
     if (threadIdx.x == 0) Base::init_barriers();
     __syncthreads();
     const AttendParams& p = b.forward;
-    const Span tiles =
-        seeing_tiles(block, seq_head.kv_rows.size(), seq_head.q_pos, seq_head.q_rows.size(), p.group());
+    const Span tiles = seeing_tiles(block, seq_head.kv_rows.size(), seq_head.q_pos, seq_head.q_rows.size(), p.group());
     const Span keys{block * kOwned, min_of((block + 1) * kOwned, seq_head.kv_rows.size())};
     if (threadIdx.x >= 128) {
       cutlass::arch::warpgroup_reg_alloc<Base::kMathRegs>();
@@ -150,9 +149,9 @@ struct OrderedBackward
     using LayoutDs = decltype(tile_to_shape(Transposed{}, Shape<Int<kVisited>, Int<kOwned>, _2>{}));
     using LayoutKeys = decltype(tile_to_shape(Transposed{}, Shape<Int<kColumns>, Int<kOwned>>{}));
     static_assert(kColumns == 64);  // a slab
-    auto mma_dq = make_tiled_mma(
-        GMMA::ss_op_selector<Element, Element, float, Shape<Int<kVisited>, Int<kColumns>, Int<kOwned>>, Major::MN,
-                             Major::MN>());
+    auto mma_dq =
+        make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Int<kVisited>, Int<kColumns>, Int<kOwned>>,
+                                            Major::MN, Major::MN>());
     const auto slice_in = mma_in.get_slice(warpgroup * 128);
     const auto slice_out = mma_out.get_slice(warpgroup * 128);
     const auto slice_dq = mma_dq.get_slice(0);
@@ -300,8 +299,8 @@ __global__ void __launch_bounds__(256)
       const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
       const int32_t column = 64 * warpgroup + 8 * (j + lane);
       if (row < valid_rows(p, v) && column < p.head_dim)
-        *reinterpret_cast<uint4*>(static_cast<T*>(b.grad_q.data) +
-                                  row_offset(b.grad_q.stride, v, tile_row(p, v, row)) + column) = chunk;
+        *reinterpret_cast<uint4*>(static_cast<T*>(b.grad_q.data) + row_offset(b.grad_q.stride, v, tile_row(p, v, row)) +
+                                  column) = chunk;
     }
   }
 }
