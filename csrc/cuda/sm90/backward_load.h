@@ -85,13 +85,13 @@ class KeyLoader {
   int64_t from_;
 };
 
-// Blocks of kRows rows of Q and of dO.
-template <typename T, int kRows, typename Tile>
+// Blocks of kRows rows of Q and of dO. kAnyGroup: may the threads step by part of a query?
+template <typename T, int kRows, typename Tile, bool kAnyGroup = true>
 class RowLoader {
  public:
   CUTLASS_DEVICE RowLoader(const AttendBackwardParams& b, const TileView& seq_head) : b_(b), seq_head_(seq_head) {
     const int32_t group = b.forward.group();
-    if (Thread::kStep % group != 0) return;
+    if (kAnyGroup && Thread::kStep % group != 0) return;
     tokens_ = Thread::kStep / group;
     const TileRow at = tile_row(b.forward, seq_head, thread_.row);
     q_ = row_offset(b.forward.q.stride, seq_head, at) + thread_.chunk * 8;
@@ -100,7 +100,8 @@ class RowLoader {
 
   CUTLASS_DEVICE void load(int32_t block, Tile to_q, Tile to_grad) const {
     const AttendParams& p = b_.forward;
-    if (tokens_ == 0) return load_rows<T, kRows, Tile::kThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
+    if (kAnyGroup && tokens_ == 0)
+      return load_rows<T, kRows, Tile::kThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
     if (thread_.idle()) return;
     const int32_t left = seq_head_.q_rows.size() * p.group() - block * kRows - thread_.row;
     const auto copy = [&](Tile tile, const void* data, int64_t offset, const Strides& stride) {
@@ -121,15 +122,16 @@ class RowLoader {
   int64_t q_ = 0, grad_ = 0;
 };
 
-// What is known of blocks of kRows rows; see load_visited_rows.
-template <int kRows>
+// What is known of blocks of kRows rows; see load_visited_rows. kAny: also where they are no whole number of queries,
+// or not only later keys are hidden.
+template <int kRows, bool kAny = true>
 class RowFactsLoader {
  public:
   CUTLASS_DEVICE RowFactsLoader(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
                                 const Span& owned_keys)
       : b_(b), w_(w), seq_head_(seq_head), keys_(owned_keys) {
     const int32_t group = b.forward.group();
-    if (kRows % group != 0 || !seq_head.hides_only_later_keys()) return;
+    if (kAny && (kRows % group != 0 || !seq_head.hides_only_later_keys())) return;
     tokens_ = kRows / group;
     const TileRow at = tile_row(b.forward, seq_head, int32_t(threadIdx.x));
     token_ = at.token;
@@ -137,7 +139,7 @@ class RowFactsLoader {
   }
 
   CUTLASS_DEVICE void load(int32_t block, VisitedRows<kRows>& rows) const {
-    if (tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, keys_, block * kRows, rows);
+    if (kAny && tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, keys_, block * kRows, rows);
     const int32_t i = threadIdx.x, first = block * tokens_, token = first + token_;
     if (i >= kRows) return;
     const bool needs_mask = keys_.end - 1 > seq_head_.q_pos + first, exists = token < seq_head_.q_rows.size();

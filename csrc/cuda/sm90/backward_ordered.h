@@ -9,6 +9,7 @@
 #pragma once
 
 #include "core/add_order.h"
+#include "cuda/sm90/backward_kernels.h"
 #include "cuda/sm90/backward_keys.h"
 
 namespace flux::cuda::sm90 {
@@ -68,6 +69,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
   using Turn = Ring<OrderedExchange<Element>::kTurns>;
   static constexpr int kColumns = kHeadDim / 2;  // of dQ, a warpgroup's
   static_assert(kVisited * kColumns == 128 * 4 * TileSums::kVectors);
+  static_assert(LoadingThread<typename Base::VisitedTile>::kStep % kOrderedGroup == 0);
 
   static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
                                  int32_t block) {
@@ -98,8 +100,8 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
     using Keys = KeyLoader<T, typename Base::OwnedTile>;
     Keys(p, p.kv.k, seq_head).template load<kOwned>(keys.begin, Base::owned(0));  // come with the first rows
     Keys(p, p.kv.v, seq_head).template load<kOwned>(keys.begin, Base::owned(1));
-    const RowLoader<T, kVisited, typename Base::VisitedTile> rows(b, seq_head);
-    const RowFactsLoader<kVisited> facts(b, w, seq_head, {keys.begin, keys.begin + kOwned});
+    const RowLoader<T, kVisited, typename Base::VisitedTile, false> rows(b, seq_head);
+    const RowFactsLoader<kVisited, false> facts(b, w, seq_head, {keys.begin, keys.begin + kOwned});
     typename Base::Filling buffers;
     for (int32_t m = tiles.end - 1; m >= tiles.begin; --m) {
       const int q = buffers.await(), dout = buffers.await();

@@ -35,8 +35,7 @@ struct BackwardTraits {
   // Are the first products of a block started before the last ones of the block before it have ended? Where there are
   // registers for both, and products are short, which leaves more to hide.
   static constexpr bool kAhead = kHeadDim <= 64;
-  static constexpr int kLoadRegs = kHeadDim > 128 || kLoaders < 128 ? 56 : 40;
-  static constexpr int kMathRegs = kHeadDim > 128 || kLoaders < 128 ? 224 : 232;
+  static constexpr int kLoadRegs = kHeadDim > 128 ? 56 : 40, kMathRegs = kHeadDim > 128 ? 224 : 232;
   static_assert(kLoadRegs + 2 * kMathRegs <= 3 * (65536 / kThreads / 8 * 8));
 
   using OwnedTile = SlabTile<kHeadDim, kOwned, kLoaders>;
