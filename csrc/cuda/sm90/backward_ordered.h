@@ -185,8 +185,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
 
     Emptying buffers;
     Turn turn;
-    int q, dout, stage = 0;  // buffers at hand
-    const auto start_scores = [&] { issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero); };
+    int stage = 0;  // of dS
     const auto stage_ds = [&] {
       const uint32_t* words = reinterpret_cast<const uint32_t*>(ds_left.data());
       CUTE_UNROLL
@@ -211,40 +210,29 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
       turn.advance();
       sums -= 2 * TileSums::kVectors * 128;
     };
-    const auto start_probs = [&] { issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero); };
-    const auto finish_probs = [&] {
+    // Nothing is under way from one step to the next: there ptxas puts all products in a row (C7514).
+    for (int32_t left = tiles.size(); left > 0; --left) {
+      const int q = buffers.await();
+      issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero);
+      const int dout = buffers.await();
+      issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero);
       finish<1>(s);
       find_probs<kVisited>(s, shared.info[q], scale_log2, key);
       Base::round(prob_left, s);
-      finish<0>(ds);
-    };
-    if (tiles.size() > 0) {
-      q = buffers.await();
-      start_scores();
-      dout = buffers.await();
-      start_probs();
-      finish_probs();
-      for (int32_t left = tiles.size(); left > 0; --left) {
-        issue(mma_out, prob_left, rows_t(_, _, _, dout), dv, GMMA::ScaleOut::One);
-        find_ds<kVisited>(ds, prob_left, shared.info[q]);
-        Base::round(ds_left, ds);
-        stage_ds();
-        issue(mma_dq, ds_t(_, _, _, stage), k_t(_, _, _), dq, GMMA::ScaleOut::Zero);
-        issue(mma_out, ds_left, rows_t(_, _, _, q), dk, GMMA::ScaleOut::One);
-        finish<1>(dq);
-        warpgroup_fence_operand(dv);
-        buffers.give_back(dout);
-        add_dq();
-        const int q_before = q;
-        if (left > 1) q = buffers.await();
-        start_scores();
-        finish<1>(dk);
-        buffers.give_back(q_before);
-        if (left > 1) dout = buffers.await();
-        start_probs();
-        finish_probs();
-        stage ^= 1;
-      }
+      issue(mma_out, prob_left, rows_t(_, _, _, dout), dv, GMMA::ScaleOut::One);
+      finish<1>(ds);
+      find_ds<kVisited>(ds, prob_left, shared.info[q]);
+      Base::round(ds_left, ds);
+      stage_ds();
+      issue(mma_dq, ds_t(_, _, _, stage), k_t(_, _, _), dq, GMMA::ScaleOut::Zero);
+      issue(mma_out, ds_left, rows_t(_, _, _, q), dk, GMMA::ScaleOut::One);
+      finish<1>(dq);
+      warpgroup_fence_operand(dv);
+      buffers.give_back(dout);
+      add_dq();  // beside the product of dK
+      finish<0>(dk);
+      buffers.give_back(q);
+      stage ^= 1;
     }
     store_keys<Base>(p, seq_head, keys, warpgroup, dk, p.scale, b.grad_k);
     store_keys<Base>(p, seq_head, keys, warpgroup, dv, 1.f, b.grad_v);
