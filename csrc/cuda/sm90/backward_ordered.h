@@ -221,7 +221,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
       Base::round(prob_left, s);
       issue(mma_out, prob_left, rows_t(_, _, _, dout), dv, GMMA::ScaleOut::One);
       finish<1>(ds);
-      find_ds<kVisited>(ds, prob_left, shared.info[q]);
+      find_ds<T, kVisited>(ds, prob_left, shared.info[q]);
       Base::round(ds_left, ds);
       stage_ds();
       issue(mma_dq, ds_t(_, _, _, stage), k_t(_, _, _), dq, GMMA::ScaleOut::Zero);
