@@ -31,9 +31,9 @@ struct AddOrder {
 };
 
 // Few sequence heads at a time read and add to few rows, which then stay in the L2 cache; but where they have few
-// blocks, workers wait for each other at the beginning and have nothing left at the end. So two blocks a worker.
+// blocks, workers wait for each other at the beginning and have nothing left at the end. So about two blocks a worker.
 inline AddOrder add_order(int32_t seq_heads, int32_t key_blocks, int32_t workers) {
-  const int32_t least = max_of(ceil_div(2 * workers, max_of(key_blocks, 1)), 1);
+  const int32_t least = max_of(2 * workers / max_of(key_blocks, 1), 1);
   return {seq_heads, key_blocks, ceil_div(seq_heads, max_of(ceil_div(seq_heads, least), 1))};
 }
 
