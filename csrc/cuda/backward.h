@@ -34,9 +34,11 @@ struct Shared {
   }
 };
 
-// Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)?
-__device__ inline bool adds_in_order(const AttendParams& p, const BackwardWorkspace& w, int32_t seq, int32_t kv_head) {
-  return w.dq && p.routing.patterns[p.routing.mode(seq, kv_head)].is_full();
+// Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)? A view
+// in shared memory tells the compiler that all threads agree; a route in global memory does not, and where they might
+// not, WGMMA's descriptors are moved to uniform registers before each product.
+__device__ inline bool adds_in_order(const BackwardWorkspace& w, const TileView& seq_head) {
+  return w.dq && seq_head.pattern.is_full();
 }
 
 // A block of rows, or of keys, of one sequence.
@@ -190,11 +192,12 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const auto num_rows = [&](int32_t seq) { return p.q.rows(seq, kv_head).size() * p.group(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
-  if (own.block >= own.count || adds_in_order(p, w, own.seq, kv_head)) return;
-  __shared__ Shared<TileView> seq_head;
+  if (own.block >= own.count) return;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if (adds_in_order(w, v)) return;
   const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_rows(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_rows(own.seq))});
 }
 
 template <typename Body>
@@ -206,11 +209,12 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const auto num_keys = [&](int32_t seq) { return p.kv.rows(seq, kv_head).size(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
-  if (own.block >= own.count || adds_in_order(p, w, own.seq, kv_head)) return;
-  __shared__ Shared<TileView> seq_head;
+  if (own.block >= own.count) return;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if (adds_in_order(w, v)) return;
   const int32_t first = own.block * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_keys(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_keys(own.seq))});
 }
 
 template <typename Body>

@@ -250,9 +250,9 @@ __global__ void __launch_bounds__(kFactsThreads)
   if (thread < int64_t(seq_heads) * w.tiles_each) w.tickets[thread] = 0;
   if (thread == 0) *w.next = 0;
   const int32_t index = blockIdx.x % seq_heads, block = blockIdx.x / seq_heads;
-  if (!adds_in_order(p, w, index / heads, index % heads)) return;
   __shared__ cuda::Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
+  if (!adds_in_order(w, v)) return;
   const Span rows{block * kMostRowsOfBlock, min_of((block + 1) * kMostRowsOfBlock, valid_rows(p, v))};
   const int32_t row = rows.begin + int32_t(threadIdx.x) / 4;
   OwnedRow<T>(b, v, v, rows, row).finish(p, w, v, rows, row);
@@ -265,10 +265,9 @@ __global__ void __launch_bounds__(256)
   const AttendParams& p = b.forward;
   const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
   const int32_t index = blockIdx.x % seq_heads, tile = blockIdx.x / seq_heads;
-  if (!adds_in_order(p, w, index / heads, index % heads)) return;
   __shared__ cuda::Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
-  if (tile * kTileRows >= valid_rows(p, v)) return;
+  if (!adds_in_order(w, v) || tile * kTileRows >= valid_rows(p, v)) return;
   const int warpgroup = threadIdx.x / 128;
   const bool empty = v.kv_rows.size() == 0 || blocks_seen(tile, v.q_pos, v.q_rows.size(), p.group()) == 0;
   const float4* sums = TileSums(w, p, v.tile).of_thread(tile, warpgroup);
@@ -304,9 +303,9 @@ __global__ void __launch_bounds__(Body::kThreads, 1)
   __shared__ cuda::Shared<AddOrder::Item> shared_item;
   __shared__ cuda::Shared<TileView> shared_view;
   const AddOrder::Item& item = shared_item.make([&] { return order[int32_t(atomicAdd(w.next, 1u))]; });
-  const int32_t seq = item.seq_head / p.kv.num_heads, kv_head = item.seq_head % p.kv.num_heads;
-  if (!adds_in_order(p, w, seq, kv_head) || item.block * kAddedKeys >= p.kv.rows(seq, kv_head).size()) return;
-  Body::run(b, w, shared_view.make([&] { return view_seq_head(p, seq, kv_head, kAddedKeys); }), item.block);
+  const TileView& v = shared_view.make(
+      [&] { return view_seq_head(p, item.seq_head / p.kv.num_heads, item.seq_head % p.kv.num_heads, kAddedKeys); });
+  if (item.block * kAddedKeys < v.kv_rows.size() && adds_in_order(w, v)) Body::run(b, w, v, item.block);
 }
 
 }  // namespace flux::cuda::sm90
