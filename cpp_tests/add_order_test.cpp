@@ -39,7 +39,7 @@ TEST(AddOrder, TilesAndBlocksAreThoseOfTheMask) {
       for (int32_t tile = 0; tile < c.tiles(); ++tile) {
         ASSERT_EQ(tile >= tiles.begin && tile < tiles.end, sees(c, tile, block)) << tile << " " << block;
         // The blocks that a tile sees are the first ones, so a block's number is its turn.
-        if (c.kv_len > 0) ASSERT_EQ(block < blocks_seen(tile, c.q_pos(), c.q_len, c.group), sees(c, tile, block));
+        ASSERT_EQ(block < blocks_seen(tile, c.q_pos(), c.q_len, c.group), sees(c, tile, block));
       }
     }
   }
@@ -107,8 +107,7 @@ TEST(AddOrder, WorkersNeverWaitForEver) {
     }
     for (size_t h = 0; h < heads.size(); ++h)
       for (int32_t tile = 0; tile < heads[h].tiles(); ++tile)
-        ASSERT_EQ(tickets[h][tile],
-                  heads[h].kv_len == 0 ? 0 : blocks_seen(tile, heads[h].q_pos(), heads[h].q_len, heads[h].group));
+        ASSERT_EQ(tickets[h][tile], blocks_seen(tile, heads[h].q_pos(), heads[h].q_len, heads[h].group));
   }
 }
 

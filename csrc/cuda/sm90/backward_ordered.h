@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(256)
   const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
   if (!adds_in_order(w, v) || tile * kTileRows >= valid_rows(p, v)) return;
   const int warpgroup = threadIdx.x / 128;
-  const bool empty = v.kv_rows.size() == 0 || blocks_seen(tile, v.q_pos, v.q_rows.size(), p.group()) == 0;
+  const bool empty = blocks_seen(tile, v.q_pos, v.q_rows.size(), p.group()) == 0;
   const float4* sums = TileSums(w, p, v.tile).of_thread(tile, warpgroup);
   float4 x[TileSums::kVectors];
   CUTE_UNROLL
