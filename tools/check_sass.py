@@ -60,6 +60,14 @@ RULES = (
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
+    # Adds in memory, but in a fixed order (docs/kernels.md); its atomic only hands out work.
+    Rule(
+        r"sm90.*ordered_backward_kernel",
+        need=frozenset({"HGMMA", "LDGSTS", "STSM", "REDG"}),
+        forbid=SPILLS | {"HMMA"},
+        most_among_products=(("R2UR", 8), ("WARPGROUP", 24)),
+        most_registers=168,
+    ),
     # Few waits among the products: ptxas puts one behind each where it has no registers to let them overlap.
     Rule(
         r"backward_kernel.*sm90",

@@ -56,6 +56,11 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_un
            cudaStream_t stream) {
   const int32_t dim = b.forward.head_dim;
 #ifdef FLUX_SM90
+  if (w.dq) {
+    if (cudaError_t e = sm90::launch_ordered_backward<kDType>(b, w, device, stream))
+      return {"gradients of full attention", e};
+    if (!b.forward.routing.route) return {};  // no other heads
+  }
   if (runs_on_sm90(b.forward, device)) {
     if (dim <= 64) return run<sm90::BackwardKernels<kDType, 64>>(b, w, stream);
     if (dim <= 96) return run<sm90::BackwardKernels<kDType, 96>>(b, w, stream);
@@ -88,6 +93,22 @@ Status check_counts(const AttendBackwardParams& b) {
   return {};
 }
 
+// For head dimension 128, where heads may have full attention, groups of 1, 2, 4 or 8, and sequences in tensors of
+// their own; where there are many more keys than queries, the blocks of keys would wait for each other.
+bool adds_in_order([[maybe_unused]] const AttendBackwardParams& b) {
+#ifdef FLUX_SM90
+  const AttendParams& p = b.forward;
+  Device device{};
+  if (current_device(&device) != cudaSuccess || device.capability != 90) return false;
+  const bool apart = p.batch == 1 || (p.lse_stride.b != 0 && b.grad_k.stride.b != 0);
+  const bool full = p.routing.patterns[0].is_full() || (p.routing.route && p.routing.patterns[1].is_full());
+  return p.head_dim > 96 && p.head_dim <= 128 && sm90::kOrderedGroup % p.group() == 0 && full &&
+         !p.routing.has_lists() && apart && 2 * int64_t(p.q.max_len) >= p.kv.rows.capacity;
+#else
+  return false;
+#endif
+}
+
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {
   const AttendParams& p = b.forward;
   Device device{};
@@ -95,7 +116,7 @@ Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
   if (const Status s = check_counts(b); !s.ok()) return s;
-  const BackwardWorkspace w = lay_out(b, memory);
+  const BackwardWorkspace w = lay_out(b, adds_in_order(b), memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};
   return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, device, stream)
                                     : run<DType::kBFloat16>(b, w, device, stream);

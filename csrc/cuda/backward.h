@@ -34,6 +34,13 @@ struct Shared {
   }
 };
 
+// Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)? A view
+// in shared memory tells the compiler that all threads agree; a route in global memory does not, and where they might
+// not, WGMMA's descriptors are moved to uniform registers before each product.
+__device__ inline bool adds_in_order(const BackwardWorkspace& w, const TileView& seq_head) {
+  return w.dq && seq_head.pattern.is_full();
+}
+
 // A block of rows, or of keys, of one sequence.
 struct OwnedBlock {
   int32_t seq, block, count;  // count: blocks of the sequence; where block is no less, there is no such block
@@ -167,10 +174,11 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
   if (own.block >= own.count) return;
-  __shared__ Shared<TileView> seq_head;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if (adds_in_order(w, v)) return;
   const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_rows(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_rows(own.seq))});
 }
 
 template <typename Body, typename Params, typename Workspace>
@@ -182,10 +190,11 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
   if (own.block >= own.count) return;
-  __shared__ Shared<TileView> seq_head;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if (adds_in_order(w, v)) return;
   const int32_t first = own.block * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_keys(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_keys(own.seq))});
 }
 
 template <typename Body, typename Params, typename Workspace>

@@ -34,16 +34,8 @@ struct HardWalks {
     __device__ VisibleKeys visible_keys(int32_t token, Place) const { return rows.visible_keys(token); }
   };
 
-  // Of a block that owns keys: blocks of rows, by numbers that ascend.
-  struct OfKeys {
-    QueryBlocks blocks;
-
-    __device__ OfKeys(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head, const Span& keys,
-                      int32_t block)
-        : blocks(blocks_seeing(p, w, seq_head, keys, block)) {}
-    __device__ int32_t first() const { return blocks.first(); }
-    __device__ int32_t after(int32_t i) const { return blocks.after(i); }
-    __device__ int32_t end() const { return blocks.end(); }
+  // Of a block that owns keys: blocks of rows, all of them.
+  struct AllRows {
     __device__ int32_t operator[](int32_t i) const { return i; }
     // Where the numbers of the rows stand, and what a query among them sees.
     __device__ const BackwardWorkspace& numbers(const BackwardWorkspace& w, int32_t) const { return w; }
@@ -63,6 +55,18 @@ struct HardWalks {
                                           int32_t) const {
       return keys.end - 1 > seq_head.q_pos + query;
     }
+  };
+
+  // Those that see any of the keys, by numbers that ascend.
+  struct OfKeys : AllRows {
+    QueryBlocks blocks;
+
+    __device__ OfKeys(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head, const Span& keys,
+                      int32_t block)
+        : blocks(blocks_seeing(p, w, seq_head, keys, block)) {}
+    __device__ int32_t first() const { return blocks.first(); }
+    __device__ int32_t after(int32_t i) const { return blocks.after(i); }
+    __device__ int32_t end() const { return blocks.end(); }
   };
 };
 

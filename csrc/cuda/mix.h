@@ -44,7 +44,7 @@ inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, void* base) {
   const AttendParams& p = b.forward;
   MixBackwardWorkspace w;
   BackwardWorkspace &sparse = w.parts[kSparsePart], &rest = w.parts[kRestPart];
-  sparse = rest = lay_out(static_cast<const AttendBackwardParams&>(b), base);
+  sparse = rest = lay_out(static_cast<const AttendBackwardParams&>(b), false, base);
   w.bytes = sparse.bytes;
   const auto take = taking_from(base, w.bytes);
   const int64_t rows = (p.lse_stride.b ? p.batch : 1) * int64_t(p.q.num_heads) * p.q.rows.capacity;

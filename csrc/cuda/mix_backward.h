@@ -20,6 +20,9 @@ __device__ inline Tile find_tile(const AttendParams& p, const MixTiles& tiles, u
   return {own.seq, kv_head, own.count - 1 - own.block};
 }
 
+// No part of a mixture is left to the kernel that adds gradients up in order.
+__device__ inline bool adds_in_order(const MixBackwardWorkspace&, const TileView&) { return false; }
+
 // share exp2(score - lse) = exp2(score - shared_lse)
 FLUX_HD float shared_lse(const SetGradient& g) { return g.share == 0.f ? INFINITY : g.lse - log2f(g.share); }
 

@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
   const Gradients grad(b, "attend_backward");
   const AttendBackwardParams p = grad.params(b);
   if (grad.no_queries || p.forward.batch == 0) return {grad.of_q, grad.of_k, grad.of_v};
-  const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
+  const auto bytes = int64_t(cuda::lay_out(p, cuda::adds_in_order(p), nullptr).bytes);
   const Tensor memory = torch::stable::new_empty(grad.q, {bytes}, ScalarType::Byte);
   check_status(cuda::attend_backward(p, memory.mutable_data_ptr(), current_stream(grad.q)));
   return {grad.of_q, grad.of_k, grad.of_v};

@@ -63,15 +63,28 @@ CUTLASS_DEVICE void find_probs(Scores& s, const VisitedRows<kVisited>& rows, flo
   }
 }
 
+// Probabilities 2 i and 2 i + 1: as they are, or rounded, two in a register. (One at a time, the compiler takes such a
+// register apart and puts it together again.)
+template <class T, class Probs>
+CUTLASS_DEVICE float2 prob_pair(const Probs& probs, int i) {
+  if constexpr (std::is_same_v<typename Probs::value_type, float>)
+    return {probs(2 * i), probs(2 * i + 1)};
+  else
+    return unpack<T>(reinterpret_cast<const uint32_t*>(probs.data())[i]);
+}
+
 // Replaces dP by dS.
-template <int kVisited, class Products, class Probs>
+template <class T, int kVisited, class Products, class Probs>
 CUTLASS_DEVICE void find_ds(Products& ds, const Probs& probs, const VisitedRows<kVisited>& rows) {
   const int column = int(threadIdx.x % 4) * 2;
   CUTE_UNROLL
   for (int j = 0; j < kVisited / 8; ++j) {
     const float2 delta = *reinterpret_cast<const float2*>(&rows.delta[8 * j + column]);
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) ds(4 * j + i) = float(probs(4 * j + i)) * (ds(4 * j + i) - (i % 2 ? delta.y : delta.x));
+    for (int i = 2 * j; i < 2 * j + 2; ++i) {
+      const float2 p = prob_pair<T>(probs, i);
+      ds(2 * i) = p.x * (ds(2 * i) - delta.x), ds(2 * i + 1) = p.y * (ds(2 * i + 1) - delta.y);
+    }
   }
 }
 
@@ -144,9 +157,9 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
     };
     const auto find_left_of_dk = [&] {
       if constexpr (kKeepsProbs)
-        find_ds<kVisited>(ds, s, shared.info[q]);
+        find_ds<typename Base::T, kVisited>(ds, s, shared.info[q]);
       else
-        find_ds<kVisited>(ds, prob_left, shared.info[q]);
+        find_ds<typename Base::T, kVisited>(ds, prob_left, shared.info[q]);
       Base::round(ds_left, ds);
     };
     const auto give_back = [&](int of_q, int of_dout) { buffers.give_back(of_q), buffers.give_back(of_dout); };
@@ -299,7 +312,7 @@ struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<
       slot.advance();
       finish<0>(ds);
       buffers.give_back(dout);
-      find_ds<kVisited>(ds, probs, shared.info[q]);
+      find_ds<typename Base::T, kVisited>(ds, probs, shared.info[q]);
       Base::round(ds_left, ds);
       issue(mma_out, ds_left, rows_t(_, _, _, q), dk, GMMA::ScaleOut::One);
       finish<0>(dk);

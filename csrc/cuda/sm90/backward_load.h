@@ -12,9 +12,10 @@ namespace flux::cuda::sm90 {
 
 constexpr int kLoadThreads = 128;
 
-// A tile in shared memory as slabs of kSlab columns, rows of 128 (or 64) bytes, swizzled.
-template <int kDim, int kRows>
+// A tile in shared memory as slabs of kSlab columns, rows of 128 (or 64) bytes, swizzled; kThreads load it.
+template <int kDim, int kRows, int kThreads_ = kLoadThreads>
 struct SlabTile {
+  static constexpr int kThreads = kThreads_;
   static constexpr int kChunks = kDim / 8, kSlabChunks = kDim % 64 == 0 ? 8 : 4;  // of 16 bytes
   uint32_t base;
 
@@ -27,7 +28,8 @@ struct SlabTile {
 // What a thread copies of a tile: 16 bytes, `chunk` and those kColumns apart, of row `row` and those kStep apart.
 template <typename Tile>
 struct LoadingThread {
-  static constexpr int kColumns = Tile::kChunks <= 8 ? 8 : 16, kStep = kLoadThreads / kColumns;
+  static constexpr int kColumns = Tile::kChunks <= 8 || Tile::kThreads < 128 ? 8 : 16,
+                       kStep = Tile::kThreads / kColumns;
   static constexpr int kChunksEach = ceil_div(Tile::kChunks, kColumns);
   int32_t chunk = threadIdx.x % kColumns, row = threadIdx.x / kColumns;
 
@@ -83,13 +85,13 @@ class KeyLoader {
   int64_t from_;
 };
 
-// Blocks of kRows rows of Q and of dO.
-template <typename T, int kRows, typename Tile>
+// Blocks of kRows rows of Q and of dO. kAnyGroup: may the threads step by part of a query?
+template <typename T, int kRows, typename Tile, bool kAnyGroup = true>
 class RowLoader {
  public:
   CUTLASS_DEVICE RowLoader(const AttendBackwardParams& b, const TileView& seq_head) : b_(b), seq_head_(seq_head) {
     const int32_t group = b.forward.group();
-    if (Thread::kStep % group != 0) return;
+    if (kAnyGroup && Thread::kStep % group != 0) return;
     tokens_ = Thread::kStep / group;
     const TileRow at = tile_row(b.forward, seq_head, thread_.row);
     q_ = row_offset(b.forward.q.stride, seq_head, at) + thread_.chunk * 8;
@@ -98,7 +100,8 @@ class RowLoader {
 
   CUTLASS_DEVICE void load(int32_t block, Tile to_q, Tile to_grad) const {
     const AttendParams& p = b_.forward;
-    if (tokens_ == 0) return load_rows<T, kRows, kLoadThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
+    if (kAnyGroup && tokens_ == 0)
+      return load_rows<T, kRows, Tile::kThreads>(b_, seq_head_, block * kRows, to_q, to_grad);
     if (thread_.idle()) return;
     const int32_t left = seq_head_.q_rows.size() * p.group() - block * kRows - thread_.row;
     const auto copy = [&](Tile tile, const void* data, int64_t offset, const Strides& stride) {
@@ -119,8 +122,9 @@ class RowLoader {
   int64_t q_ = 0, grad_ = 0;
 };
 
-// What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows.
-template <class Walks, int kRows>
+// What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows. kAny: also where they are no
+// whole number of queries, or the walk does not tell at once what is hidden.
+template <class Walks, int kRows, bool kAny = true>
 class RowFactsLoader {
  public:
   using Params = typename Walks::Params;
@@ -131,7 +135,7 @@ class RowFactsLoader {
                                 const Span& owned_keys)
       : b_(b), w_(w), seq_head_(seq_head), walk_(walk), keys_(owned_keys) {
     const int32_t group = b.forward.group();
-    if (kRows % group != 0 || !walk.tells_at_once(seq_head)) return;
+    if (kAny && (kRows % group != 0 || !walk.tells_at_once(seq_head))) return;
     tokens_ = kRows / group;
     const TileRow at = tile_row(b.forward, seq_head, int32_t(threadIdx.x));
     token_ = at.token;
@@ -139,7 +143,7 @@ class RowFactsLoader {
   }
 
   CUTLASS_DEVICE void load(int32_t at, VisitedRows<kRows>& rows) const {
-    if (tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, walk_, keys_, at, rows);
+    if (kAny && tokens_ == 0) return load_visited_rows(b_, w_, seq_head_, walk_, keys_, at, rows);
     const int32_t i = threadIdx.x, first = walk_[at] * tokens_, token = first + token_;
     if (i >= kRows) return;
     const BackwardWorkspace& w = walk_.numbers(w_, at);
