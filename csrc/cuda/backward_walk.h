@@ -49,11 +49,14 @@ struct HardWalks {
                                seq_head.q_pos + ceil_div(min_of(end, seq_head.q_rows.size() * p.group()), p.group())};
       return TileMask(queries)(keys.begin, keys.end);
     }
-    // The same without a division, of `rows` rows that are whole queries from `query` on: where that can be told.
-    __device__ bool tells_at_once(const TileView& seq_head) const { return seq_head.hides_only_later_keys(); }
-    __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, int32_t query,
+    // The same without a division, of `rows` rows that are whole queries.
+    __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, const Span& queries,
                                           int32_t) const {
-      return keys.end - 1 > seq_head.q_pos + query;
+      const int32_t q_pos = seq_head.q_pos + queries.begin;
+      if (keys.end - 1 > q_pos || seq_head.hides_only_later_keys()) return keys.end - 1 > q_pos;
+      const QueryRange range{seq_head.pattern, seq_head.list, seq_head.kv_rows, q_pos,
+                             min_of(seq_head.q_pos + queries.end, seq_head.q_pos_end())};
+      return TileMask(range)(keys.begin, keys.end);
     }
   };
 

@@ -150,8 +150,7 @@ struct MixedWalks {
                                int32_t end) const {
       return !see_all[part(i)].contain(first, end);
     }
-    __device__ bool tells_at_once(const TileView&) const { return true; }
-    __device__ bool needs_mask_of_queries(const TileView&, const Span&, int32_t i, int32_t, int32_t rows) const {
+    __device__ bool needs_mask_of_queries(const TileView&, const Span&, int32_t i, const Span&, int32_t rows) const {
       return !see_all[part(i)].contain((*this)[i] * rows, ((*this)[i] + 1) * rows);
     }
 

@@ -106,6 +106,9 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
   static constexpr bool kKeepsProbs = kHeadDim < 128;
 
   using Base = BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>>;
+  // Do the warpgroups start their first products in turn, so that one works out P and dS beside the other's products?
+  // Not where these products are under way beside the last ones anyway.
+  static constexpr bool kTakesTurns = !Base::kAhead;
   using Base::kOwned, Base::kVisited;
   using typename Base::Emptying;
 
@@ -117,6 +120,13 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
   }
 
  private:
+  static CUTLASS_DEVICE void begin_turn(int warpgroup) {
+    if constexpr (kTakesTurns) cutlass::arch::NamedBarrier::sync(Base::kMathThreads, warpgroup);
+  }
+  static CUTLASS_DEVICE void end_turn(int warpgroup) {
+    if constexpr (kTakesTurns) cutlass::arch::NamedBarrier::arrive(Base::kMathThreads, 1 - warpgroup);
+  }
+
   static CUTLASS_DEVICE void multiply(const AttendBackwardParams& b, const TileView& seq_head, const Span& keys,
                                       const typename Walks::OfKeys& walk, int warpgroup) {
     using namespace cute;
@@ -144,10 +154,12 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
     Emptying buffers;
     int q, dout;  // the buffers at hand
     const auto start_in = [&] {
+      begin_turn(warpgroup);
       q = buffers.await();
       issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero);
       dout = buffers.await();
       issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero);
+      end_turn(warpgroup);
     };
     const auto start_dv = [&](int of) { issue(mma_out, prob_left, rows_t(_, _, _, of), dv, GMMA::ScaleOut::One); };
     const auto start_dk = [&](int of) { issue(mma_out, ds_left, rows_t(_, _, _, of), dk, GMMA::ScaleOut::One); };
@@ -188,6 +200,7 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
       finish<0>(dk);
       warpgroup_fence_operand(dv);
     } else {
+      if (warpgroup == 1) end_turn(warpgroup);  // so warpgroup 0 comes first
       for (bool last = false; !last;) {
         start_in();
         last = shared.info[q].last;

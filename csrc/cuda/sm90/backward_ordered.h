@@ -60,7 +60,12 @@ CUTLASS_DEVICE void store_release(uint32_t* to, uint32_t x) {
 }
 
 struct OrderedWalks : HardWalks {
-  using OfKeys = AllRows;
+  struct OfKeys : AllRows {
+    __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, const Span& queries,
+                                          int32_t) const {
+      return keys.end - 1 > seq_head.q_pos + queries.begin;
+    }
+  };
 };
 
 template <class Element>
@@ -105,7 +110,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
     Keys(p, p.kv.k, seq_head).template load<kOwned>(keys.begin, Base::owned(0));  // come with the first rows
     Keys(p, p.kv.v, seq_head).template load<kOwned>(keys.begin, Base::owned(1));
     const RowLoader<T, kVisited, typename Base::VisitedTile, false> rows(b, seq_head);
-    const HardWalks::AllRows walk;
+    const OrderedWalks::OfKeys walk;
     const RowFactsLoader<OrderedWalks, kVisited, false> facts(b, w, seq_head, walk, {keys.begin, keys.begin + kOwned});
     typename Base::Filling buffers;
     for (int32_t m = tiles.end - 1; m >= tiles.begin; --m) {
