@@ -1,6 +1,4 @@
 // Stage 4: the pieces of cut tiles, merged in the order of their workers.
-#include <type_traits>
-
 #include "cuda/cuda.h"
 #include "cuda/dependent_launch.h"
 #include "cuda/epilogue.h"
@@ -36,7 +34,6 @@ class PieceRow {
       : pieces_(pieces),
         first_(first),
         step_(step),
-        row_bytes_(int32_t(sizeof(float)) * partials.head_dim),
         state_bytes_(int32_t(sizeof(SoftmaxState)) * partials.tile_rows),
         out_bytes_(int32_t(sizeof(float)) * partials.tile_rows * partials.head_dim),
         state_(reinterpret_cast<const char*>(&partials.state_of(0, row))),
@@ -65,28 +62,9 @@ class PieceRow {
     return all;
   }
 
-  // The same of the first `rows` of kRows rows, all of whose pieces, kPieces at most, are under way together.
-  template <int kRows, int kPieces>
-  __device__ void merge_rows(int32_t d, int32_t rows, Sum (&all)[kRows]) const {
-    Sum sums[kRows][kPieces];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) {
-        if (r >= rows || i >= pieces_.count) continue;
-        const int64_t slot = pieces_.slot(i);
-        sums[r][i].state =
-            *reinterpret_cast<const SoftmaxState*>(state_ + slot * state_bytes_ + r * sizeof(SoftmaxState));
-        sums[r][i].out = *reinterpret_cast<const float4*>(out_ + 4 * d + slot * out_bytes_ + r * row_bytes_);
-      }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) all[r] = merge_sums(sums[r]);
-  }
-
  private:
   TilePieces pieces_;
   int32_t first_, step_;
-  int32_t row_bytes_;
   int32_t state_bytes_, out_bytes_;  // of a slot
   const char *state_, *out_;         // of slot 0
 };
@@ -193,75 +171,43 @@ __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside 
   merge_row(p, from, to);
 }
 
-// Rows of a tile from `row` on, by one warp: so many at a time that kLoads pieces are under way.
-template <typename T>
-__device__ void merge_few_rows(const AttendParams& p, const TileView& view, const Partials& partials,
-                               const TilePieces& pieces, int32_t row, int32_t end_row) {
-  constexpr int kLoads = 8;
-  const auto rows_at_once = [&](auto at_once) {
-    constexpr int kRows = decltype(at_once)::value;
-    for (; row < end_row; row += kRows) {
-      const PieceRow from(partials, pieces, row, 0, 1);
-      for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) {
-        Sum sums[kRows];
-        from.template merge_rows<kRows, kLoads / kRows>(d, end_row - row, sums);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (row + r < end_row) RowWriter<T>(p, view, row + r).write(d, sums[r]);
-      }
-    }
-  };
-  if (pieces.count <= 2) {
-    rows_at_once(std::integral_constant<int, 4>{});
-  } else if (pieces.count <= 4) {
-    rows_at_once(std::integral_constant<int, 2>{});
-  } else {
-    for (; row < end_row; ++row) {
-      const PieceRow from(partials, pieces, row, 0, 1);
-      const RowWriter<T> to(p, view, row);
-      for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) to.write(d, from.merge<kLoads>(d));
-    }
-  }
-}
-
 // The same after a prefill kernel that planned few tiles for itself. No block of this one starts beside it, so it has
-// left its plan, the ranges of its workers. One block per tile and row (warp_rows is 0), or, where there are many rows,
-// one for every kWarps * warp_rows of them.
-template <typename T>
+// left its plan, the ranges of its workers. One block per tile and row, or, where there are many rows (kRowsEach), one
+// for every kWarps of them: a warp takes a row, and one piece after the other.
+template <typename T, bool kRowsEach>
 __global__ void __launch_bounds__(32 * kWarps, 5)
-    combine_few_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const TileOrder order,
-                       const PlanView plan, const Partials partials, const int32_t num_workers,
-                       const int32_t warp_rows) {
+    combine_few_kernel(const __grid_constant__ AttendParams p, const TileShape tile_shape, const PlanView plan,
+                       const Partials partials, const int32_t num_workers) {
   __shared__ __align__(16) unsigned char view_memory[sizeof(TileView)];  // members have initial values
   auto& view = *reinterpret_cast<TileView*>(view_memory);
-  const int32_t tile = blockIdx.x, warp = threadIdx.x / 32;
+  const int32_t tile = blockIdx.x, row = kRowsEach ? blockIdx.y * kWarps + threadIdx.x / 32 : blockIdx.y;
   wait_for_previous();
   let_next_start();
-  if (threadIdx.x == 0) view = view_in_order(p, tile_shape, order, tiles_each(p, tile_shape), tile);
+  if (threadIdx.x == 0) view = view_in_order(p, tile_shape, TileOrder::kInLine, tiles_each(p, tile_shape), tile);
   const TilePieces pieces = pieces_of(plan.ranges, num_workers, tile);
   __syncthreads();
-  if (pieces.count == 0) return;
-  if (warp_rows > 0) {
-    const int32_t row = (blockIdx.y * kWarps + warp) * warp_rows;
-    merge_few_rows<T>(p, view, partials, pieces, row, min_of(row + warp_rows, valid_rows(p, view)));
-  } else if (const int32_t row = blockIdx.y; row < valid_rows(p, view)) {
-    merge_row(p, PieceRow(partials, pieces, row, warp, kWarps), RowWriter<T>(p, view, row));
+  if (pieces.count == 0 || row >= valid_rows(p, view)) return;
+  const RowWriter<T> to(p, view, row);
+  if constexpr (kRowsEach) {
+    const PieceRow from(partials, pieces, row, 0, 1);
+    for (int32_t d = 4 * int32_t(threadIdx.x % 32); d < p.head_dim; d += 128) to.write(d, from.merge<4>(d));
+  } else {
+    merge_row(p, PieceRow(partials, pieces, row, threadIdx.x / 32, kWarps), to);
   }
 }
 
-// So many blocks run at once on the smallest GPU of the Hopper family; more would come in waves.
-constexpr int32_t kBlocksAtOnce = 512;
+// So many blocks with a row each run at once on the smallest GPU of the Hopper family; more would come in waves.
+constexpr int32_t kRowsAtOnce = 512;
 
 template <typename T>
 cudaError_t launch(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream) {
   if (c.inline_plan && c.instance->tile_rows > kDecodeRows) {
     const int32_t num_tiles = tiles_each(p, c.tile) * num_seq_heads(p);
     const int32_t rows = min_of(p.q.max_len, c.tile.q_tokens) * p.group();
-    const bool few_rows = num_tiles * rows <= kBlocksAtOnce;
-    const int32_t warp_rows = few_rows ? 0 : max_of(num_tiles * rows / (kBlocksAtOnce * kWarps), 1);
-    return cuda::launch(combine_few_kernel<T>, dim3(num_tiles, few_rows ? rows : ceil_div(rows, kWarps * warp_rows)),
-                        32 * kWarps, 0, stream, c.overlap, p, c.tile, order_of_few(p, c.tile), w.plan, w.partials,
-                        c.num_workers, warp_rows);
+    const bool few_rows = num_tiles * rows <= kRowsAtOnce;
+    return cuda::launch(few_rows ? combine_few_kernel<T, false> : combine_few_kernel<T, true>,
+                        dim3(num_tiles, few_rows ? rows : ceil_div(rows, kWarps)), 32 * kWarps, 0, stream, c.overlap, p,
+                        c.tile, w.plan, w.partials, c.num_workers);
   }
   if (c.inline_plan) {
     const dim3 grid(num_seq_heads(p), max_of(int32_t(most_rows(p)), 1));

@@ -86,23 +86,13 @@ inline bool plans_inline(const AttendParams& p, const AttendConfig& c) {
   return p.q.max_len <= c.tile.q_tokens && int64_t(p.batch) * p.kv.num_heads <= kInlineTiles;
 }
 
-// The same for a prefill kernel, where a warp plans, up to kLaneTiles tiles a lane. It is split if that pays. Where a
-// turn, one tile of every sequence head, is a part of what the lanes hold at once, turns may be cut apart, so the tiles
-// stand in that order; other problems of more than a tile a lane are left to the plan kernel.
-constexpr int32_t kWarpTiles = 32, kLaneTiles = 4;
+// The same for a prefill kernel, where a warp plans: a tile a lane. It is split if that pays.
+constexpr int32_t kWarpTiles = 32;
 FLUX_HD int32_t tiles_each(const AttendParams& p, const TileShape& tile) {
   return ceil_div(p.q.max_len, tile.q_tokens);
 }
-inline TileOrder order_of_few(const AttendParams& p, const TileShape& tile) {
-  const bool in_turn = tiles_each(p, tile) > 1 && kWarpTiles % (p.batch * p.kv.num_heads) == 0;
-  return in_turn ? TileOrder::kInTurn : TileOrder::kInLine;
-}
-inline bool plans_few(const AttendParams& p, const TileShape& tile, int32_t num_workers) {
-  const int64_t tiles = int64_t(tiles_each(p, tile)) * p.batch * p.kv.num_heads;
-  if (tiles <= kWarpTiles) return true;
-  const bool cuts_turns = tiles_each(p, tile) == 1 || order_of_few(p, tile) == TileOrder::kInTurn;
-  constexpr int32_t kLongest = 1 << 29;  // keys; units are counted with 32 bits
-  return tiles <= kLaneTiles * kWarpTiles && tiles <= num_workers && cuts_turns && p.kv.rows.capacity <= kLongest;
+inline bool plans_few(const AttendParams& p, const TileShape& tile) {
+  return int64_t(tiles_each(p, tile)) * p.batch * p.kv.num_heads <= kWarpTiles;
 }
 
 // A tile of no more rows than this is bound by memory; kernels for it are called decode.

@@ -162,100 +162,34 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   return {first.tile, first.block, last.tile, last.block};
 }
 
-// The line of a prefill kernel that plans for itself (`plans_few`), in every warp: tile n is the lane n % 32's. As the
-// plan kernel does, it leaves tiles whole, gives them whole shares or cuts them evenly; a whole tile is one share.
+// The line of a prefill kernel that plans for itself (`plans_few`), a tile a lane of every warp. As the plan kernel
+// does, it leaves tiles whole, gives them whole shares or cuts them evenly; a whole tile is one share.
 struct FewTiles {
-  uint32_t end[kLaneTiles];  // on which unit the lane's tiles end; ~0: there is none
-  uint32_t total;            // units
+  uint32_t end;    // on which unit the lane's tile ends
+  uint32_t total;  // units
   int32_t workers;
 
-  __device__ Position position(uint32_t unit) const {
-    int32_t tile = 0;
-    uint32_t begin = 0;
-#pragma unroll
-    for (int i = 0; i < kLaneTiles; ++i) {
-      const int32_t before = __popc(__ballot_sync(~0u, end[i] <= unit));  // lanes: ends ascend
-      if (before == 0) break;
-      tile += before;
-      begin = __shfl_sync(~0u, end[i], before - 1);
-    }
-    return position_in(tile, int32_t(unit - begin));
-  }
   __device__ WorkRange range(int32_t num_tiles, int32_t worker) const {
     if (worker >= workers) return {num_tiles, 0, num_tiles, 0};
     const uint32_t share = total / workers, rest = total % workers;
-    const auto begin_of = [&](uint32_t w) { return position(share * w + rest * w / workers); };  // share_unit, 32 bits
-    const Position first = begin_of(worker), last = begin_of(worker + 1);
+    const auto position = [&](uint32_t w) {  // share_unit with 32 bits
+      return position_of_warp(end, num_tiles, share * w + rest * w / workers);
+    };
+    const Position first = position(worker), last = position(worker + 1);
     return {first.tile, first.block, last.tile, last.block};
   }
 };
-
-// cost_of(t): of tile t < num_tiles. In turn: of `seq_heads` tiles each, a part of 32.
-template <class CostOf>
-__device__ FewTiles line_up_few(CostOf cost_of, int32_t num_tiles, TileOrder order, int32_t seq_heads,
-                                int32_t num_workers) {
-  const int32_t lane = threadIdx.x % 32;
-  uint32_t own[kLaneTiles] = {};
-#pragma unroll 1  // what works out a cost is long: it is fetched once
-  for (int i = 0; 32 * i < num_tiles; ++i) {
-    const uint32_t cost = 32 * i + lane < num_tiles ? cost_of(32 * i + lane) : 0;
-#pragma unroll
-    for (int n = 0; n < kLaneTiles; ++n)
-      if (n == i) own[n] = cost;
-  }
-  const auto for_each = [&](auto use) {
-#pragma unroll
-    for (int i = 0; i < kLaneTiles; ++i) {
-      if (32 * i >= num_tiles) break;
-      use(i, own[i], 32 * i + lane);
-    }
-  };
-  uint32_t sum = 0, most = 0, least = ~0u;
-  for_each([&](int, uint32_t cost, int32_t t) {
-    if (t >= num_tiles) return;
-    sum += cost;
-    if (cost > most) most = cost;
-    if (cost < least) least = cost;
-  });
-  const uint32_t total = __reduce_add_sync(~0u, sum), largest = __reduce_max_sync(~0u, most);
-  const uint32_t smallest = ~__reduce_max_sync(~0u, ~least);
+__device__ inline FewTiles line_up_few(int32_t cost, int32_t num_tiles, int32_t num_workers) {
+  const bool valid = int32_t(threadIdx.x % 32) < num_tiles;
+  uint32_t own = valid ? cost : 0;
+  const uint32_t total = __reduce_add_sync(~0u, own), largest = __reduce_max_sync(~0u, own);
+  const uint32_t smallest = ~__reduce_max_sync(~0u, valid ? ~own : 0);
   Cut<uint32_t> cut{largest, num_tiles};  // whole tiles
-  if (num_tiles > num_workers || !waves_end_in_time(num_tiles, largest, total, num_workers)) {
-    const int32_t sharing = sharing_workers(total, num_tiles, num_workers);
-    cut = cut_apart(total, smallest, largest, num_tiles, sharing, [&](uint32_t share) {
-      uint32_t shares = 0;
-      for_each([&](int, uint32_t cost, int32_t) { shares += whole_shares(cost, share); });
-      return __reduce_add_sync(~0u, shares);
-    });
-    if (cut.unit == 1 && order == TileOrder::kInTurn) {
-      uint32_t turn[kLaneTiles], largest_turn = 0, smallest_turn = ~0u;
-      for_each([&](int i, uint32_t& cost, int32_t t) {
-        uint32_t all = cost;
-        for (int32_t step = 1; step < seq_heads; step *= 2) all += __shfl_xor_sync(~0u, all, step);
-        turn[i] = all;
-        if (t >= num_tiles) return;
-        if (all > largest_turn) largest_turn = all;
-        if (all < smallest_turn) smallest_turn = all;
-      });
-      smallest_turn = ~__reduce_max_sync(~0u, ~smallest_turn), largest_turn = __reduce_max_sync(~0u, largest_turn);
-      const Cut<uint32_t> turns = cut_turns_apart(total, smallest_turn, largest_turn, num_tiles / seq_heads, sharing);
-      if (turns.unit > 1) {
-        for_each([&](int i, uint32_t& cost, int32_t t) {  // the last tile of a turn is rounded up for all
-          if (t < num_tiles && (t + 1) % seq_heads == 0) cost += turns.unit - turn[i];
-        });
-        cut = {1, turns.num_workers};
-      }
-    }
-  }
-  FewTiles few{{}, 0, cut.num_workers};
-#pragma unroll
-  for (int i = 0; i < kLaneTiles; ++i) few.end[i] = ~0u;
-  for_each([&](int i, uint32_t cost, int32_t t) {
-    const uint32_t end = few.total + sum_up_to_lane(whole_shares(cost, cut.unit) * cut.unit);
-    if (t < num_tiles) few.end[i] = end;
-    few.total = __shfl_sync(~0u, end, 31);
-  });
-  return few;
+  if (num_tiles > num_workers || !waves_end_in_time(num_tiles, largest, total, num_workers))
+    cut = cut_apart(total, smallest, largest, num_tiles, sharing_workers(total, num_tiles, num_workers),
+                    [&](uint32_t share) { return __reduce_add_sync(~0u, whole_shares(own, share)); });
+  const uint32_t end = sum_up_to_lane(whole_shares(own, cut.unit) * cut.unit);
+  return {end, __shfl_sync(~0u, end, 31), cut.num_workers};
 }
 
 // The pieces of a tile, found by a warp among the ranges of all workers; count 0: it is whole.

@@ -31,14 +31,13 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
     ring.advance();
   };
   constexpr bool kSpare = has_spare_registers(T::kHeadDim, T::kRows);
-  constexpr bool kPlans = plans_for_itself(T::kHeadDim, T::kRows);
   if constexpr (kSpare) touch(p);
   wait_for_previous();
   let_next_start();
   const bool planned = p.order == TileOrder::kPlanned;
   const TileShape shape{p.tile.q_tokens, kSpare ? T::kKvBlock : p.tile.kv_block};  // a constant spares divisions
   const auto view_of = [&](int32_t t) {
-    if constexpr (kPlans)
+    if constexpr (kSpare)
       if (p.inline_plan) return view_in_order(p.attend, shape, p.order, p.tiles_each, t);
     const int32_t heads = p.attend.kv.num_heads;
     const Tile tile = planned ? p.plan.tiles[t] : tile_at(p.order, t, p.attend.batch * heads, heads, p.tiles_each);
@@ -47,11 +46,11 @@ CUTLASS_DEVICE void schedule(const KernelParams& p, typename T::Shared& shared) 
   const auto whole_tile = [](int32_t item) { return WorkRange{item, 0, item + 1, 0}; };
   PlanHeader header{p.num_tiles, p.num_tiles, 1, 0};
   WorkRange range = whole_tile(blockIdx.x);
-  if (kPlans && p.inline_plan) {
+  if (kSpare && p.inline_plan) {
+    const int32_t lane = cutlass::canonical_lane_idx();
+    const int32_t cost = lane < p.num_tiles ? tile_cost(view_of(lane)) : 0;
     header = {p.num_tiles, int32_t(gridDim.x), 0, 0};
-    const auto cost_of = [&](int32_t t) { return tile_cost(view_of(t)); };
-    range = line_up_few(cost_of, p.num_tiles, p.order, p.attend.batch * p.attend.kv.num_heads, int32_t(gridDim.x))
-                .range(p.num_tiles, int32_t(blockIdx.x));
+    range = line_up_few(cost, p.num_tiles, int32_t(gridDim.x)).range(p.num_tiles, int32_t(blockIdx.x));
     if (leader) p.plan.ranges[blockIdx.x] = range;  // for combine
   } else if (planned) {
     header = *p.plan.header;

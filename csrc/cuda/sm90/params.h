@@ -24,10 +24,6 @@ static_assert(token_of_row_is_exact());
 // warpgroups it had no registers for that; it has them now (docs/kernels_diary.md, v14), but that it gains anything was
 // not measured.
 constexpr bool has_spare_registers(int32_t head_dim, int32_t tile_rows) { return head_dim <= 128 || tile_rows == 64; }
-// Nor does it plan few tiles where 32 registers are all that it has; three warpgroups have many tiles anyway.
-constexpr bool plans_for_itself(int32_t head_dim, int32_t tile_rows) {
-  return has_spare_registers(head_dim, tile_rows) && tile_rows <= 128;
-}
 
 struct KernelParams {
   // q: {D, Hq, S, B} in boxes {slab, group, q_tokens}; k, v: {D, S or page_size, Hkv, B or pages} in boxes {slab,

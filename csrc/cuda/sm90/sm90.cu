@@ -137,7 +137,7 @@ cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const
   k->attend = p;
   k->tile = c.tile;
   k->plan = w.plan;
-  k->order = c.inline_plan ? order_of_few(p, c.tile) : c.order;
+  k->order = c.inline_plan ? TileOrder::kInLine : c.order;
   k->tiles_each = tiles_each(p, c.tile);
   k->num_tiles = k->tiles_each * num_seq_heads(p);
   k->inline_plan = c.inline_plan;
@@ -174,8 +174,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->order = known_order(p, c->tile, c->num_workers);
   const bool spare = has_spare_registers(i->head_dim, i->tile_rows);
   c->uncounted = spare && is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
-  c->inline_plan = c->order == TileOrder::kPlanned && plans_for_itself(i->head_dim, i->tile_rows) &&
-                   plans_few(p, c->tile, c->num_workers);
+  c->inline_plan = c->order == TileOrder::kPlanned && spare && plans_few(p, c->tile);
   return true;
 }
 
