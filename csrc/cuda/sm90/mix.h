@@ -144,10 +144,8 @@ CUTLASS_DEVICE void store_parts(const MixKernelParams& p, typename T::Shared& sh
       }
     }
     __syncwarp();
-    if (lane == 0) {
-      shared.q_empty[stage.index].arrive();
-      shared.work_empty[work.index].arrive();
-    }
+    shared.q_empty[stage.index].arrive();
+    shared.work_empty[work.index].arrive();
     __syncwarp();
   }
 }
