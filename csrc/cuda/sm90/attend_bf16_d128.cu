@@ -6,8 +6,6 @@ template cudaError_t launch_instance<DType::kBFloat16, 128, 128, 2>(const Kernel
                                                                     cudaStream_t);
 template cudaError_t launch_instance<DType::kBFloat16, 128, 64, 2>(const KernelParams&, const AttendConfig&,
                                                                    cudaStream_t);
-template cudaError_t launch_instance<DType::kBFloat16, 128, 128, 1>(const KernelParams&, const AttendConfig&,
-                                                                    cudaStream_t);
 template cudaError_t launch_instance<DType::kBFloat16, 128, 64, 1>(const KernelParams&, const AttendConfig&,
                                                                    cudaStream_t);
 

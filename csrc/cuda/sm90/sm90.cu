@@ -44,11 +44,9 @@ constexpr Instance kInstances[] = {
     instance<DType::kFloat16, 256, 64>(),
     // One warpgroup, for a few queries over a cache.
     instance<DType::kBFloat16, 64, 128, 1>(),
-    instance<DType::kBFloat16, 128, 128, 1>(),
     instance<DType::kBFloat16, 128, 64, 1>(),
     instance<DType::kBFloat16, 256, 64, 1>(),
     instance<DType::kFloat16, 64, 128, 1>(),
-    instance<DType::kFloat16, 128, 128, 1>(),
     instance<DType::kFloat16, 128, 64, 1>(),
     instance<DType::kFloat16, 256, 64, 1>(),
 };
@@ -95,8 +93,7 @@ const Instance* find_instance(const AttendParams& p, int32_t tile_rows) {
   return best;
 }
 
-// A few queries are bound by memory, if one warpgroup keeps up with it: what it waits for in each block, for products,
-// barriers and its own instructions, counts half as much with 128 keys as with 64.
+// A few queries are bound by memory: what counts is how many keys are under way, and how soon a buffer is free again.
 const Instance* choose_instance(const AttendParams& p, int32_t num_sms) {
   if (const Instance* few = most_rows(p) <= kFewRows ? find_instance(p, kFewRows) : nullptr) return few;
   if (const Instance* wide = find_wide(p, num_sms); wide && pages_fit(p, wide->kv_block)) return wide;
