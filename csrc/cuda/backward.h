@@ -164,7 +164,8 @@ __device__ inline QueryBlocks blocks_seeing(const AttendParams& p, const Backwar
                       seq_head.q_rows.size(), p.group(), block, lists_with(p, w, seq_head, keys));
 }
 
-// A Body has kOwned, kVisited, kThreads, kSmemBytes, kMinBlocks, and runs one block.
+// A Body has kOwned, kVisited, kThreads, kSmemBytes, kMinBlocks, kLeavesFull (may heads be left to another kernel, see
+// adds_in_order?), and runs one block.
 template <typename Body, typename Params, typename Workspace>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
     queries_backward_kernel(const __grid_constant__ Params b, const __grid_constant__ Workspace w, const bool in_turn) {
@@ -176,7 +177,8 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   if (own.block >= own.count) return;
   __shared__ Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
-  if (adds_in_order(w, v)) return;
+  if constexpr (Body::kLeavesFull)
+    if (adds_in_order(w, v)) return;
   const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
   Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_rows(own.seq))});
 }
@@ -192,7 +194,8 @@ __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
   if (own.block >= own.count) return;
   __shared__ Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
-  if (adds_in_order(w, v)) return;
+  if constexpr (Body::kLeavesFull)
+    if (adds_in_order(w, v)) return;
   const int32_t first = own.block * Body::kOwned;
   Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_keys(own.seq))});
 }

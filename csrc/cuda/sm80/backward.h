@@ -19,6 +19,7 @@ struct Backward {
   using Tile = SmemTile<kDim>;
   static constexpr int kOwnedBytes = kOwned * Tile::kRowBytes, kVisitedBytes = kVisited * Tile::kRowBytes;
   static constexpr int kTileBytes = 2 * kOwnedBytes + 2 * kStages * kVisitedBytes;
+  static constexpr bool kLeavesFull = false;
 
   using Scores = float[1][kVisited / 8][4];  // of 16 that a warp owns, and those that it visits
 

@@ -29,6 +29,7 @@ struct BackwardTraits {
   using Exchange = Exchange_;
   static constexpr int kHeadDim = kHeadDim_, kOwned = kOwned_, kVisited = kVisited_, kMinBlocks = 1;
   static constexpr int kLoaders = kLoaders_;
+  static constexpr bool kLeavesFull = kHeadDim == 128;
 
   // One warpgroup that loads, then the consumers. Registers as in Traits, traits.h.
   static constexpr int kMathThreads = 256, kThreads = kLoadThreads + kMathThreads;
