@@ -57,6 +57,25 @@ def gradients(s: Setting, q_len: int, kv_len: int, *, dim: int = 128, lists: boo
     return lambda: torch.ops.flux_ext.attend_backward(grad, q, k, v, out, lse, *rest)
 
 
+def mixture(
+    s: Setting, length: int, *, dim: int = 128, heads: tuple[int, int] = (8, 2), lists: bool = False, back: bool = False
+) -> Call:
+    """A mixture of full attention and a window, or lists of key blocks; or its backward pass."""
+    q, grad = (s.random(1, length, heads[0], dim) for _ in range(2))
+    k, v = (s.random(1, length, heads[1], dim) for _ in range(2))
+    weight = torch.full((1, heads[1]), 0.3, device=s.device)
+    if lists:
+        blocks, counts = s.int32([[[[0, 0, 0], [0, 1, 0], [0, 2, 0]]] * 2]), s.int32([[[1, 2, 2]] * 2])
+        how = (weight, [*Full().numbers(), 0, 0, 1, 0, 1, 128], None, None, blocks, counts)
+    else:
+        how = (weight, [*Full().numbers(), 0, *Streaming(16, 48).numbers(), 0], None, None, None, None)
+    rest = (*how, dim**-0.5, None, None, None, None)
+    if not back:
+        return lambda: torch.ops.flux_ext.mix(q, k, v, *rest, None)
+    _, *branches = torch.ops.flux_ext.mix(q, k, v, *rest, None)
+    return lambda: torch.ops.flux_ext.mix_backward(grad, q, k, v, *branches, *rest)
+
+
 def paged(s: Setting) -> Call:
     """A decode step over pages."""
     q = s.random(2, 1, 8, 128)
@@ -117,6 +136,15 @@ SMALL: dict[str, Callable[[Setting], Call]] = {
     "backward-d64": lambda s: gradients(s, 200, 200, dim=64),
     "backward-d256": lambda s: gradients(s, 200, 200, dim=256),
     "backward-block-lists": lambda s: gradients(s, 300, 300, lists=True),
+    "mixture": lambda s: mixture(s, 300),
+    "mixture-d64": lambda s: mixture(s, 300, dim=64),
+    "mixture-d256": lambda s: mixture(s, 300, dim=256),
+    "mixture-long": lambda s: mixture(s, 900, heads=(64, 64)),
+    "mixture-block-lists": lambda s: mixture(s, 300, lists=True),
+    "mixture-backward": lambda s: mixture(s, 300, back=True),
+    "mixture-backward-d64": lambda s: mixture(s, 300, dim=64, back=True),
+    "mixture-backward-d256": lambda s: mixture(s, 300, dim=256, back=True),
+    "mixture-backward-block-lists": lambda s: mixture(s, 300, lists=True, back=True),
     "router-layer": lambda s: router(s, LayerRouter, 300),
     "router-head": lambda s: router(s, HeadRouter, 300),
     "model-step": model_step,

@@ -45,12 +45,16 @@ if [ $# -eq 0 ]; then
     racecheck:sm90-prefill-split:flux racecheck:sm90-block-lists:flux racecheck:router-layer:flux \
     racecheck:backward:flux racecheck:backward-d64:flux racecheck:backward-d256:flux \
     racecheck:backward-block-lists:flux \
+    racecheck:mixture:flux racecheck:mixture-d64:flux racecheck:mixture-d256:flux racecheck:mixture-long:flux \
+    racecheck:mixture-block-lists:flux racecheck:mixture-backward:flux racecheck:mixture-backward-d64:flux \
+    racecheck:mixture-backward-d256:flux racecheck:mixture-backward-block-lists:flux \
     racecheck:router-head:flux \
     racecheck:plan:plan_kernel racecheck:plan:attend_kernel racecheck:decode:attend_kernel \
     racecheck:decode:combine racecheck:sm80-prefill:attend_kernel racecheck:sm90-prefill:attend_kernel \
     racecheck:blocking,decode:flux racecheck:eager,decode:flux racecheck:eager,plan:plan_kernel
   for tool in synccheck memcheck initcheck; do
-    for launch in plan decode sm80-prefill sm90-prefill sm90-prefill-split router-layer backward backward-d256; do
+    for launch in plan decode sm80-prefill sm90-prefill sm90-prefill-split router-layer backward backward-d256 \
+      mixture mixture-d256 mixture-backward mixture-backward-d256; do
       set -- "$@" "$tool:$launch:flux"
     done
   done

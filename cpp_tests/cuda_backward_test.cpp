@@ -12,7 +12,7 @@ void attend_backward_on_device(test::AttendCase& c) {
   for (test::Data* grad : {&c.grad_q, &c.grad_k, &c.grad_v}) grad->fill(NAN);
   b.grad_out.data = copy(c.grad_out);
   b.grad_q.data = copy(c.grad_q), b.grad_k.data = copy(c.grad_k), b.grad_v.data = copy(c.grad_v);
-  const DeviceArray<char> memory(std::vector<char>(lay_out(b, nullptr).bytes, char(0xff)));
+  const DeviceArray<char> memory(std::vector<char>(lay_out(b, adds_in_order(b), nullptr).bytes, char(0xff)));
   const Status done = attend_backward(b, memory.get(), nullptr);
   ASSERT_TRUE(done.ok()) << done.what;
   CUDA_OK(cudaDeviceSynchronize());

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "attend_case.h"
+#include "core/mixture_parts.h"
 #include "cpu/cpu.h"
 #include "random_problem.h"
 
@@ -92,6 +93,138 @@ TEST(Mixture, GradientsOfKeysThatBothSeeAreThoseOfTheTwo) {
   }
   EXPECT_EQ(seen_by_both(0.5f, -INFINITY, 0.f, 0.5f, 1.f, 0.f).share, 0.f);
   EXPECT_EQ(seen_by_one(1.f, -INFINITY, 0.f).lse, INFINITY);
+}
+
+// Of full attention and the sparse pattern of `p`, which its routing has alone: every key up to a query's own belongs
+// to one part, whose blocks are exactly those that hold any.
+void check_parts(const AttendParams& p, const TileShape& shape, const Tile& tile) {
+  const TileView sparse = view_tile(p, shape, tile);
+  const int32_t width = shape.kv_block, kv_len = sparse.kv_rows.size();
+  for (int n = 0; n < kParts; ++n) {
+    const PartView v(sparse, Part(n), width);
+    std::set<int32_t> visited, useful;
+    for (int32_t i = 0; i < v.blocks.size(); ++i) {
+      ASSERT_TRUE(i == 0 || v.blocks[i] > v.blocks[i - 1]) << "blocks must ascend";
+      visited.insert(v.blocks[i]);
+    }
+    const PartMask masked = v.mask();
+    for (int32_t block = 0; block < ceil_div(kv_len, width); ++block) {
+      bool all = true;
+      for (int32_t token = 0; token < sparse.q_rows.size(); ++token)
+        for (int32_t key = block * width; key < (block + 1) * width; ++key) {
+          const bool full = key < kv_len && key <= sparse.q_pos + token, shown = full && sparse.sees(token, key);
+          const bool in_part = n == kSparsePart ? shown : full && !shown;
+          if (in_part) useful.insert(block);
+          all &= in_part;
+          ASSERT_EQ(visited.count(block) && key < kv_len && v.visible_keys(token).contain(key), in_part)
+              << "part " << n << " token " << token << " key " << key;
+        }
+      ASSERT_TRUE(!visited.count(block) || masked(block * width, (block + 1) * width) == !all)
+          << "part " << n << " block " << block;
+    }
+    ASSERT_EQ(visited, useful) << "part " << n;
+  }
+}
+
+TEST(Mixture, FullAttentionIsTheSparsePatternAndTheRest) {
+  Random random(305);
+  test::ProblemOptions options;
+  options.max_q_len = 200;
+  for (int i = 0; i < 100; ++i) {
+    SCOPED_TRACE("case " + std::to_string(i));
+    options.block_lists = i % 2 == 0;
+    test::Problem problem;
+    random_problem(random, options, problem);
+    AttendParams p = problem.params;
+    p.routing.patterns[0] = {};
+    p.routing.blocks[0] = {};
+    ASSERT_TRUE(is_in_parts(p.routing));
+    p.routing = sparse_alone(p.routing);
+    const int32_t widest = p.routing.blocks[0].blocks ? p.routing.blocks[0].kv_width : 128;
+    const TileShape shape{1 << random.integer(3, 6), random.chance(50) ? 64 : widest};
+    for (int32_t b = 0; b < p.batch; ++b)
+      for (int32_t h = 0; h < p.kv.num_heads; ++h)
+        for (int32_t m = 0; m < tiles_in_seq_head(p, shape, b, h); ++m) {
+          check_parts(p, shape, {b, h, m});
+          if (HasFatalFailure()) return;
+        }
+  }
+}
+
+TEST(Mixture, QueryBlocksOfTheRestAreExactlyThoseThatSeeTheKeys) {
+  Random random(306);
+  for (int i = 0; i < 1500; ++i) {
+    const Pattern pattern = test::random_pattern(random);
+    const int32_t kv_len = random.integer(0, 300), q_end = kv_len, q_pos = q_end - random.integer(1, 350);
+    const int32_t q_len = q_end - q_pos, group = random.integer(1, 6), block = random.integer(1, 70);
+    const int32_t width = 8 << random.integer(0, 4);
+    for (int32_t n = 0; n <= ceil_div(kv_len, width); ++n) {
+      const int32_t kv_begin = n * width, kv_end = kv_begin + width;
+      std::set<int32_t> blocks, visited;
+      for (int32_t r = 0; r < q_len * group; ++r)
+        for (int32_t key = kv_begin; key < min_of(kv_end, kv_len); ++key) {
+          const int32_t q = q_pos + r / group;
+          if (q >= key && !visible(pattern, q, key, kv_len)) blocks.insert(r / block);
+        }
+      const QueryBlocks found = rest_query_blocks(pattern, kv_begin, kv_end, kv_len, q_pos, q_len, group, block);
+      for (int32_t m = found.first(); m < found.end(); m = found.after(m)) visited.insert(m);
+      ASSERT_EQ(visited, blocks) << "sink " << pattern.sink << " window " << pattern.window << " last_q "
+                                 << pattern.last_q << " align " << pattern.align << " keys from " << kv_begin;
+    }
+  }
+}
+
+TEST(Mixture, QueriesThatSeeAllOfSomeKeysAreNamed) {
+  Random random(307);
+  for (int i = 0; i < 3000; ++i) {
+    const Pattern pattern = test::random_pattern(random);
+    const int32_t kv_len = random.integer(1, 300), kv_begin = random.integer(0, kv_len - 1);
+    const int32_t kv_end = random.integer(kv_begin + 1, kv_len);
+    for (int part = 0; part < kParts; ++part) {
+      const SeeingQueries all = queries_seeing_all(pattern, false, Part(part), kv_begin, kv_end, kv_len);
+      for (int32_t q = kv_begin; q < kv_len; ++q) {
+        int32_t seen = 0;
+        for (int32_t key = kv_begin; key < min_of(kv_end, q + 1); ++key)
+          seen += visible(pattern, q, key, kv_len) == (part == kSparsePart);
+        if (seen == 0) continue;
+        const bool named = (q >= all.near.begin && q < all.near.end) || (q >= all.last.begin && q < all.last.end);
+        ASSERT_EQ(named, seen == kv_end - kv_begin)
+            << "part " << part << " query " << q << " keys " << kv_begin << ".." << kv_end << " sink " << pattern.sink
+            << " window " << pattern.window << " last_q " << pattern.last_q << " align " << pattern.align;
+      }
+    }
+  }
+}
+
+TEST(Mixture, BlocksOfRowsThatSeeAllOfSomeKeysAreNamed) {
+  Random random(308);
+  for (int i = 0; i < 1000; ++i) {
+    const int32_t q_pos = random.integer(-30, 100), q_len = random.integer(1, 60), group = random.integer(1, 5);
+    const int32_t near = random.integer(0, 160), near_end = random.integer(near, 200);
+    const SeeingQueries seeing{{near, random.chance(20) ? kUnlimited : near_end}, {max_of(near_end, 150), kUnlimited}};
+    const RowsSeeingAll all(seeing, q_pos, q_len, group);
+    const int32_t block = random.integer(1, 40);
+    for (int32_t m = 0; m * block < q_len * group; ++m) {
+      bool in_near = true, in_last = true;
+      for (int32_t r = m * block; r < min_of((m + 1) * block, q_len * group); ++r) {
+        const int32_t q = q_pos + r / group;
+        in_near &= q >= seeing.near.begin && q < seeing.near.end;
+        in_last &= q >= seeing.last.begin;
+      }
+      ASSERT_EQ(all.contain(m * block, (m + 1) * block), in_near || in_last) << "rows from " << m * block;
+    }
+  }
+}
+
+TEST(Mixture, OnlyAFullPatternThatShowsEveryKeyIsInParts) {
+  Routing r;
+  EXPECT_TRUE(is_in_parts(r));
+  r.patterns[0] = {0, 100, 0, 1};
+  EXPECT_FALSE(is_in_parts(r));
+  const int32_t list = 0;
+  r.patterns[0] = {};
+  r.blocks[0].blocks = &list;
+  EXPECT_FALSE(is_in_parts(r));
 }
 
 class InTurn : public cpu::Executor {

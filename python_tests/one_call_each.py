@@ -157,6 +157,22 @@ def gradients(device: str) -> None:
     compare_gradients(device, *x, int32([[1, 0]]), sparse=BlockSparse(blocks=lists, width=64))
 
 
+def mixtures(device: str) -> None:
+    """In one walk, forward and backward; and one in two calls, as the full pattern hides keys."""
+    for head_dim in (40, 64, 128, 256):
+        x = random(2, 77, 6, head_dim), random(2, 77, 3, head_dim), random(2, 77, 3, head_dim)
+        compare_gradients(device, *x, torch.rand(2, 3), sparse=SPARSE)
+    x = random(1, 133, 4, 128), random(1, 333, 2, 128), random(1, 333, 2, 128)
+    compare_gradients(device, *x, torch.rand(1), sparse=Triangle(5, 48, last_q=33, align=16))
+    compare_gradients(device, *x, torch.rand(1), sparse=SPARSE, full=Streaming(9, 100))
+    x = random(213, 6, 128), random(213, 3, 128), random(213, 3, 128)
+    compare_gradients(device, *x, torch.rand(4), sparse=SPARSE, cu_seqlens=int32([0, 5, 5, 70, 211]))
+    x = random(1, 301, 4, 128), random(1, 301, 2, 128), random(1, 301, 2, 128)
+    for width, lists in ((64, [[0, 1], [0, 3], [2, 4]]), (128, [[0, 0], [0, 1], [1, 2]])):
+        pattern = BlockSparse(blocks=int32([[lists] * 2]), counts=int32([[[1, 2, 2]] * 2]), width=width)
+        compare_gradients(device, *x, torch.rand(1, 2), sparse=pattern)
+
+
 def misaligned(device: str) -> None:
     q, k, v = random(2, 77, 6, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2], random(2, 77, 3, 67)[..., 1:-2]
     compare(device, q, k, v, int32([0, 1]), sparse=SPARSE)
@@ -206,6 +222,7 @@ CALLS: dict[str, Callable[[str], None]] = {
         block_lists,
         selected_blocks,
         gradients,
+        mixtures,
         misaligned,
         route,
         append,

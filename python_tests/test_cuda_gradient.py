@@ -85,6 +85,13 @@ LARGER = [
         for d in (96, 128, 256)
     ),
     Case((400, 400), (2100, 900), "cached", heads=6, sparse=Triangle(16, 128, last_q=50), head_dim=256),
+    # Blocks of keys that add up the queries' gradient in order, beside heads that stream.
+    *(
+        Case((1500, 700, 64, 0), (1500, 700, 64, 0), x, heads=8, sparse=Streaming(128, 256), head_dim=128)
+        for x in ("left_padded", "right_padded")
+    ),
+    *(Case((1100,), (1100,), heads=g, kv_heads=1, route="none", head_dim=128) for g in (1, 3, 16)),
+    *(Case((900,), (n,), "cached", route="full", head_dim=d) for n, d in ((1500, 128), (300, 112))),
 ]
 
 

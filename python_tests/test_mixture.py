@@ -6,76 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FEW, STREAMING, Case, Inputs, cases, make
+from cases import FEW, STREAMING, Case, cases, make
+from mixtures import HALVES, PAIRS, check, gradients, mix_arguments, weights
 from torch import Tensor
 
 import flux_ext
-from flux_ext import BlockSparse, Full, Streaming, Triangle
+from flux_ext import BlockSparse, Full, Streaming
 from flux_ext.operators import KeyValues, Routing, mix, reference
-from flux_ext.operators.operands import AttendArguments, bound_rows
+from flux_ext.operators.operands import bound_rows
 from flux_ext.operators.routed_attention import _mix_by_two_calls
 from flux_ext.operators.testing import assert_as_accurate
 
 ops = torch.ops.flux_ext
-HALVES = [torch.bfloat16, torch.float16]
-# Sums over all keys or queries in fp32: their order alone makes a few epsilons.
-FLOOR = 16 * torch.finfo(torch.float32).eps
-
-
-def weights(case: Case, per_head: bool = True) -> Tensor:
-    """Of every sequence head (or sequence), from 0 to 1, both included."""
-    batch = len(case.q_lens)
-    shape = (batch, case.kv_heads) if per_head else (batch,)
-    count = batch * case.kv_heads if per_head else batch
-    return torch.linspace(0, 1, count).view(shape) if count > 1 else torch.full(shape, 0.3)
-
-
-def lists(x: Inputs, width: int, keep: float, seed: int) -> BlockSparse:
-    """Random block lists for the queries and keys of a batch; some are empty."""
-    g = torch.Generator().manual_seed(seed)
-    batch, q_len, kv_len, heads = x.q.shape[0], x.q.shape[1], x.k.shape[1], x.k.shape[2]
-    q_blocks = -(-q_len // 128)
-    blocks = torch.zeros(batch, heads, q_blocks, -(-kv_len // width), dtype=torch.int32)
-    counts = torch.zeros(batch, heads, q_blocks, dtype=torch.int32)
-    for b in range(batch):
-        for h in range(heads):
-            for i in range(q_blocks):
-                last = (kv_len - q_len + min((i + 1) * 128, q_len) - 1) // width
-                chosen = [n for n in range(last + 1) if torch.rand((), generator=g) < keep]
-                counts[b, h, i] = len(chosen)
-                blocks[b, h, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-    return BlockSparse(blocks, counts, width)
-
-
-def gradients(attention: Any, x: Inputs, w: Tensor, dtype: torch.dtype, of: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of its product with ``of``."""
-    leaves = {n: t.to(dtype).requires_grad_() for n, t in {"q": x.q, "k": x.k, "v": x.v}.items()}
-    leaves["w"] = w.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    out = attention(*leaves.values(), **x.kwargs)
-    loss = (out * of.to(dtype)).nan_to_num().sum()
-    return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))}
-
-
-def check(x: Inputs, w: Tensor, dtype: torch.dtype, factor: float = 2.0) -> None:
-    """Output and all gradients against fp64, beside plain PyTorch in the same precision."""
-    x = x.cast(dtype)
-    double = [t.double() for t in (x.q, x.k, x.v)]
-    full, sparse = (reference.attention(*double, torch.full(w.shape, i, dtype=torch.int32), **x.kwargs) for i in (0, 1))
-    # One sign throughout the sums of a weight's gradient: where terms cancel, only rounding is left.
-    of = torch.randn(full.shape, generator=torch.Generator().manual_seed(1)).double().abs()
-    of = of * torch.where(sparse < full, -1.0, 1.0)
-    got = gradients(flux_ext.attention, x, w, dtype, of)
-    plain = gradients(reference.attention, x, w, dtype, of)
-    exact = gradients(reference.attention, x.cast(torch.float64), w.double(), torch.float64, of)
-    assert got["out"].dtype == dtype and got["w"].dtype == torch.float32
-    assert_as_accurate(got["out"], exact["out"], plain["out"], factor)
-    for name in "qkvw":
-        # Padding is NaN in the inputs; its gradient is 0 here and whatever autograd makes of it in the twin.
-        real = ~getattr(x, name).isnan() if name != "w" else torch.ones_like(w, dtype=torch.bool)
-        assert got[name].isfinite().all() and not got[name][~real].any()
-        floor = max(torch.finfo(dtype).eps / 4, FLOOR)
-        want, base = torch.where(real, exact[name], 0), torch.where(real, plain[name], 0)
-        assert_as_accurate(got[name], want, base, factor, floor, f"grad of {name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -101,18 +43,6 @@ def test_gradients(case: Case, per_head: bool) -> None:
 def test_gradients_in_half_precision(layout: str, head_dim: int, dtype: torch.dtype) -> None:
     case = Case((150, 150), (150, 150), layout, head_dim=head_dim, sparse=Streaming(9, 70))
     check(make(case), weights(case), dtype)
-
-
-PAIRS: dict[str, tuple[Any, Any]] = {
-    "lists in streaming": (Streaming(3, 60), lambda x: lists(x, 64, 0.5, 0)),
-    "streaming beside lists": (lambda x: lists(x, 128, 0.4, 1), Streaming(40, 30)),
-    "two lists": (lambda x: lists(x, 64, 0.5, 2), lambda x: lists(x, 128, 0.5, 3)),
-    "full beside lists": (Full(), lambda x: lists(x, 128, 0.6, 4)),
-    "triangle beside streaming": (Streaming(0, 90), Triangle(64, 30, last_q=40)),
-    "the same twice": (Streaming(5, 80), Streaming(5, 80)),
-    "sparse sees more": (Streaming(2, 16), Full()),
-    "selected blocks": (Full(), BlockSparse(threshold=0.8)),
-}
 
 
 @pytest.mark.parametrize("lens", [(300, 300), (200, 500)], ids=str)
@@ -142,27 +72,16 @@ def test_rows_of_which_a_branch_sees_nothing() -> None:
     full = flux_ext.attention(x.q, x.k, x.v)
     torch.testing.assert_close(out[0, :128, 0], 0.75 * full[0, :128, 0])
     assert not out[0, 128:, 1].any(), "weight 1 of nothing"
-    arguments = _arguments(x, w)
-    _, _, sparse, full_lse, sparse_lse = ops.mix(*arguments)
+    _, _, sparse, full_lse, sparse_lse = ops.mix(*mix_arguments(x, w))
     assert (sparse_lse[0, 0, :128] == -torch.inf).all() and not sparse[0, :128, 0].any()
     assert full_lse.isfinite().all()
-
-
-def _arguments(x: Inputs, w: Tensor) -> AttendArguments:
-    """Of the operator."""
-    from flux_ext.operators.routed_attention import operator_arguments
-
-    kwargs = {n: x.kwargs.get(n) for n in ("cu_seqlens", "seq_start", "seq_end", "kv_len", "page_table")}
-    kv, q_begin, q_end = bound_rows(x.q, x.k, x.v, **kwargs)
-    routing = Routing(None, x.kwargs["full"], x.kwargs["sparse"])
-    return operator_arguments(x.q, kv, routing, 0.25, q_begin, q_end)._replace(route=w)
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])
 def test_what_each_pattern_gives_is_what_attention_gives(layout: str) -> None:
     case = Case((90, 70) if layout == "packed" else (90, 90), (90, 70) if layout == "packed" else (90, 90), layout)
     x = make(case)
-    _, full, sparse, full_lse, sparse_lse = ops.mix(*_arguments(x, weights(case)))
+    _, full, sparse, full_lse, sparse_lse = ops.mix(*mix_arguments(x, weights(case)))
     for got, lse, route in ((full, full_lse, 0), (sparse, sparse_lse, 1)):
         chosen = torch.full((2,), route)
         x.kwargs["scale"] = 0.25
@@ -222,9 +141,9 @@ def test_opcheck(layout: str, per_head: bool) -> None:
     x = make(case)
     x.q, x.k, x.v = (t.nan_to_num().requires_grad_() for t in (x.q, x.k, x.v))
     w = weights(case, per_head).requires_grad_()
-    torch.library.opcheck(ops.mix.default, _arguments(x, w))
+    torch.library.opcheck(ops.mix.default, mix_arguments(x, w))
     with torch.no_grad():
-        q, k, v, weight, *rest, page_table = (t.detach() if isinstance(t, Tensor) else t for t in _arguments(x, w))
+        q, k, v, weight, *rest, page_table = (t.detach() if isinstance(t, Tensor) else t for t in mix_arguments(x, w))
         _, *branches = ops.mix(q, k, v, weight, *rest, page_table)
         backward = [torch.randn_like(q), q, k, v, *branches, weight, *rest]
     torch.library.opcheck(ops.mix_backward.default, backward)
@@ -290,7 +209,7 @@ def test_bad_weights(route: Tensor | None, message: str) -> None:
 )
 def test_bad_arguments_of_the_gradient(place: int, change: Any, message: str) -> None:
     case = Case((12, 12), (12, 12), head_dim=16, sparse=FEW)
-    q, k, v, w, *rest, page_table = _arguments(make(case), weights(case))
+    q, k, v, w, *rest, page_table = mix_arguments(make(case), weights(case))
     _, *branches = ops.mix(q, k, v, w, *rest, page_table)
     arguments = [torch.randn_like(q), q, k, v, *branches, w, *rest]
     arguments[place] = change(arguments[place])

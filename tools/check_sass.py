@@ -54,10 +54,20 @@ RULES = (
     replace(SM90, pattern=SM90.pattern + r".*Li1ELi\d+E", most_registers=240),
     SM90_256,
     SM90,
+    replace(SM90, pattern=r"sm90.*mix_kernel", need=SM90_256.need | {"STSM"}),  # two warps store what is staged
+    Rule(r"sm80.*mix_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"}), forbid=SPILLS | ATOMICS),
     Rule(r"sm90.*select_kernel.*Lb1E", need=frozenset({"HGMMA", "UTMALDG"}), most_registers=168),  # by TMA
     Rule(r"sm90.*select_kernel", need=frozenset({"HGMMA", "LDGSTS"}), most_registers=168),
     Rule(r"sm80.*select_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
     Rule(r"sm80.*attend_kernel", need=frozenset({"HMMA", "LDGSTS", "LDSM"})),
+    # Adds in memory, but in a fixed order (docs/kernels.md); its atomic only hands out work.
+    Rule(
+        r"sm90.*ordered_backward_kernel",
+        need=frozenset({"HGMMA", "LDGSTS", "STSM", "REDG"}),
+        forbid=SPILLS | {"HMMA"},
+        most_among_products=(("R2UR", 8), ("WARPGROUP", 24)),
+        most_registers=168,
+    ),
     # Few waits among the products: ptxas puts one behind each where it has no registers to let them overlap.
     Rule(
         r"backward_kernel.*sm90",

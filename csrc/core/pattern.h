@@ -41,6 +41,7 @@ struct Pattern {
   int32_t last_q = 0;           // the last `last_q` queries see every earlier key
   int32_t align = 1;            // the window starts at a multiple of `align`; divides `window`
 
+  FLUX_HD bool is_full() const { return window >= kUnlimited; }  // but for lists of blocks
   // First key inside the window of a query at q_pos >= 0 (may be negative).
   FLUX_HD int32_t window_begin(int32_t q_pos) const {
     return int32_t(uint32_t(align) * (uint32_t(q_pos) / uint32_t(align) + 1)) - window;  // unsigned: fewer instructions

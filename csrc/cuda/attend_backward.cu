@@ -34,13 +34,6 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) w.listed[word] = bits;
 }
 
-cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream) {
-  const int64_t words = int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words;
-  if (words == 0) return cudaSuccess;
-  return launch(list_kernel, dim3(unsigned(ceil_div_64(words, kThreads / 32))), kThreads, 0, stream, false, p, w,
-                words);
-}
-
 template <typename Kernels>
 Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
   if (cudaError_t e = Kernels::launch_queries(b, w, stream)) return {"gradient of the queries", e};
@@ -63,6 +56,11 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_un
            cudaStream_t stream) {
   const int32_t dim = b.forward.head_dim;
 #ifdef FLUX_SM90
+  if (w.dq) {
+    if (cudaError_t e = sm90::launch_ordered_backward<kDType>(b, w, device, stream))
+      return {"gradients of full attention", e};
+    if (!b.forward.routing.route) return {};  // no other heads
+  }
   if (runs_on_sm90(b.forward, device)) {
     if (dim <= 64) return run<sm90::BackwardKernels<kDType, 64>>(b, w, stream);
     if (dim <= 96) return run<sm90::BackwardKernels<kDType, 96>>(b, w, stream);
@@ -78,18 +76,47 @@ Status run(const AttendBackwardParams& b, const BackwardWorkspace& w, [[maybe_un
 
 }  // namespace
 
+cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream) {
+  const int64_t words = int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words;
+  if (words == 0) return cudaSuccess;
+  return launch(list_kernel, dim3(unsigned(ceil_div_64(words, kThreads / 32))), kThreads, 0, stream, false, p, w,
+                words);
+}
+
+Status check_counts(const AttendBackwardParams& b) {
+  const AttendParams& p = b.forward;
+  if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
+    return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
+  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
+      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
+    return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
+  return {};
+}
+
+// For head dimension 128, where heads may have full attention, groups of 1, 2, 4 or 8, and sequences in tensors of
+// their own; where there are many more keys than queries, the blocks of keys would wait for each other.
+bool adds_in_order([[maybe_unused]] const AttendBackwardParams& b) {
+#ifdef FLUX_SM90
+  const AttendParams& p = b.forward;
+  Device device{};
+  if (current_device(&device) != cudaSuccess || device.capability != 90) return false;
+  const bool apart = p.batch == 1 || (p.lse_stride.b != 0 && b.grad_k.stride.b != 0);
+  const bool full = p.routing.patterns[0].is_full() || (p.routing.route && p.routing.patterns[1].is_full());
+  return p.head_dim > 96 && p.head_dim <= 128 && sm90::kOrderedGroup % p.group() == 0 && full &&
+         !p.routing.has_lists() && apart && 2 * int64_t(p.q.max_len) >= p.kv.rows.capacity;
+#else
+  return false;
+#endif
+}
+
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {
   const AttendParams& p = b.forward;
   Device device{};
   if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
   if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
   if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
-  if (int64_t(p.q.rows.capacity) * p.group() > INT_MAX - kMostRowsOfBlock)
-    return {"q must have less than 2^31 rows times query heads of a KV head: split the batch", cudaSuccess};
-  if (count_row_blocks(p, 1).most() * p.kv.num_heads > INT_MAX ||
-      count_key_blocks(b, 1).most() * p.kv.num_heads > INT_MAX)
-    return {"q and k must have less than 2^31 rows times heads: split the batch", cudaSuccess};
-  const BackwardWorkspace w = lay_out(b, memory);
+  if (const Status s = check_counts(b); !s.ok()) return s;
+  const BackwardWorkspace w = lay_out(b, adds_in_order(b), memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};
   return p.dtype == DType::kFloat16 ? run<DType::kFloat16>(b, w, device, stream)
                                     : run<DType::kBFloat16>(b, w, device, stream);

@@ -34,6 +34,13 @@ struct Shared {
   }
 };
 
+// Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)? A view
+// in shared memory tells the compiler that all threads agree; a route in global memory does not, and where they might
+// not, WGMMA's descriptors are moved to uniform registers before each product.
+__device__ inline bool adds_in_order(const BackwardWorkspace& w, const TileView& seq_head) {
+  return w.dq && seq_head.pattern.is_full();
+}
+
 // A block of rows, or of keys, of one sequence.
 struct OwnedBlock {
   int32_t seq, block, count;  // count: blocks of the sequence; where block is no less, there is no such block
@@ -99,30 +106,6 @@ struct alignas(16) VisitedRows {
   bool last;                // are they the last ones that the block visits? (sm90)
 };
 
-// Brings row first_row + i of a sequence head to entry i; by kRows threads or more. What it copies belongs to the
-// thread's group of copies under way.
-template <int kRows>
-__device__ void load_visited_rows(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                  const Span& owned_keys, int32_t first_row, VisitedRows<kRows>& rows) {
-  const AttendParams& p = b.forward;
-  const int32_t i = threadIdx.x, row = first_row + i, num_rows = seq_head.q_rows.size() * p.group();
-  if (i >= kRows) return;
-  const QueryRange queries{seq_head.pattern, seq_head.list, seq_head.kv_rows, seq_head.q_pos + first_row / p.group(),
-                           seq_head.q_pos + ceil_div(min_of(first_row + kRows, num_rows), p.group())};
-  const bool needs_mask = TileMask(queries)(owned_keys.begin, owned_keys.end);
-  if (i == 0) rows.needs_mask = needs_mask;
-  if (row < num_rows) {
-    const TileRow at = tile_row(p, seq_head, row);
-    const int64_t from = row_offset(w.row, seq_head, at);
-    sm80::cp_async4(sm80::shared_address(&rows.lse[i]), w.lse + from);
-    sm80::cp_async4(sm80::shared_address(&rows.delta[i]), w.delta + from);
-    if (needs_mask) rows.keys[i] = seq_head.visible_keys(at.token);
-  } else {
-    rows.lse[i] = INFINITY, rows.delta[i] = 0.f;
-    if (needs_mask) rows.keys[i] = {};
-  }
-}
-
 // What a block that owns rows knows of one of them; of delta a lane has the part of its column out of four.
 template <typename T>
 struct OwnedRow {
@@ -162,56 +145,64 @@ struct OwnedRow {
   }
 };
 
-// The blocks of `block` rows that see any of the keys.
-__device__ inline QueryBlocks blocks_seeing(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head,
-                                            const Span& keys, int32_t block) {
+// Which query blocks have the keys on their list.
+__device__ inline ListedBits lists_with(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head,
+                                        const Span& keys) {
   ListedBits listed;
   if (seq_head.list.blocks) {
     const int32_t index = seq_head.tile.seq * p.kv.num_heads + seq_head.tile.kv_head;
     const int64_t line = int64_t(index) * w.listed_blocks + keys.begin / seq_head.list.width;
     listed = {w.listed + line * w.listed_words, BlockTable{}.q_width * p.group()};
   }
-  return query_blocks(seq_head.pattern, keys.begin, keys.end, seq_head.kv_rows.size(), seq_head.q_pos,
-                      seq_head.q_rows.size(), p.group(), block, listed);
+  return listed;
 }
 
-// A Body has kOwned, kVisited, kThreads, kSmemBytes, kMinBlocks, and runs one block.
-template <typename Body>
+// The blocks of `block` rows that see any of the keys.
+__device__ inline QueryBlocks blocks_seeing(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head,
+                                            const Span& keys, int32_t block) {
+  return query_blocks(seq_head.pattern, keys.begin, keys.end, seq_head.kv_rows.size(), seq_head.q_pos,
+                      seq_head.q_rows.size(), p.group(), block, lists_with(p, w, seq_head, keys));
+}
+
+// A Body has kOwned, kVisited, kThreads, kSmemBytes, kMinBlocks, kLeavesFull (may heads be left to another kernel, see
+// adds_in_order?), and runs one block.
+template <typename Body, typename Params, typename Workspace>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
-    queries_backward_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w,
-                            const bool in_turn) {
+    queries_backward_kernel(const __grid_constant__ Params b, const __grid_constant__ Workspace w, const bool in_turn) {
   const AttendParams& p = b.forward;
   const int32_t kv_head = blockIdx.x % p.kv.num_heads, index = blockIdx.x / p.kv.num_heads;
   const auto num_rows = [&](int32_t seq) { return p.q.rows(seq, kv_head).size() * p.group(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_rows(seq), Body::kOwned); });
   if (own.block >= own.count) return;
-  __shared__ Shared<TileView> seq_head;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if constexpr (Body::kLeavesFull)
+    if (adds_in_order(w, v)) return;
   const int32_t first = (own.count - 1 - own.block) * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_rows(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_rows(own.seq))});
 }
 
-template <typename Body>
+template <typename Body, typename Params, typename Workspace>
 __global__ void __launch_bounds__(Body::kThreads, Body::kMinBlocks)
-    keys_backward_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w,
-                         const bool in_turn) {
+    keys_backward_kernel(const __grid_constant__ Params b, const __grid_constant__ Workspace w, const bool in_turn) {
   const AttendParams& p = b.forward;
   const int32_t kv_head = blockIdx.x % p.kv.num_heads, index = blockIdx.x / p.kv.num_heads;
   const auto num_keys = [&](int32_t seq) { return p.kv.rows(seq, kv_head).size(); };
   const OwnedBlock own =
       find_block(in_turn, p.batch, index, [&](int32_t seq) { return ceil_div(num_keys(seq), Body::kOwned); });
   if (own.block >= own.count) return;
-  __shared__ Shared<TileView> seq_head;
+  __shared__ Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); });
+  if constexpr (Body::kLeavesFull)
+    if (adds_in_order(w, v)) return;
   const int32_t first = own.block * Body::kOwned;
-  Body::run(b, w, seq_head.make([&] { return view_seq_head(p, own.seq, kv_head, Body::kVisited); }),
-            {first, min_of(first + Body::kOwned, num_keys(own.seq))});
+  Body::run(b, w, v, {first, min_of(first + Body::kOwned, num_keys(own.seq))});
 }
 
-template <typename Body>
-cudaError_t launch_backward(void (*kernel)(AttendBackwardParams, BackwardWorkspace, bool),
-                            const AttendBackwardParams& b, const BackwardWorkspace& w, const BlockCount& count,
-                            cudaStream_t stream) {
+template <typename Body, typename Params, typename Workspace>
+cudaError_t launch_backward(void (*kernel)(Params, Workspace, bool), const Params& b, const Workspace& w,
+                            const BlockCount& count, cudaStream_t stream) {
   const int64_t blocks = count.most() * b.forward.kv.num_heads;
   if (blocks == 0) return cudaSuccess;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes))
@@ -219,13 +210,15 @@ cudaError_t launch_backward(void (*kernel)(AttendBackwardParams, BackwardWorkspa
   return launch(kernel, dim3(unsigned(blocks)), Body::kThreads, Body::kSmemBytes, stream, false, b, w,
                 count.padded <= count.packed);
 }
-template <typename Body>
-cudaError_t launch_queries_backward(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
-  return launch_backward<Body>(queries_backward_kernel<Body>, b, w, count_row_blocks(b.forward, Body::kOwned), stream);
+template <typename Body, typename Params, typename Workspace>
+cudaError_t launch_queries_backward(const Params& b, const Workspace& w, cudaStream_t stream) {
+  return launch_backward<Body>(queries_backward_kernel<Body, Params, Workspace>, b, w,
+                               count_row_blocks(b.forward, Body::kOwned), stream);
 }
-template <typename Body>
-cudaError_t launch_keys_backward(const AttendBackwardParams& b, const BackwardWorkspace& w, cudaStream_t stream) {
-  return launch_backward<Body>(keys_backward_kernel<Body>, b, w, count_key_blocks(b, Body::kOwned), stream);
+template <typename Body, typename Params, typename Workspace>
+cudaError_t launch_keys_backward(const Params& b, const Workspace& w, cudaStream_t stream) {
+  return launch_backward<Body>(keys_backward_kernel<Body, Params, Workspace>, b, w, count_key_blocks(b, Body::kOwned),
+                               stream);
 }
 
 }  // namespace flux::cuda

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/add_order.h"
 #include "core/append.h"
 #include "core/explanation.h"
 #include "core/params.h"
@@ -121,6 +122,11 @@ struct BackwardWorkspace {
   // Of block lists, bit i of line (sequence head, n): is block n of the keys on the list of query block i?
   uint32_t* listed = nullptr;  // [sequence heads, listed_blocks, listed_words]
   int32_t listed_blocks = 0, listed_words = 0;
+  // Where blocks of keys add up dQ in order (sm90/backward_ordered.h).
+  float* dq = nullptr;          // [sequence heads, tiles_each, kTileRows, 128], in an order of its own
+  uint32_t* tickets = nullptr;  // [sequence heads, tiles_each]: how many blocks of keys have added to a tile
+  uint32_t* next = nullptr;     // the next item of the AddOrder
+  int32_t tiles_each = 0;
   size_t bytes = 0;
 };
 
@@ -165,7 +171,8 @@ inline Workspace lay_out(const AttendParams& p, const AttendConfig& c, void* bas
   return w;
 }
 
-inline BackwardWorkspace lay_out(const AttendBackwardParams& b, void* base) {
+// `in_order`: see adds_in_order.
+inline BackwardWorkspace lay_out(const AttendBackwardParams& b, bool in_order, void* base) {
   const AttendParams& p = b.forward;
   const int64_t rows = int64_t(p.q.num_heads) * p.q.rows.capacity;  // of one sequence, or packed: of all
   BackwardWorkspace w;
@@ -180,6 +187,13 @@ inline BackwardWorkspace lay_out(const AttendBackwardParams& b, void* base) {
       w.listed_words = max_of(w.listed_words, ceil_div(t.q_blocks, 32));
     }
     take(w.listed, int64_t(num_seq_heads(p)) * w.listed_blocks * w.listed_words);
+  }
+  if (in_order) {
+    w.tiles_each = int32_t(ceil_div_64(most_rows(p), kTileRows));
+    const int64_t tiles = int64_t(num_seq_heads(p)) * w.tiles_each;
+    take(w.dq, tiles * kTileRows * 128);
+    take(w.tickets, tiles);
+    take(w.next, 1);
   }
   return w;
 }
@@ -232,9 +246,15 @@ Status explain(const AttendParams& p, Explanation* e);
 // Runs plan, attend and combine; `memory` is 256-byte aligned device memory of lay_out(p, c, nullptr).bytes.
 Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaStream_t stream);
 
-// The gradients; `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no
-// sequence are not written.
+// Does one kernel compute all gradients of full attention, adding dQ up in memory (sm90/backward_ordered.h)? Chosen from shapes alone.
+bool adds_in_order(const AttendBackwardParams& b);
+
+// The gradients; `memory` is 256-byte aligned device memory of lay_out(b, adds_in_order(b), nullptr).bytes. Rows that
+// belong to no sequence are not written.
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream);
+// Its parts: are there few enough rows and heads; and where there are block lists, w.listed.
+Status check_counts(const AttendBackwardParams& b);
+cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaStream_t stream);
 
 // Asked once per device: the driver takes microseconds to answer.
 cudaError_t current_device(Device* d);

@@ -4,7 +4,7 @@
 //   kernel wrote or writes what that kernel reads.
 // - A block calls let_next_start when the next kernel may start. All kernels launched in this way call it after their
 //   own wait. So while the next one runs, all kernels before the previous one have ended: what those wrote it may read
-//   at once.
+//   at once. (But for plan.cu's clear_kernel: what follows it reads nothing before its wait.)
 #pragma once
 
 #include <cuda_runtime.h>

@@ -42,4 +42,14 @@ __device__ inline float2 unpack<__nv_bfloat16>(uint32_t x) {  // one instruction
   return {reinterpret_cast<const float&>(lo), reinterpret_cast<const float&>(hi)};
 }
 
+// (1 - weight) * full + weight * sparse, eight elements of each.
+template <typename T>
+__device__ inline uint4 mix_chunk(const uint4& full, const uint4& sparse, float weight) {
+  const auto mix = [&](uint32_t x, uint32_t y) {
+    const float2 f = unpack<T>(x), s = unpack<T>(y);
+    return pack<T>((1.f - weight) * f.x + weight * s.x, (1.f - weight) * f.y + weight * s.y);
+  };
+  return {mix(full.x, sparse.x), mix(full.y, sparse.y), mix(full.z, sparse.z), mix(full.w, sparse.w)};
+}
+
 }  // namespace flux::cuda

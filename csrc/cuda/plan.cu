@@ -204,6 +204,14 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
   }
 }
 
+// Sets the counter of whole tiles to 0. A kernel, as kernels may overlap: nothing starts beside a cudaMemsetAsync. The
+// attend kernel after it reads nothing before its own wait, so it may start at once.
+__global__ void clear_kernel(int32_t* next_item) {
+  let_next_start();
+  wait_for_previous();
+  *next_item = 0;
+}
+
 }  // namespace
 
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
@@ -211,7 +219,7 @@ cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& p
   if (c.order != TileOrder::kPlanned) {
     // Nobody counts where no block takes a second tile either.
     if (c.uncounted || max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;
-    return cudaMemsetAsync(&plan.header->next_item, 0, sizeof(plan.header->next_item), stream);
+    return launch(clear_kernel, 1, 1, 0, stream, c.overlap, &plan.header->next_item);
   }
   const auto tiles = int32_t(max_tiles(p, c.tile));
   const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;

@@ -76,16 +76,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix(const MixArgs& a) {
   Mixture m = to_mixture(a.weight, a.attend.q, p);
   check_values(p, a.attend);
   check_disjoint_queries(p, a.attend);
-  const bool may_have_gaps = a.attend.q_begin || a.attend.q_end;
-  auto [full, full_lse] = make_outputs(a.attend.q, may_have_gaps);
-  auto [sparse, sparse_lse] = make_outputs(a.attend.q, may_have_gaps);
-  Tensor mixed = may_have_gaps ? torch::stable::new_zeros(a.attend.q, a.attend.q.sizes())
-                               : torch::stable::new_empty(a.attend.q, a.attend.q.sizes());
-  set_outputs(p, full, full_lse);
-  set_sparse_outputs(m, sparse, sparse_lse);
-  m.mixed = mutable_view_of(mixed);
+  const MixOutputs outputs(a, p, m);
   cpu::mix(p, m, TorchThreads());
-  return {mixed, full, sparse, full_lse, sparse_lse};
+  return outputs.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(const MixBackwardArgs& b) {
@@ -96,9 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(const MixBackwardArgs& b
   set_sparse_outputs(m, b.sparse, b.sparse_lse);
   // A sequence head without queries has gradient 0.
   Tensor grad_weight = torch::stable::new_zeros(b.weight, b.weight.sizes());
-  m.grad_weight = grad_weight.mutable_data_ptr<float>();
-  m.grad_stride_b = grad_weight.stride(0);
-  m.grad_stride_h = grad_weight.dim() == 2 ? grad_weight.stride(1) : 0;
+  set_grad_weight(m, grad_weight);
   cpu::mix_backward(p, m, TorchThreads());
   return {grad.q, grad.k, grad.v, grad_weight};
 }

@@ -11,8 +11,10 @@
 
 #include <atomic>
 
+#include "cuda/mix.h"
 #include "torch/append_args.h"
 #include "torch/attend_args.h"
+#include "torch/mix_args.h"
 #include "torch/route_args.h"
 #include "torch/select_args.h"
 
@@ -120,40 +122,102 @@ Tensor readable(const Tensor& t) {
   return torch::stable::copy_(copy, t);
 }
 
+// Gradients of q, k and v, and the tensors they are computed from, which kernels can read.
+struct Gradients {
+  bool no_queries;
+  Tensor of_q, of_k, of_v;
+  Tensor q, k, v, grad_out, out, lse;
+
+  Gradients(const BackwardArgs& b, const char* op)
+      : no_queries(b.forward.q.numel() == 0),
+        of_q(new_gradient(b.forward.q, b.forward.q_begin || b.forward.q_end)),
+        of_k(new_gradient(b.forward.k, no_queries || b.forward.kv_begin || b.forward.kv_end)),
+        of_v(new_gradient(b.forward.v, no_queries || b.forward.kv_begin || b.forward.kv_end)) {
+    static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
+    q = aligned(b.forward.q, op, "q", said_q), k = aligned(b.forward.k, op, "k", said_k);
+    v = aligned(b.forward.v, op, "v", said_v);
+    grad_out = readable(b.grad_out), out = readable(b.out), lse = torch::stable::contiguous(b.lse);
+  }
+
+  AttendBackwardParams params(const BackwardArgs& b) const {
+    const AttendArgs& a = b.forward;
+    const AttendArgs given{q,
+                           k,
+                           v,
+                           a.route,
+                           a.patterns,
+                           a.full_blocks,
+                           a.full_counts,
+                           a.sparse_blocks,
+                           a.sparse_counts,
+                           a.scale,
+                           a.q_begin,
+                           a.q_end,
+                           a.kv_begin,
+                           a.kv_end,
+                           a.page_table};
+    const AttendBackwardParams p = to_backward_params({grad_out, out, lse, given}, grad_out, of_q, of_k, of_v);
+    FLUX_CHECK(p.forward.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
+    return p;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> attend_backward(const BackwardArgs& b) {
-  const AttendArgs& a = b.forward;
-  check_on_cuda(a.q, "q");
-  const DeviceGuard guard(a.q.get_device_index());
-  const bool no_queries = a.q.numel() == 0;
-  const Tensor grad_q = new_gradient(a.q, a.q_begin || a.q_end);
-  const Tensor grad_k = new_gradient(a.k, no_queries || a.kv_begin || a.kv_end);
-  const Tensor grad_v = new_gradient(a.v, no_queries || a.kv_begin || a.kv_end);
+  check_on_cuda(b.forward.q, "q");
+  const DeviceGuard guard(b.forward.q.get_device_index());
+  const Gradients grad(b, "attend_backward");
+  const AttendBackwardParams p = grad.params(b);
+  if (grad.no_queries || p.forward.batch == 0) return {grad.of_q, grad.of_k, grad.of_v};
+  const auto bytes = int64_t(cuda::lay_out(p, cuda::adds_in_order(p), nullptr).bytes);
+  const Tensor memory = torch::stable::new_empty(grad.q, {bytes}, ScalarType::Byte);
+  check_status(cuda::attend_backward(p, memory.mutable_data_ptr(), current_stream(grad.q)));
+  return {grad.of_q, grad.of_k, grad.of_v};
+}
+
+void check_in_parts(const AttendParams& p) {
+  FLUX_CHECK(is_in_parts(p.routing), "full must show every key on CUDA, where one walk makes both branches");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mix(const MixArgs& a) {
+  check_on_cuda(a.attend.q, "q");
+  const DeviceGuard guard(a.attend.q.get_device_index());
+  AttendParams p = to_cuda_params(a.attend);
+  Mixture m = to_mixture(a.weight, a.attend.q, p);
+  check_in_parts(p);
   static std::atomic_flag said_q = ATOMIC_FLAG_INIT, said_k = ATOMIC_FLAG_INIT, said_v = ATOMIC_FLAG_INIT;
-  const char* op = "attend_backward";
-  const Tensor q = aligned(a.q, op, "q", said_q), k = aligned(a.k, op, "k", said_k), v = aligned(a.v, op, "v", said_v);
-  const Tensor grad_out = readable(b.grad_out), out = readable(b.out), lse = torch::stable::contiguous(b.lse);
-  const AttendArgs given{q,
-                         k,
-                         v,
-                         a.route,
-                         a.patterns,
-                         a.full_blocks,
-                         a.full_counts,
-                         a.sparse_blocks,
-                         a.sparse_counts,
-                         a.scale,
-                         a.q_begin,
-                         a.q_end,
-                         a.kv_begin,
-                         a.kv_end,
-                         a.page_table};
-  AttendBackwardParams p = to_backward_params({grad_out, out, lse, given}, grad_out, grad_q, grad_k, grad_v);
-  FLUX_CHECK(p.forward.dtype != DType::kFloat32, "q must be float16 or bfloat16 on CUDA, got float32");
-  if (no_queries || p.forward.batch == 0) return {grad_q, grad_k, grad_v};
-  const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
-  const Tensor memory = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
-  check_status(cuda::attend_backward(p, memory.mutable_data_ptr(), current_stream(q)));
-  return {grad_q, grad_k, grad_v};
+  const Tensor q = aligned(a.attend.q, "mix", "q", said_q), k = aligned(a.attend.k, "mix", "k", said_k),
+               v = aligned(a.attend.v, "mix", "v", said_v);
+  p.q.data = q.const_data_ptr(), p.q.stride = strides_of(q);
+  p.kv.k = view_of(k), p.kv.v = view_of(v);
+  const MixOutputs outputs(a, p, m);
+  if (outputs.mixed.numel() == 0 || p.batch == 0) return outputs.all();
+  p.routing = sparse_alone(p.routing);
+  const Tensor memory = torch::stable::new_empty(q, {int64_t(cuda::kMixBytes)}, ScalarType::Byte);
+  check_status(cuda::mix(p, m, memory.mutable_data_ptr(), current_stream(q)));
+  return outputs.all();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(const MixBackwardArgs& b) {
+  const Tensor& q = b.attend.forward.q;
+  check_on_cuda(q, "q");
+  const DeviceGuard guard(q.get_device_index());
+  const Gradients grad(b.attend, "mix_backward");
+  cuda::MixBackwardParams p{grad.params(b.attend), {}};
+  p.mixture = to_mixture(b.weight, q, p.forward);
+  check_sparse_outputs(b);
+  check_in_parts(p.forward);
+  const Tensor sparse = readable(b.sparse), sparse_lse = torch::stable::contiguous(b.sparse_lse);
+  set_sparse_outputs(p.mixture, sparse, sparse_lse);
+  // A sequence head without queries has gradient 0.
+  Tensor grad_weight = torch::stable::new_zeros(b.weight, b.weight.sizes());
+  set_grad_weight(p.mixture, grad_weight);
+  if (!grad.no_queries && p.forward.batch != 0) {
+    p.forward.routing = sparse_alone(p.forward.routing);
+    const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
+    const Tensor memory = torch::stable::new_empty(grad.q, {bytes}, ScalarType::Byte);
+    check_status(cuda::mix_backward(p, memory.mutable_data_ptr(), current_stream(grad.q)));
+  }
+  return {grad.of_q, grad.of_k, grad.of_v, grad_weight};
 }
 
 // The strides of a new tensor like `t`.
@@ -236,6 +300,8 @@ void append(const Tensor& k, const Tensor& v, const Tensor& k_pool, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(flux_ext, CUDA, m) {
   m.impl("attend", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::attend>));
   m.impl("attend_backward", TORCH_BOX(&flux::torch_ops::with_backward_args<flux::torch_ops::attend_backward>));
+  m.impl("mix", TORCH_BOX(&flux::torch_ops::with_mix_args<flux::torch_ops::mix>));
+  m.impl("mix_backward", TORCH_BOX(&flux::torch_ops::with_mix_backward_args<flux::torch_ops::mix_backward>));
   m.impl("explain", TORCH_BOX(&flux::torch_ops::with_attend_args<flux::torch_ops::explain>));
   m.impl("route", TORCH_BOX(&flux::torch_ops::route));
   m.impl("select_blocks", TORCH_BOX(&flux::torch_ops::with_select_args<flux::torch_ops::select_blocks>));

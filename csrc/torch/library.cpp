@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(flux_ext, m) {
       "attend_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? route, "
       "int[] patterns, Tensor? full_blocks, Tensor? full_counts, Tensor? sparse_blocks, Tensor? sparse_counts, "
       "float scale, Tensor? q_begin, Tensor? q_end, Tensor? kv_begin, Tensor? kv_end) -> (Tensor, Tensor, Tensor)");
-  // (1 - weight) * full + weight * sparse in one walk over the keys, on the CPU alone. weight: float32 [B] or [B, Hkv].
+  // (1 - weight) * full + weight * sparse in one walk over the keys. weight: float32 [B] or [B, Hkv]. On CUDA the full
+  // pattern must show every key.
   // -> mixed, full, sparse like q, full_lse, sparse_lse [B, Hq, S] (or [Hq, T]).
   m.def(
       "mix(Tensor q, Tensor k, Tensor v, Tensor weight, int[] patterns, Tensor? full_blocks, Tensor? full_counts, "

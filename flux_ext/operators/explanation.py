@@ -95,8 +95,8 @@ def explain(
 ) -> Explanation:
     """Which kernel :func:`flux_ext.attention` takes for the same arguments, and with what; it is not run.
 
-    The answer depends on shapes, strides, addresses, dtypes and the device, and on no value inside a tensor. A
-    fractional route makes two such calls, on the CPU one that has the tiles of prefill. A
+    The answer depends on shapes, strides, addresses, dtypes and the device, and on no value inside a tensor. Of a
+    fractional route it is that of a call with a hard one; a mixture has kernels of its own (:func:`operators.mix`). A
     :class:`~flux_ext.BlockSparse` with a threshold scores its blocks here too.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .operands import KeyValues, Routing
-from .patterns import Full
+from .patterns import BlockSparse, Full, Pattern
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 """``operators.attend`` or its twin: ``(q, kv, routing, scale, q_begin, q_end) -> (out, lse)``."""
@@ -74,3 +74,38 @@ def both_branches(
         attend(q, kv, Routing(choice, full, Full()), scale, q_begin, q_end),
         attend(q, kv, Routing(choice + 1, Full(), sparse), scale, q_begin, q_end),
     )
+
+
+def walks_once(q: Tensor, kv: KeyValues, routing: Routing) -> bool:
+    """Is the operator ``mix``, one walk over the keys for both branches, the way to mix?
+
+    On the CPU always. On CUDA it takes mixtures whose full pattern shows every key, so that the sparse one's are part
+    of it (``csrc/core/mixture_parts.h``); and where two calls are faster, they stay.
+    """
+    return q.is_cpu or (q.is_cuda and isinstance(routing.full, Full) and one_walk_is_faster(q, kv, routing.sparse))
+
+
+def one_walk_is_faster(q: Tensor, kv: KeyValues, sparse: Pattern) -> bool:
+    """Of a mixture that the CUDA operator takes: than two calls of attention?
+
+    Not of a few queries, of which attention shares out the keys. Otherwise on Hopper where it has kernels for mixtures:
+    up to head dimension 128, and not for lists of 64 keys (``sm90::mixes`` in ``csrc/cuda/sm90/sm90.cu``); on other
+    GPUs up to a length beyond which a sparse pattern mostly shows little
+    (``docs/decisions/0002-fractional-routes.md``).
+    """
+    group = q.shape[-2] // max(kv.k.shape[-2], 1)
+    if q.shape[-3] * group <= _FEW_ROWS:
+        return False
+    if _is_hopper(q.device.index):
+        return q.shape[-1] <= 128 and not (isinstance(sparse, BlockSparse) and sparse.width < 128)
+    return kv.k.shape[-3] <= _LONG
+
+
+_FEW_ROWS, _LONG = 64, 16384
+
+
+def _of_hopper(index: int | None) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(index) == (9, 0)
+
+
+_is_hopper: Callable[[int | None], bool] = torch.compiler.assume_constant_result(_of_hopper)

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import attention_gradient, mixture_gradient  # noqa: F401  (make the operators differentiable)
 from .arguments import call, check_devices, check_tensors, described, to_float
 from .block_selection import select_blocks
-from .mixture import attend_or_mix, both_branches, check_fraction
+from .mixture import attend_or_mix, both_branches, check_fraction, walks_once
 from .operands import AttendArguments, KeyValues, Routing, bound_rows
 from .patterns import PATTERNS, BlockSparse, Full, Pattern, Streaming
 
@@ -150,8 +150,9 @@ def mix(
 ) -> Tensor:
     """``(1 - w) * full + w * sparse`` for a route that is a weight ``w`` in [0, 1], floats ``[B]`` or ``[B, Hkv]``.
 
-    On the CPU in one walk over the keys, forward and backward (``csrc/core/mixture.h``); elsewhere by two calls of
-    :func:`attend`, with the gradient that autograd makes of them. Other arguments as there.
+    In one walk over the keys, forward and backward (``csrc/core/mixture.h``). On CUDA, where the full pattern hides
+    keys or that would be slower, by two calls of :func:`attend`, with the gradient that autograd makes of them. Other
+    arguments as there.
 
     Returns:
         Like ``q``; 0 in rows that belong to no sequence.
@@ -173,7 +174,7 @@ def _mix(
 ) -> Tensor:
     """:func:`mix`, its tensors known to be tensors and its route to be a weight."""
     assert routing.route is not None
-    if not q.is_cpu:
+    if not walks_once(q, kv, routing):
         return _mix_by_two_calls(q, kv, routing, scale, q_begin, q_end)
     check_devices("q", q, k=kv.k, v=kv.v, route=routing.route)
     arguments = operator_arguments(q, kv, routing._replace(route=None), scale, q_begin, q_end)
@@ -314,7 +315,7 @@ def attention(
             with the last dimension contiguous.
         route: ``[B]`` or ``[B, Hkv]``. Integers or booleans choose, 0 full and 1 sparse: only what is visible is
             computed. Floating-point weights ``w`` in [0, 1] mix ``(1 - w) * full + w * sparse``, for training: both are
-            computed, on the CPU in one walk over the keys, and the result is differentiable in w too. None: all full.
+            computed, mostly in one walk over the keys, and the result is differentiable in w too. None: all full.
         sparse, full: the two patterns; see :mod:`flux_ext.operators.patterns`.
         scale: softmax scale, finite; default ``D ** -0.5``.
         cu_seqlens: int32 ``[B + 1]``, from 0: sequence ``b`` has rows ``[cu_seqlens[b], cu_seqlens[b + 1])`` of q, and

@@ -1,10 +1,11 @@
 // The gradients on the tensor cores of every GPU since compute capability 8.0; see cuda/backward.h.
 //
 // A warp owns 16 of the block's rows or keys. Tiles of what is visited come in pairs, keys and values or rows of Q and
-// of dO, through a ring of kStages pairs.
+// of dO, through a ring of kStages pairs. What is visited, and with which numbers per row, a Walk says
+// (backward_walk.h).
 #pragma once
 
-#include "cuda/backward.h"
+#include "cuda/backward_walk.h"
 #include "cuda/sm80/fragments.h"
 #include "cuda/sm80/kernels.h"
 
@@ -18,6 +19,7 @@ struct Backward {
   using Tile = SmemTile<kDim>;
   static constexpr int kOwnedBytes = kOwned * Tile::kRowBytes, kVisitedBytes = kVisited * Tile::kRowBytes;
   static constexpr int kTileBytes = 2 * kOwnedBytes + 2 * kStages * kVisitedBytes;
+  static constexpr bool kLeavesFull = false;
 
   using Scores = float[1][kVisited / 8][4];  // of 16 that a warp owns, and those that it visits
 
@@ -47,26 +49,30 @@ struct Backward {
 };
 
 // The first kernel: dQ of kOwned rows, and lse and delta of them for the second.
-template <typename T, int kDim>
+template <typename T, int kDim, typename Walks>
 struct QueriesBackward : Backward<T, kDim> {
   using Base = Backward<T, kDim>;
   using Base::kOwned, Base::kStages, Base::kVisited, Base::owned, Base::visited;
   using typename Base::Scores, typename Base::Tile;
   static constexpr int kThreads = 2 * kOwned, kSmemBytes = Base::kTileBytes, kMinBlocks = kDim > 128 ? 1 : 2;
 
-  static __device__ void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                             const Span& rows) {
+  using Walk = typename Walks::template OfRows<T>;
+  using Row = typename Walk::Row;
+
+  static __device__ void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                             const TileView& seq_head, const Span& rows) {
     const AttendParams& p = b.forward;
-    __shared__ Shared<TileView> view;
-    const TileView& v = view.make([&] { return view_rows(p, seq_head, rows, kVisited); });
+    __shared__ Shared<Walk> shared_walk;
+    const Walk& walk = shared_walk.make([&] { return Walk(view_rows(p, seq_head, rows, kVisited), kVisited); });
+    const TileView& v = walk.view();
     const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * 16;
     const RowLoader<T, kDim, kVisited, kThreads> load_keys(p, p.kv.k, v, threadIdx.x),
         load_values(p, p.kv.v, v, threadIdx.x);
-    const int32_t num_blocks = v.blocks.size();
+    const int32_t num_blocks = walk.size();
     const auto load = [&](int32_t i, int stage) {  // always one group
       if (i < num_blocks) {
-        load_keys(visited(stage, 0), v.blocks[i] * kVisited);
-        load_values(visited(stage, 1), v.blocks[i] * kVisited);
+        load_keys(visited(stage, 0), walk[i] * kVisited);
+        load_values(visited(stage, 1), walk[i] * kVisited);
       }
       cp_async_commit();
     };
@@ -74,10 +80,10 @@ struct QueriesBackward : Backward<T, kDim> {
     load(0, 0);  // with the rows
 
     const int32_t own_row = rows.begin + first_row + lane / 4;
-    OwnedRow<T> own[] = {{b, seq_head, v, rows, own_row}, {b, seq_head, v, rows, own_row + 8}};
+    Row own[] = {{b, seq_head, v, rows, own_row}, {b, seq_head, v, rows, own_row + 8}};
     own[0].finish(p, w, seq_head, rows, own_row), own[1].finish(p, w, seq_head, rows, own_row + 8);
 
-    const TileMask masked = v.mask();
+    const auto masked = walk.mask();
     const float scale_log2 = p.scale * kLog2e;
     float dq[1][kDim / 8][4] = {};
     for (int32_t i = 0; i < num_blocks; ++i) {
@@ -85,6 +91,7 @@ struct QueriesBackward : Backward<T, kDim> {
       if (kStages > 1) load(i + 1, (i + 1) % kStages);
       cp_async_wait<kStages - 1>();
       __syncthreads();
+      const auto place = walk.place(i);
       Scores s, ds;
       Base::multiply(s, owned(0), first_row, visited(stage, 0));
       Base::multiply(ds, owned(1), first_row, visited(stage, 1));
@@ -92,16 +99,17 @@ struct QueriesBackward : Backward<T, kDim> {
       for (int n = 0; n < kVisited / 8; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float prob = fast_exp2(s[0][n][j] * scale_log2 - own[j / 2].lse);
-          ds[0][n][j] = prob * (ds[0][n][j] - own[j / 2].delta);
+          const float prob = fast_exp2(s[0][n][j] * scale_log2 - walk.lse(own[j / 2], place));
+          ds[0][n][j] = prob * (ds[0][n][j] - walk.delta(own[j / 2], place));
         }
-      const int32_t kv_begin = v.blocks[i] * kVisited;
-      if (masked(kv_begin, kv_begin + kVisited)) {
+      const int32_t kv_begin = walk[i] * kVisited;
+      if (walk.needs_mask(masked, place, kv_begin, kv_begin + kVisited)) {
+        const VisibleKeys keys[] = {walk.keys(own[0], place), walk.keys(own[1], place)};
 #pragma unroll
         for (int n = 0; n < kVisited / 8; ++n)
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            if (!own[j / 2].keys.contain(kv_begin + 8 * n + lane % 4 * 2 + j % 2)) ds[0][n][j] = 0.f;
+            if (!keys[j / 2].contain(kv_begin + 8 * n + lane % 4 * 2 + j % 2)) ds[0][n][j] = 0.f;
       }
       multiply_pv<T, 1, kVisited>(dq, ds, visited(stage, 0));
       __syncthreads();  // before the pair is loaded anew
@@ -124,7 +132,7 @@ struct QueriesBackward : Backward<T, kDim> {
 
 // The second kernel: dK and dV of kOwned keys. Above head dimension 128 registers do not hold them for 16 keys: two
 // warps share the keys, and each has half of the columns.
-template <typename T, int kDim>
+template <typename T, int kDim, typename Walks>
 struct KeysBackward : Backward<T, kDim> {
   using Base = Backward<T, kDim>;
   using Base::kOwned, Base::kStages, Base::kVisited, Base::owned, Base::visited;
@@ -132,24 +140,25 @@ struct KeysBackward : Backward<T, kDim> {
   static constexpr int kParts = kDim > 128 ? 2 : 1, kThreads = 2 * kOwned * kParts;
   static constexpr int kMinBlocks = kDim > 128 ? 1 : 2;
 
+  using Walk = typename Walks::OfKeys;
   using Rows = VisitedRows<kVisited>;
   static constexpr int kSmemBytes = Base::kTileBytes + kStages * int(sizeof(Rows));
-  static_assert(kSmemBytes + int(sizeof(Shared<TileView>) + sizeof(Shared<QueryBlocks>)) <= 99 * 1024);
+  static_assert(kSmemBytes + int(sizeof(Shared<TileView>) + sizeof(Shared<Walk>)) <= 99 * 1024);
   static __device__ Rows& rows_of(int stage) {
     return reinterpret_cast<Rows*>(shared_memory() + Base::kTileBytes)[stage];
   }
 
-  static __device__ void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                             const Span& keys) {
+  static __device__ void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                             const TileView& seq_head, const Span& keys) {
     const AttendParams& p = b.forward;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_key = warp % (kOwned / 16) * 16, part = warp / (kOwned / 16);
-    __shared__ Shared<QueryBlocks> shared_blocks;
-    const QueryBlocks& blocks = shared_blocks.make([&] { return blocks_seeing(p, w, seq_head, keys, kVisited); });
-    const auto load = [&](int32_t m, int stage) {  // always one group
-      if (m < blocks.end()) {
-        load_rows<T, kVisited, kThreads>(b, seq_head, m * kVisited, visited(stage, 0), visited(stage, 1));
-        load_visited_rows(b, w, seq_head, {keys.begin, keys.begin + kOwned}, m * kVisited, rows_of(stage));
+    __shared__ Shared<Walk> shared_walk;
+    const Walk& walk = shared_walk.make([&] { return Walk(p, w, seq_head, keys, kVisited); });
+    const auto load = [&](int32_t i, int stage) {  // always one group
+      if (i < walk.end()) {
+        load_rows<T, kVisited, kThreads>(b, seq_head, walk[i] * kVisited, visited(stage, 0), visited(stage, 1));
+        load_visited_rows(b, w, seq_head, walk, {keys.begin, keys.begin + kOwned}, i, rows_of(stage));
       }
       cp_async_commit();
     };
@@ -158,14 +167,14 @@ struct KeysBackward : Backward<T, kDim> {
         load_values(p, p.kv.v, seq_head, threadIdx.x);
     load_keys(owned(0), keys.begin);
     load_values(owned(1), keys.begin);
-    int32_t m = blocks.first();
-    load(m, 0);  // with the keys
+    int32_t i = walk.first();
+    load(i, 0);  // with the keys
 
     const float scale_log2 = p.scale * kLog2e;
     float dk[1][kDim / 8 / kParts][4] = {}, dv[1][kDim / 8 / kParts][4] = {};
     const auto columns = [&](Tile tile) { return Tile{tile.base + part * (Tile::kRowBytes / kParts)}; };
-    for (int stage = 0; m < blocks.end(); stage = kStages - 1 - stage) {
-      const int32_t next = blocks.after(m);
+    for (int stage = 0; i < walk.end(); stage = kStages - 1 - stage) {
+      const int32_t next = walk.after(i);
       if (kStages > 1) load(next, kStages - 1 - stage);
       cp_async_wait<kStages - 1>();
       __syncthreads();
@@ -175,10 +184,10 @@ struct KeysBackward : Backward<T, kDim> {
 #pragma unroll
         for (int n = 0; n < kVisited / 8; ++n)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const VisibleKeys seen = rows.keys[8 * n + lane % 4 * 2 + i];
-            if (!seen.contain(key)) x[0][n][i] = 0.f;
-            if (!seen.contain(key + 8)) x[0][n][2 + i] = 0.f;
+          for (int j = 0; j < 2; ++j) {
+            const VisibleKeys seen = rows.keys[8 * n + lane % 4 * 2 + j];
+            if (!seen.contain(key)) x[0][n][j] = 0.f;
+            if (!seen.contain(key + 8)) x[0][n][2 + j] = 0.f;
           }
       };
       Scores prob, ds;
@@ -202,7 +211,7 @@ struct KeysBackward : Backward<T, kDim> {
       multiply_pv<T, 1, kVisited>(dk, ds, columns(visited(stage, 0)));
       __syncthreads();  // before the pair is loaded anew
       if (kStages == 1) load(next, 0);
-      m = next;
+      i = next;
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -228,13 +237,13 @@ struct KeysBackward : Backward<T, kDim> {
 template <DType kDType, int kDim>
 cudaError_t BackwardKernels<kDType, kDim>::launch_queries(const AttendBackwardParams& b, const BackwardWorkspace& w,
                                                           cudaStream_t stream) {
-  return launch_queries_backward<QueriesBackward<Element<kDType>, kDim>>(b, w, stream);
+  return launch_queries_backward<QueriesBackward<Element<kDType>, kDim, HardWalks>>(b, w, stream);
 }
 
 template <DType kDType, int kDim>
 cudaError_t BackwardKernels<kDType, kDim>::launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w,
                                                        cudaStream_t stream) {
-  return launch_keys_backward<KeysBackward<Element<kDType>, kDim>>(b, w, stream);
+  return launch_keys_backward<KeysBackward<Element<kDType>, kDim, HardWalks>>(b, w, stream);
 }
 
 }  // namespace flux::cuda::sm80

@@ -5,19 +5,20 @@
 
 namespace flux::cuda::sm90 {
 
-// The second kernel: dK and dV of kOwned keys. One warpgroup loads; the others call multiply(blocks, warpgroup).
-template <class Base, class Multiply>
-CUTLASS_DEVICE void run_keys(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                             const Span& keys, Multiply multiply) {
+// The second kernel: dK and dV of kOwned keys. One warpgroup loads; the others call multiply(walk, warpgroup).
+template <class Base, class Walks, class Multiply>
+CUTLASS_DEVICE void run_keys(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                             const TileView& seq_head, const Span& keys, Multiply multiply) {
   using T = typename Base::T;
   constexpr int kVisited = Base::kVisited;
   const AttendParams& p = b.forward;
-  __shared__ cuda::Shared<QueryBlocks> shared_blocks;
+  using Walk = typename Walks::OfKeys;
+  __shared__ cuda::Shared<Walk> shared_walk;
   if (threadIdx.x == 0) Base::init_barriers();
-  const QueryBlocks& blocks = shared_blocks.make([&] { return blocks_seeing(p, w, seq_head, keys, kVisited); });
+  const Walk& walk = shared_walk.make([&] { return Walk(p, w, seq_head, keys, kVisited); });
   if (threadIdx.x >= kLoadThreads) {
     cutlass::arch::warpgroup_reg_alloc<Base::kMathRegs>();
-    multiply(blocks, cutlass::canonical_warp_group_idx() - 1);
+    multiply(walk, cutlass::canonical_warp_group_idx() - 1);
     return;
   }
   cutlass::arch::warpgroup_reg_dealloc<Base::kLoadRegs>();
@@ -25,14 +26,14 @@ CUTLASS_DEVICE void run_keys(const AttendBackwardParams& b, const BackwardWorksp
   Keys(p, p.kv.k, seq_head).template load<Base::kOwned>(keys.begin, Base::owned(0));  // come with the first rows
   Keys(p, p.kv.v, seq_head).template load<Base::kOwned>(keys.begin, Base::owned(1));
   const RowLoader<T, kVisited, typename Base::VisitedTile> rows(b, seq_head);
-  const RowFactsLoader<kVisited> facts(b, w, seq_head, {keys.begin, keys.begin + Base::kOwned});
+  const RowFactsLoader<Walks, kVisited> facts(b, w, seq_head, walk, {keys.begin, keys.begin + Base::kOwned});
   typename Base::Filling buffers;
-  for (int32_t m = blocks.first(); m < blocks.end();) {
+  for (int32_t i = walk.first(); i < walk.end();) {
     const int q = buffers.await(), dout = buffers.await();
-    rows.load(m, Base::visited(q), Base::visited(dout));
-    facts.load(m, Base::shared().info[q]);
-    m = blocks.after(m);
-    if (threadIdx.x == 0) Base::shared().info[q].last = m >= blocks.end();
+    rows.load(walk[i], Base::visited(q), Base::visited(dout));
+    facts.load(i, Base::shared().info[q]);
+    i = walk.after(i);
+    if (threadIdx.x == 0) Base::shared().info[q].last = i >= walk.end();
     buffers.hand_over(q), buffers.hand_over(dout);
   }
   sm80::cp_async_wait<0>();
@@ -62,15 +63,28 @@ CUTLASS_DEVICE void find_probs(Scores& s, const VisitedRows<kVisited>& rows, flo
   }
 }
 
+// Probabilities 2 i and 2 i + 1: as they are, or rounded, two in a register. (One at a time, the compiler takes such a
+// register apart and puts it together again.)
+template <class T, class Probs>
+CUTLASS_DEVICE float2 prob_pair(const Probs& probs, int i) {
+  if constexpr (std::is_same_v<typename Probs::value_type, float>)
+    return {probs(2 * i), probs(2 * i + 1)};
+  else
+    return unpack<T>(reinterpret_cast<const uint32_t*>(probs.data())[i]);
+}
+
 // Replaces dP by dS.
-template <int kVisited, class Products, class Probs>
+template <class T, int kVisited, class Products, class Probs>
 CUTLASS_DEVICE void find_ds(Products& ds, const Probs& probs, const VisitedRows<kVisited>& rows) {
   const int column = int(threadIdx.x % 4) * 2;
   CUTE_UNROLL
   for (int j = 0; j < kVisited / 8; ++j) {
     const float2 delta = *reinterpret_cast<const float2*>(&rows.delta[8 * j + column]);
     CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) ds(4 * j + i) = float(probs(4 * j + i)) * (ds(4 * j + i) - (i % 2 ? delta.y : delta.x));
+    for (int i = 2 * j; i < 2 * j + 2; ++i) {
+      const float2 p = prob_pair<T>(probs, i);
+      ds(2 * i) = p.x * (ds(2 * i) - delta.x), ds(2 * i + 1) = p.y * (ds(2 * i + 1) - delta.y);
+    }
   }
 }
 
@@ -86,24 +100,35 @@ CUTLASS_DEVICE void store_keys(const AttendParams& p, const TileView& seq_head, 
   });
 }
 
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, class Walks>
 struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>> {
   // For dS, too, or are they taken from what dV's product gets, rounded? There is no register left for both.
   static constexpr bool kKeepsProbs = kHeadDim < 128;
 
   using Base = BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>>;
+  // Do the warpgroups start their first products in turn, so that one works out P and dS beside the other's products?
+  // Not where these products are under way beside the last ones anyway.
+  static constexpr bool kTakesTurns = !Base::kAhead;
   using Base::kOwned, Base::kVisited;
   using typename Base::Emptying;
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 const Span& keys) {
-    run_keys<Base>(b, w, seq_head, keys,
-                   [&](const QueryBlocks& blocks, int warpgroup) { multiply(b, seq_head, keys, blocks, warpgroup); });
+  static CUTLASS_DEVICE void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                                 const TileView& seq_head, const Span& keys) {
+    run_keys<Base, Walks>(b, w, seq_head, keys, [&](const typename Walks::OfKeys& walk, int warpgroup) {
+      multiply(b, seq_head, keys, walk, warpgroup);
+    });
   }
 
  private:
+  static CUTLASS_DEVICE void begin_turn(int warpgroup) {
+    if constexpr (kTakesTurns) cutlass::arch::NamedBarrier::sync(Base::kMathThreads, warpgroup);
+  }
+  static CUTLASS_DEVICE void end_turn(int warpgroup) {
+    if constexpr (kTakesTurns) cutlass::arch::NamedBarrier::arrive(Base::kMathThreads, 1 - warpgroup);
+  }
+
   static CUTLASS_DEVICE void multiply(const AttendBackwardParams& b, const TileView& seq_head, const Span& keys,
-                                      const QueryBlocks& blocks, int warpgroup) {
+                                      const typename Walks::OfKeys& walk, int warpgroup) {
     using namespace cute;
     const AttendParams& p = b.forward;
     auto& shared = Base::shared();
@@ -129,10 +154,12 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
     Emptying buffers;
     int q, dout;  // the buffers at hand
     const auto start_in = [&] {
+      begin_turn(warpgroup);
       q = buffers.await();
       issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero);
       dout = buffers.await();
       issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero);
+      end_turn(warpgroup);
     };
     const auto start_dv = [&](int of) { issue(mma_out, prob_left, rows_t(_, _, _, of), dv, GMMA::ScaleOut::One); };
     const auto start_dk = [&](int of) { issue(mma_out, ds_left, rows_t(_, _, _, of), dk, GMMA::ScaleOut::One); };
@@ -142,13 +169,13 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
     };
     const auto find_left_of_dk = [&] {
       if constexpr (kKeepsProbs)
-        find_ds<kVisited>(ds, s, shared.info[q]);
+        find_ds<typename Base::T, kVisited>(ds, s, shared.info[q]);
       else
-        find_ds<kVisited>(ds, prob_left, shared.info[q]);
+        find_ds<typename Base::T, kVisited>(ds, prob_left, shared.info[q]);
       Base::round(ds_left, ds);
     };
     const auto give_back = [&](int of_q, int of_dout) { buffers.give_back(of_q), buffers.give_back(of_dout); };
-    if (blocks.first() >= blocks.end()) {  // nobody sees these keys
+    if (walk.first() >= walk.end()) {  // nobody sees these keys
     } else if constexpr (Base::kAhead) {
       start_in();
       finish<1>(s);
@@ -173,6 +200,7 @@ struct KeysBackward : BackwardTraits<Element, kHeadDim, 128, 64, VisitedRows<64>
       finish<0>(dk);
       warpgroup_fence_operand(dv);
     } else {
+      if (warpgroup == 1) end_turn(warpgroup);  // so warpgroup 0 comes first
       for (bool last = false; !last;) {
         start_in();
         last = shared.info[q].last;
@@ -205,16 +233,16 @@ struct ProbExchange {
 
 // Above head dimension 128, dK and dV of 64 keys fill two warpgroups' registers: one finds P and dV, and hands P,
 // rounded, to the other, which finds dS and dK.
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, class Walks>
 struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<64>, ProbExchange> {
   using Base = BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<64>, ProbExchange>;
   using Base::kOwned, Base::kVisited;
   using typename Base::Emptying;
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 const Span& keys) {
-    run_keys<Base>(b, w, seq_head, keys, [&](const QueryBlocks& blocks, int warpgroup) {
-      const bool empty = blocks.first() >= blocks.end();  // nobody sees these keys
+  static CUTLASS_DEVICE void run(const typename Walks::Params& b, const typename Walks::Workspace& w,
+                                 const TileView& seq_head, const Span& keys) {
+    run_keys<Base, Walks>(b, w, seq_head, keys, [&](const typename Walks::OfKeys& walk, int warpgroup) {
+      const bool empty = walk.first() >= walk.end();  // nobody sees these keys
       if (warpgroup == 0)
         find_dv(b, seq_head, keys, empty);
       else
@@ -297,7 +325,7 @@ struct WideKeysBackward : BackwardTraits<Element, kHeadDim, 64, 64, VisitedRows<
       slot.advance();
       finish<0>(ds);
       buffers.give_back(dout);
-      find_ds<kVisited>(ds, probs, shared.info[q]);
+      find_ds<typename Base::T, kVisited>(ds, probs, shared.info[q]);
       Base::round(ds_left, ds);
       issue(mma_out, ds_left, rows_t(_, _, _, q), dk, GMMA::ScaleOut::One);
       finish<0>(dk);

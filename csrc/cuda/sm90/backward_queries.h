@@ -5,47 +5,53 @@
 
 namespace flux::cuda::sm90 {
 
-struct VisitedKeys {
+// Place: of a walk's OfRows.
+template <class Place>
+struct VisitedKeys : Place {
   int32_t begin;
   bool masked;
 };
 
 // The first kernel: dQ of kOwned rows, and lse and delta of them for the second.
-template <class Element, int kHeadDim>
-struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 ? 128 : 64, VisitedKeys> {
-  using Base = BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 ? 128 : 64, VisitedKeys>;
+template <class Element, int kHeadDim, class Walks>
+struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 ? 128 : 64,
+                                        VisitedKeys<typename Walks::template OfRows<CudaElement<Element>>::Place>> {
+  using Walk = typename Walks::template OfRows<CudaElement<Element>>;
+  using Visited = VisitedKeys<typename Walk::Place>;
+  using Base = BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 ? 128 : 64, Visited>;
   // Of three buffers, where there are no more, values before keys: then both come a block ahead.
   static constexpr bool kValuesFirst = Base::kBuffers == 3;
 
   using Base::kOwned, Base::kVisited, Base::owned, Base::visited;
   using typename Base::T, typename Base::Filling, typename Base::Emptying;
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 const Span& rows) {
+  using Params = typename Walks::Params;
+  using Workspace = typename Walks::Workspace;
+
+  static CUTLASS_DEVICE void run(const Params& b, const Workspace& w, const TileView& seq_head, const Span& rows) {
     const AttendParams& p = b.forward;
-    __shared__ cuda::Shared<TileView> view;
+    __shared__ cuda::Shared<Walk> shared_walk;
     if (threadIdx.x == 0) Base::init_barriers();
-    const TileView& v = view.make([&] { return view_rows(p, seq_head, rows, kVisited); });
+    const Walk& walk = shared_walk.make([&] { return Walk(view_rows(p, seq_head, rows, kVisited), kVisited); });
     if (threadIdx.x < kLoadThreads) {
       cutlass::arch::warpgroup_reg_dealloc<Base::kLoadRegs>();
-      load(b, seq_head, v, rows);
+      load(b, seq_head, walk, rows);
     } else {
       cutlass::arch::warpgroup_reg_alloc<Base::kMathRegs>();
-      multiply(b, w, seq_head, v, rows, cutlass::canonical_warp_group_idx() - 1);
+      multiply(b, w, seq_head, walk, rows, cutlass::canonical_warp_group_idx() - 1);
     }
   }
 
  private:
-  static CUTLASS_DEVICE void load(const AttendBackwardParams& b, const TileView& seq_head, const TileView& v,
-                                  const Span& rows) {
+  static CUTLASS_DEVICE void load(const Params& b, const TileView& seq_head, const Walk& walk, const Span& rows) {
     const AttendParams& p = b.forward;
-    const TileMask masked = v.mask();
-    const RowLoader<T, kOwned, typename Base::OwnedTile> own(b, seq_head);
-    own.load(rows.begin / kOwned, owned(0), owned(1));  // come with the first keys
+    const TileView& v = walk.view();
+    const auto masked = walk.mask();
+    load_rows<T, kOwned, kLoadThreads>(b, seq_head, rows.begin, owned(0), owned(1));  // come with the first keys
     const KeyLoader<T, typename Base::VisitedTile> keys(p, p.kv.k, v), values(p, p.kv.v, v);
     Filling buffers;
-    for (int32_t i = 0; i < v.blocks.size(); ++i) {
-      const int32_t begin = v.blocks[i] * kVisited;
+    for (int32_t i = 0; i < walk.size(); ++i) {
+      const int32_t begin = walk[i] * kVisited;
       const auto load_values = [&] {
         const int to = buffers.await();
         values.template load<kVisited>(begin, visited(to));
@@ -53,7 +59,9 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
       };
       if (kValuesFirst) load_values();
       const int to = buffers.await();
-      if (threadIdx.x == 0) Base::shared().info[to] = {begin, masked(begin, begin + kVisited)};
+      const auto place = walk.place(i);
+      if (threadIdx.x == 0)
+        Base::shared().info[to] = {place, begin, walk.needs_mask(masked, place, begin, begin + kVisited)};
       keys.template load<kVisited>(begin, visited(to));
       buffers.hand_over(to);
       if (!kValuesFirst) load_values();
@@ -61,13 +69,14 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
     sm80::cp_async_wait<0>();
   }
 
-  static CUTLASS_DEVICE void multiply(const AttendBackwardParams& b, const BackwardWorkspace& w,
-                                      const TileView& seq_head, const TileView& v, const Span& rows, int warpgroup) {
+  static CUTLASS_DEVICE void multiply(const Params& b, const Workspace& w, const TileView& seq_head, const Walk& walk,
+                                      const Span& rows, int warpgroup) {
     using namespace cute;
     const AttendParams& p = b.forward;
-    const int32_t num_blocks = v.blocks.size();
+    const TileView& v = walk.view();
+    const int32_t num_blocks = walk.size();
     const int32_t own_row = rows.begin + thread_row(warpgroup, 0);
-    OwnedRow<T> own[] = {{b, seq_head, v, rows, own_row}, {b, seq_head, v, rows, own_row + 8}};
+    typename Walk::Row own[] = {{b, seq_head, v, rows, own_row}, {b, seq_head, v, rows, own_row + 8}};
     own[0].finish(p, w, seq_head, rows, own_row), own[1].finish(p, w, seq_head, rows, own_row + 8);
 
     typename Base::MmaIn mma_in;
@@ -90,12 +99,12 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
     int k;
     const auto start_scores = [&] { issue(mma_in, q(_, _, _), kv(_, _, _, k), s, GMMA::ScaleOut::Zero); };
     const auto start_output = [&](int of) { issue(mma_out, left, k_t(_, _, _, of), dq, GMMA::ScaleOut::One); };
-    const auto hide = [&](int32_t kv_begin) {
-      const int32_t base = kv_begin + int32_t(threadIdx.x % 4) * 2;
+    const auto hide = [&](const Visited& visited) {
+      const int32_t base = visited.begin + int32_t(threadIdx.x % 4) * 2;
       CUTE_UNROLL
       for (int r = 0; r < kThreadRows; ++r) {
         const int32_t row = own_row + 8 * r, token = row / p.group() - (v.q_rows.begin - seq_head.q_rows.begin);
-        hide_unseen(s, r, row < rows.end ? v.visible_keys(token) : VisibleKeys{}, base, 0.f);
+        hide_unseen(s, r, row < rows.end ? walk.visible_keys(token, visited) : VisibleKeys{}, base, 0.f);
       }
     };
     const auto start_ds = [&] {
@@ -111,13 +120,13 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
         finish<1>(s);
       }
       CUTE_UNROLL
-      for (int j = 0; j < size(s); ++j) s(j) = fast_exp2(s(j) * scale_log2 - own[j / 2 % 2].lse);
+      for (int j = 0; j < size(s); ++j) s(j) = fast_exp2(s(j) * scale_log2 - walk.lse(own[j / 2 % 2], shared.info[k]));
       // The branch also keeps these exponentials before the wait for dP.
-      if (const VisitedKeys visited = shared.info[k]; visited.masked) hide(visited.begin);
+      if (const Visited visited = shared.info[k]; visited.masked) hide(visited);
       if constexpr (!kValuesFirst) finish<0>(ds);
       buffers.give_back(values);
       CUTE_UNROLL
-      for (int j = 0; j < size(s); ++j) ds(j) = s(j) * (ds(j) - own[j / 2 % 2].delta);
+      for (int j = 0; j < size(s); ++j) ds(j) = s(j) * (ds(j) - walk.delta(own[j / 2 % 2], shared.info[k]));
       Base::round(left, ds);
     };
     if constexpr (Base::kAhead) {

@@ -19,13 +19,17 @@ struct Nothing {
 };
 
 // Info: what the consumers need to know of what is visited, besides its tiles. Exchange: what they give each other.
-template <class Element_, int kHeadDim_, int kOwned_, int kVisited_, class Info_, class Exchange_ = Nothing>
+// kLoaders: threads of the loading warpgroup that load.
+template <class Element_, int kHeadDim_, int kOwned_, int kVisited_, class Info_, class Exchange_ = Nothing,
+          int kLoaders_ = kLoadThreads>
 struct BackwardTraits {
   using Element = Element_;
-  using T = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;  // the same bits
+  using T = CudaElement<Element>;
   using Info = Info_;
   using Exchange = Exchange_;
   static constexpr int kHeadDim = kHeadDim_, kOwned = kOwned_, kVisited = kVisited_, kMinBlocks = 1;
+  static constexpr int kLoaders = kLoaders_;
+  static constexpr bool kLeavesFull = kHeadDim == 128;
 
   // One warpgroup that loads, then the consumers. Registers as in Traits, traits.h.
   static constexpr int kMathThreads = 256, kThreads = kLoadThreads + kMathThreads;
@@ -35,8 +39,8 @@ struct BackwardTraits {
   static constexpr int kLoadRegs = kHeadDim > 128 ? 56 : 40, kMathRegs = kHeadDim > 128 ? 224 : 232;
   static_assert(kLoadRegs + 2 * kMathRegs <= 3 * (65536 / kThreads / 8 * 8));
 
-  using OwnedTile = SlabTile<kHeadDim, kOwned>;
-  using VisitedTile = SlabTile<kHeadDim, kVisited>;
+  using OwnedTile = SlabTile<kHeadDim, kOwned, kLoaders>;
+  using VisitedTile = SlabTile<kHeadDim, kVisited, kLoaders>;
   static constexpr int kOwnedElements = kOwned * kHeadDim, kVisitedElements = kVisited * kHeadDim;
   // Tiles of what is visited come in pairs (keys and values; rows of Q and of dO) through one ring of buffers.
   static constexpr int kMostBuffers = 8;
@@ -93,7 +97,7 @@ struct BackwardTraits {
   // and with what it wrote itself.
   static CUTLASS_DEVICE void init_barriers() {
     for (int i = 0; i < kBuffers; ++i) {
-      shared().full[i].init(2 * kLoadThreads);
+      shared().full[i].init(2 * kLoaders);
       shared().empty[i].init(kMathThreads);
     }
     shared().exchange.init();

@@ -120,10 +120,8 @@ CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shar
       if (lane == 0) cute::tma_store_wait<0>();
       __syncwarp();
     }
-    if (lane == 0) {
-      shared.q_empty[stage.index].arrive();
-      shared.work_empty[work.index].arrive();
-    }
+    shared.q_empty[stage.index].arrive();
+    shared.work_empty[work.index].arrive();
     __syncwarp();
   }
 }

@@ -13,14 +13,15 @@ using CutlassElement = std::conditional_t<kDType == DType::kFloat16, cutlass::ha
 template <DType kDType, int kDim>
 cudaError_t BackwardKernels<kDType, kDim>::launch_queries(const AttendBackwardParams& b, const BackwardWorkspace& w,
                                                           cudaStream_t stream) {
-  return launch_queries_backward<QueriesBackward<CutlassElement<kDType>, kDim>>(b, w, stream);
+  return launch_queries_backward<QueriesBackward<CutlassElement<kDType>, kDim, HardWalks>>(b, w, stream);
 }
 
 template <DType kDType, int kDim>
 cudaError_t BackwardKernels<kDType, kDim>::launch_keys(const AttendBackwardParams& b, const BackwardWorkspace& w,
                                                        cudaStream_t stream) {
   using Element = CutlassElement<kDType>;
-  using Body = std::conditional_t<(kDim > 128), WideKeysBackward<Element, kDim>, KeysBackward<Element, kDim>>;
+  using Body = std::conditional_t<(kDim > 128), WideKeysBackward<Element, kDim, HardWalks>,
+                                  KeysBackward<Element, kDim, HardWalks>>;
   return launch_keys_backward<Body>(b, w, stream);
 }
 

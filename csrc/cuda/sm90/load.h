@@ -100,10 +100,10 @@ class Loader {
     int32_t block = -1;  // its block; none at first
     for (Ring<T::kWorkSlots> ring;; ring.advance()) {
       shared_.work_full[ring.index].wait(ring.phase);
-      const Piece& piece = shared_.work[ring.index];
+      const typename T::Work& piece = shared_.work[ring.index];
       if (piece.view.tile.seq < 0) break;
       const Keys keys(p_.attend, piece.view);
-      const TileMask mask = piece.view.mask();
+      const auto mask = piece.view.mask();
       const int32_t asks_at = min_of(piece.span.begin + T::kBlocksAhead, piece.span.end) - 1;
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
         if (i == asks_at) shared_.work_wanted.arrive();

@@ -125,7 +125,7 @@ class Consumer {
         const bool more = await_tile();
         if (!cleared) clear_past(slot(-1), v_buffer);
         if (!more) break;
-        softmax.restart();
+        if (!goes_on()) softmax.restart();
       }
       do {  // one loop for all blocks: code that runs once a tile is not in the instruction cache
         const int v_used = v_buffer;
@@ -140,7 +140,10 @@ class Consumer {
       if (left == 0) continue;
       store(o);
       shared_.work_empty[slot(-1)].arrive();
-      clear(o);
+      if (!goes_on())
+        clear(o);
+      else if constexpr (!T::kRescalesBetween)
+        softmax.rescale(o);
       left = blocks_left();
       if (left > 0) clear_past(slot(), v_buffer);
     }
@@ -163,7 +166,7 @@ class Consumer {
     __syncwarp();
     if (!T::kStagesOutput)
       shared_.q_empty[stage].arrive();
-    else if (!shared_.staged[slot()])
+    else if (!T::kMixes && !shared_.staged[slot()])
       shared_.q_used[stage].arrive();
   }
 
@@ -172,17 +175,23 @@ class Consumer {
   CUTLASS_DEVICE void store(const Output& o) {
     const int stage = (tile_ - 1) % T::kQStages;
     const SoftmaxState* states = shared_.states + stage * T::kRows;
-    if (T::kStagesOutput && shared_.staged[slot(-1)]) {
+    if (T::kMixes || (T::kStagesOutput && shared_.staged[slot(-1)])) {
       stage_rows<T>(shared_, stage, warpgroup_, states, o);
       shared_.q_used[stage].arrive();
-    } else {
+    } else if constexpr (!T::kMixes) {
       store_rows<T>(p_, piece(-1), warpgroup_, states, o);
     }
   }
 
   // Of the tile whose scores are being computed, or of the one before it (-1).
   CUTLASS_DEVICE int slot(int before = 0) const { return (tile_ + before) % T::kWorkSlots; }
-  CUTLASS_DEVICE const Piece& piece(int before = 0) const { return shared_.work[slot(before)]; }
+  CUTLASS_DEVICE const typename T::Work& piece(int before = 0) const { return shared_.work[slot(before)]; }
+
+  // Does the piece go on with the softmax and the output of the one before it, as the second part of a mixture's tile?
+  CUTLASS_DEVICE bool goes_on() const {
+    if constexpr (T::kMixes) return !piece().is_first;
+    return false;
+  }
 
   // Key blocks of the tile after its first.
   CUTLASS_DEVICE int32_t blocks_left() const { return piece().span.end - piece().span.begin - 1; }

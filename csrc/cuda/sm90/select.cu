@@ -26,7 +26,7 @@ struct SelectCall {
 template <>
 struct SelectCall<true> {
   CUtensorMap q_map;  // {D, Hq, stride, S / stride, B} in boxes {64, group, 1, rows of a tile}
-  CUtensorMap k_map;  // {D, stride, S / stride, Hkv, B} in boxes {64, 1, half a step}
+  CUtensorMap k_map;  // {D, stride, S / stride, Hkv, B} in boxes {64, 1, 64}
   SelectKernelParams k;
 };
 
@@ -37,6 +37,7 @@ struct SelectTraits {
   static constexpr bool kTma = kTma_;
   // cp.async needs registers for addresses, so there a step has fewer columns.
   static constexpr int kColumns = kTma ? 256 : 192;
+  static constexpr int kBox = 64;  // columns that are loaded at a time, and what a last step is rounded up to
   static constexpr int kCluster = kTma ? 2 : 1, kMathThreads = 256, kThreads = 128 + kMathThreads;
   static constexpr int kSlots = 4;  // slabs in shared memory
   static constexpr int kItems = 2;
@@ -104,7 +105,7 @@ CUTLASS_DEVICE void produce_by_tma(const SelectCall<true>& call, typename T::Sha
   const SelectParams& p = k.select;
   const int32_t slabs_of_token = p.head_dim / kSelectInner, slabs = p.stride * slabs_of_token;
   constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  constexpr uint32_t kBytes = (T::kRowElements + T::kColumnElements) * sizeof(typename T::Element);
+  constexpr uint32_t kBytes = sizeof(typename T::Element);
   Ring<T::kSlots> ring;
   DealtItems items;
   for (int32_t item = items.next(k); item >= 0; item = items.next(k)) {
@@ -112,19 +113,26 @@ CUTLASS_DEVICE void produce_by_tma(const SelectCall<true>& call, typename T::Sha
     const int32_t q_seq = p.q.stride.b == 0 ? 0 : t.at.seq, k_seq = p.kv.k.stride.b == 0 ? 0 : t.at.seq;
     const int32_t first_query = t.view.q_rows.begin + t.first_row * p.stride + p.stride - 1;
     for (int32_t first = 0; first < t.columns; first += T::kColumns) {
-      const int32_t first_key = t.view.kv_rows.begin + (first + rank * (T::kColumns / 2)) * p.stride;
+      const int32_t first_key = t.view.kv_rows.begin + first * p.stride, left = t.columns - first;
+      const int32_t boxes = min_of(ceil_div(left, T::kBox), T::kColumns / T::kBox);  // the blocks load them in turn
+      const uint32_t bytes = kBytes * (T::kRowElements + uint32_t(boxes) * (T::kBox * kSelectInner));
       for (int32_t slab = 0; slab < slabs; ++slab) {
         const int32_t token = slab / slabs_of_token, within = (slab - token * slabs_of_token) * kSelectInner;
         const int32_t query = first_query - token, key = first_key + token;
         Barrier& full = shared.full[ring.index];
         shared.empty[ring.index].wait(ring.phase ^ 1);
-        full.arrive_and_expect(kBytes);
+        full.arrive_and_expect(bytes);
         cute::SM90_TMA_LOAD_5D::copy(&call.q_map, full.pointer(), kHint, shared.rows + ring.index * T::kRowElements,
                                      within, t.at.kv_head * p.group(), query % p.stride, query / p.stride, q_seq);
-        cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
-            &call.k_map, full.pointer(), uint16_t(3), kHint,
-            shared.columns + ring.index * T::kColumnElements + rank * (T::kColumnElements / 2), within, key % p.stride,
-            key / p.stride, t.at.kv_head, k_seq);
+        CUTE_UNROLL
+        for (int32_t i = 0; i < T::kColumns / T::kBox; i += 2) {
+          const int32_t box = i + rank;
+          if (box < boxes)
+            cute::SM90_TMA_LOAD_MULTICAST_5D::copy(
+                &call.k_map, full.pointer(), uint16_t(3), kHint,
+                shared.columns + ring.index * T::kColumnElements + box * (T::kBox * kSelectInner), within,
+                key % p.stride, key / p.stride + box * T::kBox, t.at.kv_head, k_seq);
+        }
         ring.advance();
       }
     }
@@ -361,6 +369,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) select_kernel(const __grid_con
     cute::cluster_arrive_relaxed();
     cute::cluster_wait();
     rank = int32_t(cute::block_rank_in_cluster());
+    wait_for_previous();
+    let_next_start();
   }
   if (threadIdx.x < 128) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
@@ -388,32 +398,36 @@ auto kernel_of(DType dtype) {
                                   : select_kernel<SelectTraits<cutlass::bfloat16_t, kTma>>;
 }
 
+// By TMA: clusters, which may start before the previous kernel has ended (dependent_launch.h).
 template <bool kTma>
-cudaLaunchConfig_t config_of(int32_t blocks, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+cudaLaunchConfig_t config_of(int32_t blocks, cudaStream_t stream, cudaLaunchAttribute (&attributes)[2]) {
   using T = SelectTraits<cutlass::half_t, kTma>;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {T::kCluster, 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {T::kCluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(T::kThreads);
   config.dynamicSmemBytes = sizeof(typename T::Shared);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = kTma ? 2 : 1;
   return config;
 }
 
 template <bool kTma>
 int most_blocks(const SelectParams& p, const Device&) {
   const auto kernel = kernel_of<kTma>(p.dtype);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<kTma>(2, nullptr, cluster);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = config_of<kTma>(2, nullptr, attributes);
+  config.numAttrs = 1;
   int clusters = 0;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)) !=
           cudaSuccess ||
       cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess)
     return 0;
-  return clusters * int(cluster.val.clusterDim.x);
+  return clusters * int(attributes[0].val.clusterDim.x);
 }
 
 // Dimensions of whole strides; see SelectCall.
@@ -442,16 +456,16 @@ cudaError_t launch_by_tma(const SelectKernelParams& k, int32_t blocks, cudaStrea
   SelectCall<true> call{{}, {}, k};
   const int32_t group = p.group();
   if (cudaError_t e = encode(q_shape(p), p.dtype, {kSelectInner, group, 1, kSelectRows / group}, &call.q_map)) return e;
-  if (cudaError_t e = encode(k_shape(p), p.dtype, {kSelectInner, 1, T::kColumns / 2}, &call.k_map)) return e;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<true>(blocks, stream, cluster);
+  if (cudaError_t e = encode(k_shape(p), p.dtype, {kSelectInner, 1, T::kBox}, &call.k_map)) return e;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of<true>(blocks, stream, attributes);
   return cudaLaunchKernelEx(&config, kernel_of<true>(p.dtype), call);
 }
 
 cudaError_t launch_by_copies(const SelectKernelParams& k, int32_t blocks, cudaStream_t stream) {
   if (cudaError_t e = cudaMemsetAsync(k.next_item, 0, sizeof(int32_t), stream)) return e;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = config_of<false>(blocks, stream, cluster);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = config_of<false>(blocks, stream, attributes);
   return cudaLaunchKernelEx(&config, kernel_of<false>(k.select.dtype), SelectCall<false>{k});
 }
 

@@ -1,5 +1,6 @@
 // Chooses the instance for a problem, and describes its tensors to TMA.
 #include "cuda/sm90/instances.h"
+#include "cuda/sm90/mix_kernels.h"
 #include "cuda/sm90/tensor_map.h"
 
 namespace flux::cuda::sm90 {
@@ -123,6 +124,11 @@ Shape4 out_shape(const AttendParams& p) {
   return {p.out.data, {p.head_dim, p.q.num_heads, p.q.rows.capacity, t.b == 0 ? 1 : p.batch}, {1, t.h, t.s, t.b}};
 }
 
+bool describable(const AttendParams& p) {
+  return q_shape(p).describable() && kv_shape(p, p.kv.k).describable() && kv_shape(p, p.kv.v).describable() &&
+         out_shape(p).describable();
+}
+
 cudaError_t to_kernel_params(const AttendParams& p, const AttendConfig& c, const Workspace& w, KernelParams* k) {
   const Instance& i = *c.instance;
   k->attend = p;
@@ -158,9 +164,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   if (!i || p.group() > i->tile_rows || most_rows(p) <= kDecodeRows) return false;
   // The running maximum is taken before scaling.
   if (!(p.scale > 0.f)) return false;
-  if (!q_shape(p).describable() || !kv_shape(p, p.kv.k).describable() || !kv_shape(p, p.kv.v).describable() ||
-      !out_shape(p).describable())
-    return false;
+  if (!describable(p)) return false;
   c->instance = i;
   c->tile = {q_tokens_of(p, i->tile_rows), i->kv_block};
   c->num_workers = device.num_sms;
@@ -169,6 +173,44 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
   c->uncounted = spare && is_uncounted(c->order, max_tiles(p, c->tile), c->num_workers);
   c->inline_plan = c->order == TileOrder::kPlanned && spare && plans_few(p, c->tile);
   return true;
+}
+
+// ---- mixtures ----
+
+namespace {
+
+template <DType kDType, int kHeadDim>
+cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms,
+                           cudaStream_t stream) {
+  constexpr Instance kInstance{90, kDType, kHeadDim, kMixRows, kMixKeys, nullptr};
+  AttendConfig c;
+  c.instance = &kInstance;
+  c.tile = {q_tokens_of(p, kMixRows), kMixKeys};
+  MixKernelParams k{{}, m, MixTiles(p, kMixRows, kMixKeys), counter};
+  if (k.tiles.total() == 0) return cudaSuccess;
+  if (cudaError_t e = to_kernel_params(p, c, {}, &k)) return e;
+  if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(*counter), stream)) return e;
+  return launch_mix<kDType, kHeadDim>(k, num_sms, stream);
+}
+
+template <DType kDType>
+cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms,
+                           cudaStream_t stream) {
+  if (p.head_dim <= 64) return launch_mixture<kDType, 64>(p, m, counter, num_sms, stream);
+  if (p.head_dim <= 96) return launch_mixture<kDType, 96>(p, m, counter, num_sms, stream);
+  return launch_mixture<kDType, 128>(p, m, counter, num_sms, stream);
+}
+
+}  // namespace
+
+bool mixes(const AttendParams& p) {
+  return p.head_dim <= 128 && p.group() <= kMixRows && lists_fit(p, kMixKeys) && pages_fit(p, kMixKeys) &&
+         p.scale > 0.f && describable(p);
+}
+
+cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_mixture<DType::kFloat16>(p, m, counter, num_sms, stream)
+                                    : launch_mixture<DType::kBFloat16>(p, m, counter, num_sms, stream);
 }
 
 }  // namespace flux::cuda::sm90

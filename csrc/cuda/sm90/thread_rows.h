@@ -52,8 +52,8 @@ CUTLASS_DEVICE void hide_unseen(Scores& s, int r, const VisibleKeys& keys, int32
 // Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of
 // many: kept, they would cost registers. Where only the diagonal and the end of the queries hide anything, one
 // comparison a score does.
-template <class Scores>
-CUTLASS_DEVICE void apply_mask(Scores& s, const TileView& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
+template <class Scores, class View>
+CUTLASS_DEVICE void apply_mask(Scores& s, const View& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
   const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
   if (v.hides_only_later_keys()) {
     CUTE_UNROLL

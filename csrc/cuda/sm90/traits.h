@@ -26,12 +26,18 @@ constexpr int kSharedCapacity = 227 * 1024;  // of a multiprocessor, less what t
 constexpr int kSharedRest = 1024;            // what is neither Q nor K nor V nor of a row
 constexpr int kMaxBuffers = 12;
 
-// kWarpgroups: consumer warpgroups, 64 rows each.
-template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_>
+// The same bits, as cuda/element.h takes them.
+template <class Element>
+using CudaElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
+
+// kWarpgroups: consumer warpgroups, 64 rows each. Work: a piece of work as shared memory describes it; of mixtures, a
+// part of a tile (mix.h).
+template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_, class Work_ = Piece>
 struct Traits {
+  using Work = Work_;
+  static constexpr bool kMixes = !std::is_same_v<Work, Piece>;
   using Element = Element_;
-  // The same bits, as cuda/element.h takes them.
-  using PackedElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
+  using PackedElement = CudaElement<Element>;
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
 
@@ -41,13 +47,16 @@ struct Traits {
   static constexpr int buffers_beside(int q_stages) {
     const int per_stage = 2 * kQElements + int(sizeof(SoftmaxState)) * kRows;
     const int n = (kSharedCapacity - kSharedRest - q_stages * per_stage) / (2 * kBufferElements);
-    return n < kMaxBuffers ? n : kMaxBuffers;
+    constexpr int kMost = kMaxBuffers - kMixes;  // the parts of tiles take more room than pieces
+    return n < kMost ? n : kMost;
   }
   static constexpr int kQStages = buffers_beside(2) >= 4 ? 2 : 1, kBuffers = buffers_beside(kQStages);
 
   // Whether the output of a whole tile leaves through the place of its Q, which no product reads any more: the next
-  // tile's Q must then lie elsewhere.
+  // tile's Q must then lie elsewhere. Of mixtures every tile's does.
   static constexpr bool kStagesOutput = kQStages > 1;
+  static constexpr int kStoringThreads = kMixes ? 64 : kStagesOutput ? 32 : 0;
+  static_assert(kStagesOutput || !kMixes);
 
   // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
   // thread alike; asking for more than that sum would wait for ever.
@@ -106,7 +115,7 @@ struct Traits {
     alignas(1024) Element q[kQStages * kQElements];
     alignas(1024) Element kv[kBuffers * kBufferElements];
     BlockInfo info[kBuffers];
-    Piece work[kWorkSlots];                 // none without key blocks; view.tile.seq < 0: no more
+    Work work[kWorkSlots];                  // none without key blocks; view.tile.seq < 0: no more
     int32_t past[kWorkSlots];               // keys of the tile's last block that lie past the sequence, if positive
     bool staged[kWorkSlots];                // does the output leave through the place of Q?
     SoftmaxState states[kQStages * kRows];  // of the rows of a tile, from its last scores until it is stored

@@ -1,0 +1,9 @@
+#include "cuda/sm90/mix.h"
+
+namespace flux::cuda::sm90 {
+
+template cudaError_t launch_mix<DType::kBFloat16, 64>(const MixKernelParams&, int32_t, cudaStream_t);
+template cudaError_t launch_mix<DType::kBFloat16, 96>(const MixKernelParams&, int32_t, cudaStream_t);
+template cudaError_t launch_mix<DType::kBFloat16, 128>(const MixKernelParams&, int32_t, cudaStream_t);
+
+}  // namespace flux::cuda::sm90
