@@ -55,7 +55,7 @@ struct Traits {
   // Whether the output of a whole tile leaves through the place of its Q, which no product reads any more: the next
   // tile's Q must then lie elsewhere. Of mixtures every tile's does.
   static constexpr bool kStagesOutput = kQStages > 1;
-  static constexpr int kStoringWarps = kMixes ? 2 : kStagesOutput;
+  static constexpr int kStoringThreads = kMixes ? 64 : kStagesOutput;  // that say when staged rows are stored
   static_assert(kStagesOutput || !kMixes);
 
   // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
