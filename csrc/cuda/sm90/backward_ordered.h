@@ -1,7 +1,7 @@
 // All gradients of full attention on Hopper by one kernel, which computes S and dP once: as the kernel of the keys
 // (backward_keys.h), and each block of keys also adds its part of dQ, dS K, to sums in fp32 in global memory, in a
-// fixed order (core/add_order.h); the last one that sees a tile writes dQ. A kernel before it finds lse and delta of the
-// rows. Sequence heads with another pattern are left to the two kernels of the rows and keys.
+// fixed order (core/add_order.h). A kernel before it finds lse and delta of the rows, one after it writes dQ. Sequence
+// heads with another pattern are left to the two kernels of the rows and keys.
 //
 // dS goes through shared memory, as both warpgroups' keys count in each row of dQ: a warpgroup finds half of the
 // columns, of all keys. The sums lie in memory as the threads' accumulators hold them, so a thread adds 16 bytes at a
@@ -45,9 +45,8 @@ struct TileSums {
   }
 };
 
-CUTLASS_DEVICE void add_to_global(float4* to, const float4& x) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
-               "f"(x.w)
+CUTLASS_DEVICE void add_to_global(float4* to, float x, float y, float z, float w) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");
 }
 CUTLASS_DEVICE uint32_t load_acquire(const uint32_t* from) {
@@ -57,12 +56,6 @@ CUTLASS_DEVICE uint32_t load_acquire(const uint32_t* from) {
 }
 CUTLASS_DEVICE void store_release(uint32_t* to, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-
-CUTLASS_DEVICE float4 load_from_l2(const float4* from) {
-  float4 x;
-  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
-  return x;
 }
 
 // Of hard routes: heads with full attention. A mixture's: see mix_ordered.h.
@@ -225,12 +218,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
 
     const float scale_log2 = p.scale * kLog2e;
     const int32_t key = keys.begin + thread_row(warpgroup, 0);
-    // So many tiles, which come last, no block behind this one sees.
-    const int32_t next = keys.begin / kOwned + 1;
-    const int32_t finished =
-        next * kOwned >= seq_head.kv_rows.size()
-            ? tiles.size()
-            : seeing_tiles(next, seq_head.kv_rows.size(), seq_head.q_pos, seq_head.q_rows.size(), p.group()).begin - tiles.begin;
+    float4* sums = TileSums(w, p, seq_head.tile).of_thread(tiles.end - 1, warpgroup);
 
     Emptying buffers;
     Turn turn;
@@ -251,41 +239,26 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
       cutlass::arch::fence_view_async_shared();
       cutlass::arch::NamedBarrier::sync(Base::kMathThreads, 0);
     };
-    // A tile's sums are added to in two halves, each beside a product: the memory takes no more at a time. The second one
-    // is kept in registers that are no product's, or else the compiler waits for the product beside it.
-    constexpr int kHalf = TileSums::kVectors / 2;
-    float4 part[kHalf];
-    const auto take_half = [&](auto half) {
-      constexpr int kBegin = decltype(half)::value * 4 * kHalf;
-      CUTE_UNROLL
-      for (int i = 0; i < kHalf; ++i) {
-        const int at = kBegin + 4 * i;
-        part[i] = make_float4(dq(at) * p.scale, dq(at + 1) * p.scale, dq(at + 2) * p.scale, dq(at + 3) * p.scale);
-      }
-    };
-    const auto add_half = [&](auto half, int32_t left) {
-      constexpr int kBegin = decltype(half)::value * kHalf;
-      float4* const sums = TileSums(w, p, seq_head.tile).of_thread(tiles.begin + left - 1, warpgroup) + kBegin * 128;
-      if (kBegin == 0) exchange.turn[turn.index].wait(turn.phase);
-      if (left <= finished) {
-        write_dq<kBegin>(b, seq_head, tiles.begin + left - 1, warpgroup, part, first ? nullptr : sums);
-      } else if (first) {
+    const auto add_dq = [&] {
+      exchange.turn[turn.index].wait(turn.phase);
+      if (first) {
         CUTE_UNROLL
-        for (int i = 0; i < kHalf; ++i) sums[i * 128] = part[i];
+        for (int i = 0; i < TileSums::kVectors; ++i)
+          sums[i * 128] = make_float4(dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
       } else {
         CUTE_UNROLL
-        for (int i = 0; i < kHalf; ++i) add_to_global(sums + i * 128, part[i]);
+        for (int i = 0; i < TileSums::kVectors; ++i)
+          add_to_global(sums + i * 128, dq(4 * i), dq(4 * i + 1), dq(4 * i + 2), dq(4 * i + 3));
       }
-      if (kBegin == 0) return;
       exchange.added[turn.index].arrive();
       turn.advance();
+      sums -= 2 * TileSums::kVectors * 128;
     };
     // Nothing is under way from one step to the next: there ptxas puts all products in a row (C7514).
-    int q = tiles.size() > 0 ? buffers.await() : 0;
+    int q = 0, dout = 0;  // the buffers at hand; the next ones are waited for beside the product of dK
+    if (tiles.size() > 0) q = buffers.await(), dout = buffers.await();
     for (int32_t left = tiles.size(); left > 0; --left) {
       issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero);
-      if (left < tiles.size()) add_half(_1{}, left + 1);
-      const int dout = buffers.await();
       issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero);
       finish<1>(s);
       Walks::find_probs(s, shared.info[q], scale_log2, key);
@@ -300,51 +273,19 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
       finish<1>(dq);
       warpgroup_fence_operand(dv);
       buffers.give_back(dout);
-      take_half(_0{});
-      add_half(_0{}, left);
-      take_half(_1{});
-      const int next = left > 1 ? buffers.await() : 0;
+      const int q_before = q;
+      if (left > 1) q = buffers.await(), dout = buffers.await();
+      add_dq();
       finish<0>(dk);
-      buffers.give_back(q);
-      q = next;
+      buffers.give_back(q_before);
       stage ^= 1;
     }
-    if (tiles.size() > 0) add_half(_1{}, 1);
     store_keys<Base>(p, seq_head, keys, warpgroup, dk, p.scale, b.grad_k);
     store_keys<Base>(p, seq_head, keys, warpgroup, dv, 1.f, b.grad_v);
   }
-
-  // Writes half of dQ of a tile, from vector kBegin on: the last part, and the sums of those before it.
-  template <int kBegin>
-  static CUTLASS_DEVICE void write_dq(const AttendBackwardParams& b, const TileView& seq_head, int32_t tile,
-                                      int warpgroup, const float4 (&part)[4], const float4* sums) {
-    const AttendParams& p = b.forward;
-    const int32_t column = kColumns * warpgroup + 8 * int32_t(threadIdx.x % 4);
-    const int32_t row = tile * kVisited + thread_row(0, 0);
-    T* to[kThreadRows];
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r)
-      to[r] = row + 8 * r < valid_rows(p, seq_head)
-                  ? static_cast<T*>(b.grad_q.data) +
-                        row_offset(b.grad_q.stride, seq_head, tile_row(p, seq_head, row + 8 * r)) + column
-                  : nullptr;
-    uint32_t word[kThreadRows][4];
-    CUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const float4 sum = sums ? load_from_l2(sums + i * 128) : float4{};
-      word[0][i] = pack<T>(part[i].x + sum.x, part[i].y + sum.y);
-      word[1][i] = pack<T>(part[i].z + sum.z, part[i].w + sum.w);
-    }
-    CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const uint4 chunk = transpose_quad(word[r][0], word[r][1], word[r][2], word[r][3]);
-      if (to[r] && column + 8 * kBegin < p.head_dim) *reinterpret_cast<uint4*>(to[r] + 8 * kBegin) = chunk;
-    }
-  }
 };
 
-// Finds lse and delta of the rows (OwnedRow), writes dQ of tiles that see no key, and takes all tickets back. Four
-// threads a row.
+// Finds lse and delta of the rows, and takes all tickets back. Four threads a row.
 constexpr int kFactsThreads = 4 * kMostRowsOfBlock;
 template <class T, class Walks>
 __global__ void __launch_bounds__(kFactsThreads)
@@ -363,9 +304,43 @@ __global__ void __launch_bounds__(kFactsThreads)
   const Span rows{block * kMostRowsOfBlock, min_of((block + 1) * kMostRowsOfBlock, valid_rows(p, v))};
   const int32_t row = rows.begin + int32_t(threadIdx.x) / 4;
   typename Walks::template OfRows<T>::Row(b, v, v, rows, row).finish(p, w, v, rows, row);
-  if (row >= rows.end || blocks_seen(row / kTileRows, v.q_pos, v.q_rows.size(), p.group()) > 0) return;
-  T* to = static_cast<T*>(b.grad_q.data) + row_offset(b.grad_q.stride, v, tile_row(p, v, row));
-  for (int32_t d = threadIdx.x % 4 * 8; d < p.head_dim; d += 32) *reinterpret_cast<uint4*>(to + d) = {};
+}
+
+// Rounds the sums of a tile to dQ.
+template <class T, class Walks>
+__global__ void __launch_bounds__(256)
+    round_sums_kernel(const __grid_constant__ typename Walks::Params b,
+                      const __grid_constant__ typename Walks::Workspace w) {
+  const AttendParams& p = b.forward;
+  const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
+  const int32_t index = blockIdx.x % seq_heads, tile = blockIdx.x / seq_heads;
+  __shared__ cuda::Shared<TileView> shared_view;
+  const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
+  if (!Walks::contain(w, v) || tile * kTileRows >= valid_rows(p, v)) return;
+  const int warpgroup = threadIdx.x / 128;
+  const bool empty = blocks_seen(tile, v.q_pos, v.q_rows.size(), p.group()) == 0;
+  const float4* sums = TileSums(Walks::sums(w), p, v.tile).of_thread(tile, warpgroup);
+  float4 x[TileSums::kVectors];
+  CUTE_UNROLL
+  for (int j = 0; j < TileSums::kVectors; ++j) x[j] = empty ? float4{} : sums[j * 128];
+  const int32_t lane = int32_t(threadIdx.x % 4);
+  CUTE_UNROLL
+  for (int r = 0; r < kThreadRows; ++r) {
+    const int32_t row = tile * kTileRows + thread_row(0, r);
+    CUTE_UNROLL
+    for (int j = 0; j < TileSums::kVectors; j += 4) {
+      uint32_t word[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i)
+        word[i] = r == 0 ? pack<T>(x[j + i].x * p.scale, x[j + i].y * p.scale)
+                         : pack<T>(x[j + i].z * p.scale, x[j + i].w * p.scale);
+      const uint4 chunk = transpose_quad(word[0], word[1], word[2], word[3]);
+      const int32_t column = 64 * warpgroup + 8 * (j + lane);
+      if (row < valid_rows(p, v) && column < p.head_dim)
+        *reinterpret_cast<uint4*>(static_cast<T*>(b.grad_q.data) + row_offset(b.grad_q.stride, v, tile_row(p, v, row)) +
+                                  column) = chunk;
+    }
+  }
 }
 
 // Thread blocks take their work from a counter, so that those which others wait for have started (AddOrder).
@@ -389,14 +364,19 @@ cudaError_t launch_in_order(const typename Walks::Params& b, const typename Walk
   const AttendParams& p = b.forward;
   const int32_t seq_heads = num_seq_heads(p);
   const AddOrder order = add_order(seq_heads, ceil_div(p.kv.rows.capacity, kAddedKeys), device.num_sms);
-  const dim3 blocks(unsigned(ceil_div_64(most_rows(p), kMostRowsOfBlock) * seq_heads));
-  if (cudaError_t e = launch(row_facts_kernel<typename Body::T, Walks>, blocks, kFactsThreads, 0, stream, false, b, w))
+  const auto blocks = [&](int32_t rows) { return dim3(unsigned(ceil_div_64(most_rows(p), rows) * seq_heads)); };
+  using T = typename Body::T;
+  if (cudaError_t e =
+          launch(row_facts_kernel<T, Walks>, blocks(kMostRowsOfBlock), kFactsThreads, 0, stream, false, b, w))
     return e;
-  if (order.size() == 0) return cudaSuccess;
   const auto kernel = ordered_backward_kernel<Body>;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes))
     return e;
-  return launch(kernel, dim3(unsigned(order.size())), Body::kThreads, Body::kSmemBytes, stream, false, b, w, order);
+  if (order.size() > 0)
+    if (cudaError_t e =
+            launch(kernel, dim3(unsigned(order.size())), Body::kThreads, Body::kSmemBytes, stream, false, b, w, order))
+      return e;
+  return launch(round_sums_kernel<T, Walks>, blocks(kTileRows), 256, 0, stream, false, b, w);
 }
 
 }  // namespace flux::cuda::sm90
