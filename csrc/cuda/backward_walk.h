@@ -58,8 +58,7 @@ struct HardWalks {
 
     __device__ OfKeys(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head, const Span& keys,
                       int32_t block)
-        : blocks(blocks_seeing(p, w, seq_head, keys, block)),
-          hides_only_later_keys(seq_head.hides_only_later_keys()) {}
+        : blocks(blocks_seeing(p, w, seq_head, keys, block)), hides_only_later_keys(seq_head.hides_only_later_keys()) {}
     __device__ int32_t first() const { return blocks.first(); }
     __device__ int32_t after(int32_t i) const { return blocks.after(i); }
     __device__ int32_t end() const { return blocks.end(); }

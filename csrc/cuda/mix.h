@@ -59,8 +59,8 @@ inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, bool in_order, v
 // `memory` is kMixBytes of device memory, for the counter of tiles.
 constexpr size_t kMixBytes = 256;
 Status mix(const AttendParams& p, const Mixture& m, void* memory, cudaStream_t stream);
-// `memory` is 256-byte aligned device memory of lay_out(b, can_add_in_order(b), nullptr).bytes. Rows that belong to no sequence are not
-// written; of the weight every entry is.
+// `memory` is 256-byte aligned device memory of lay_out(b, can_add_in_order(b), nullptr).bytes. Rows that belong to no
+// sequence are not written; of the weight every entry is.
 Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t stream);
 
 // The family of kernels for Hopper: does it take a mixture? `counter` is in device memory.

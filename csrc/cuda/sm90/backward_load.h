@@ -138,7 +138,7 @@ class RowLoader {
   const TileView& seq_head_;
   const Thread thread_;
   int32_t tokens_ = 0;  // of a step, where that is a whole number
-  int64_t q_, grad_;  // of this thread's first row
+  int64_t q_, grad_;    // of this thread's first row
 };
 
 // What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows. kAny: also where they are no

@@ -226,8 +226,8 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
     const auto stage_ds = [&] {
       uint32_t thread = threadIdx.x;
       if constexpr (Walks::kForgets) forget(thread);
-      // Where this thread's dS goes: lanes 0 to 15 say where 8 rows of one of the warp's keys go, the others where the 8
-      // rows behind them go.
+      // Where this thread's dS goes: lanes 0 to 15 say where 8 rows of one of the warp's keys go, the others where the
+      // 8 rows behind them go.
       const int own_key = 64 * warpgroup + int(thread % 128 / 32 * 16 + thread % 16);
       const int behind = int(thread % 32 / 16) ^ own_key % 8;
       Element* const place = exchange.ds[0] + own_key * kVisited;
@@ -288,9 +288,8 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
 // Finds lse and delta of the rows, and takes all tickets back. Four threads a row.
 constexpr int kFactsThreads = 4 * kMostRowsOfBlock;
 template <class T, class Walks>
-__global__ void __launch_bounds__(kFactsThreads)
-    row_facts_kernel(const __grid_constant__ typename Walks::Params b,
-                     const __grid_constant__ typename Walks::Workspace w) {
+__global__ void __launch_bounds__(kFactsThreads) row_facts_kernel(const __grid_constant__ typename Walks::Params b,
+                                                                  const __grid_constant__ typename Walks::Workspace w) {
   const AttendParams& p = b.forward;
   const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
   const int64_t thread = int64_t(blockIdx.x) * kFactsThreads + threadIdx.x;
@@ -308,9 +307,8 @@ __global__ void __launch_bounds__(kFactsThreads)
 
 // Rounds the sums of a tile to dQ.
 template <class T, class Walks>
-__global__ void __launch_bounds__(256)
-    round_sums_kernel(const __grid_constant__ typename Walks::Params b,
-                      const __grid_constant__ typename Walks::Workspace w) {
+__global__ void __launch_bounds__(256) round_sums_kernel(const __grid_constant__ typename Walks::Params b,
+                                                         const __grid_constant__ typename Walks::Workspace w) {
   const AttendParams& p = b.forward;
   const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
   const int32_t index = blockIdx.x % seq_heads, tile = blockIdx.x / seq_heads;
@@ -351,7 +349,8 @@ __global__ void __launch_bounds__(Body::kThreads, 1)
   const AttendParams& p = b.forward;
   __shared__ cuda::Shared<AddOrder::Item> shared_item;
   __shared__ cuda::Shared<TileView> shared_view;
-  const AddOrder::Item& item = shared_item.make([&] { return order[int32_t(atomicAdd(Body::Walks::sums(w).next, 1u))]; });
+  const AddOrder::Item& item =
+      shared_item.make([&] { return order[int32_t(atomicAdd(Body::Walks::sums(w).next, 1u))]; });
   const TileView& v = shared_view.make(
       [&] { return view_seq_head(p, item.seq_head / p.kv.num_heads, item.seq_head % p.kv.num_heads, kAddedKeys); });
   if (item.block * kAddedKeys < v.kv_rows.size() && Body::Walks::contain(w, v)) Body::run(b, w, v, item.block);
