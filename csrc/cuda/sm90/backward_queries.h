@@ -47,8 +47,7 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
     const AttendParams& p = b.forward;
     const TileView& v = walk.view();
     const auto masked = walk.mask();
-    const RowLoader<T, kOwned, typename Base::OwnedTile> own(b, seq_head);
-    own.load(rows.begin / kOwned, owned(0), owned(1));  // come with the first keys
+    load_rows<T, kOwned, kLoadThreads>(b, seq_head, rows.begin, owned(0), owned(1));  // come with the first keys
     const KeyLoader<T, typename Base::VisitedTile> keys(p, p.kv.k, v), values(p, p.kv.v, v);
     Filling buffers;
     for (int32_t i = 0; i < walk.size(); ++i) {
