@@ -90,10 +90,9 @@ class KeyLoader {
 template <typename T, int kRows, typename Tile, bool kAnyGroup = true>
 class RowLoader {
  public:
-  CUTLASS_DEVICE RowLoader(const AttendBackwardParams& b, const TileView& seq_head)
-      : b_(b),
-        seq_head_(seq_head),
-        tokens_(Thread::kStep % b.forward.group() == 0 ? Thread::kStep / b.forward.group() : 0) {
+  CUTLASS_DEVICE RowLoader(const AttendBackwardParams& b, const TileView& seq_head) : b_(b), seq_head_(seq_head) {
+    const int32_t group = b.forward.group();
+    if (!kAnyGroup || Thread::kStep % group == 0) tokens_ = Thread::kStep / group;
     const TileRow at = tile_row(b.forward, seq_head, thread_.row);
     q_ = row_offset(b.forward.q.stride, seq_head, at) + thread_.chunk * 8;
     grad_ = row_offset(b.grad_out.stride, seq_head, at) + thread_.chunk * 8;
@@ -138,8 +137,8 @@ class RowLoader {
   const AttendBackwardParams& b_;
   const TileView& seq_head_;
   const Thread thread_;
-  const int32_t tokens_;  // of a step, or 0: not a whole number
-  int64_t q_, grad_;      // of this thread's first row
+  int32_t tokens_ = 0;  // of a step, where that is a whole number
+  int64_t q_, grad_;    // of this thread's first row
 };
 
 // What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows. kAny: also where they are no
