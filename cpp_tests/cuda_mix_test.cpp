@@ -65,7 +65,7 @@ void mix_backward_on_device(MixCase& c) {
   for (test::Data* grad : {&c.attend.grad_q, &c.attend.grad_k, &c.attend.grad_v}) grad->fill(NAN);
   b.grad_out.data = copy(c.attend.grad_out);
   b.grad_q.data = copy(c.attend.grad_q), b.grad_k.data = copy(c.attend.grad_k), b.grad_v.data = copy(c.attend.grad_v);
-  const DeviceArray<char> memory(std::vector<char>(lay_out(b, nullptr).bytes, char(0xff)));
+  const DeviceArray<char> memory(std::vector<char>(lay_out(b, can_add_in_order(b), nullptr).bytes, char(0xff)));
   const Status done = mix_backward(b, memory.get(), nullptr);
   ASSERT_TRUE(done.ok()) << done.what;
   CUDA_OK(cudaDeviceSynchronize());

@@ -93,20 +93,24 @@ Status check_counts(const AttendBackwardParams& b) {
   return {};
 }
 
-// For head dimension 128, where heads may have full attention, groups of 1, 2, 4 or 8, and sequences in tensors of
-// their own; where there are many more keys than queries, the blocks of keys would wait for each other.
-bool adds_in_order([[maybe_unused]] const AttendBackwardParams& b) {
+// For head dimension 128, groups of 1, 2, 4 or 8, and sequences in tensors of their own; where there are many more keys
+// than queries, the blocks of keys would wait for each other.
+bool can_add_in_order([[maybe_unused]] const AttendBackwardParams& b) {
 #ifdef FLUX_SM90
   const AttendParams& p = b.forward;
   Device device{};
   if (current_device(&device) != cudaSuccess || device.capability != 90) return false;
   const bool apart = p.batch == 1 || (p.lse_stride.b != 0 && b.grad_k.stride.b != 0);
-  const bool full = p.routing.patterns[0].is_full() || (p.routing.route && p.routing.patterns[1].is_full());
-  return p.head_dim > 96 && p.head_dim <= 128 && sm90::kOrderedGroup % p.group() == 0 && full &&
-         !p.routing.has_lists() && apart && 2 * int64_t(p.q.max_len) >= p.kv.rows.capacity;
+  return p.head_dim > 96 && p.head_dim <= 128 && sm90::kOrderedGroup % p.group() == 0 && !p.routing.has_lists() &&
+         apart && 2 * int64_t(p.q.max_len) >= p.kv.rows.capacity;
 #else
   return false;
 #endif
+}
+
+bool adds_in_order(const AttendBackwardParams& b) {
+  const Routing& r = b.forward.routing;
+  return (r.patterns[0].is_full() || (r.route && r.patterns[1].is_full())) && can_add_in_order(b);
 }
 
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {

@@ -49,27 +49,28 @@ struct HardWalks {
                                seq_head.q_pos + ceil_div(min_of(end, seq_head.q_rows.size() * p.group()), p.group())};
       return TileMask(queries)(keys.begin, keys.end);
     }
-    // The same without a division, of `rows` rows that are whole queries.
-    __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, const Span& queries,
-                                          int32_t) const {
-      const int32_t q_pos = seq_head.q_pos + queries.begin;
-      if (keys.end - 1 > q_pos || seq_head.hides_only_later_keys()) return keys.end - 1 > q_pos;
-      const QueryRange range{seq_head.pattern, seq_head.list, seq_head.kv_rows, q_pos,
-                             min_of(seq_head.q_pos + queries.end, seq_head.q_pos_end())};
-      return TileMask(range)(keys.begin, keys.end);
-    }
   };
 
   // Those that see any of the keys, by numbers that ascend.
   struct OfKeys : AllRows {
     QueryBlocks blocks;
+    bool hides_only_later_keys;
 
     __device__ OfKeys(const AttendParams& p, const BackwardWorkspace& w, const TileView& seq_head, const Span& keys,
                       int32_t block)
-        : blocks(blocks_seeing(p, w, seq_head, keys, block)) {}
+        : blocks(blocks_seeing(p, w, seq_head, keys, block)), hides_only_later_keys(seq_head.hides_only_later_keys()) {}
     __device__ int32_t first() const { return blocks.first(); }
     __device__ int32_t after(int32_t i) const { return blocks.after(i); }
     __device__ int32_t end() const { return blocks.end(); }
+    // As needs_mask without a division, of `rows` rows that are whole queries.
+    __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, const Span& queries,
+                                          int32_t) const {
+      const int32_t q_pos = seq_head.q_pos + queries.begin;
+      if (keys.end - 1 > q_pos || hides_only_later_keys) return keys.end - 1 > q_pos;
+      const QueryRange range{seq_head.pattern, seq_head.list, seq_head.kv_rows, q_pos,
+                             min_of(seq_head.q_pos + queries.end, seq_head.q_pos_end())};
+      return TileMask(range)(keys.begin, keys.end);
+    }
   };
 };
 

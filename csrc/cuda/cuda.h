@@ -246,8 +246,10 @@ Status explain(const AttendParams& p, Explanation* e);
 // Runs plan, attend and combine; `memory` is 256-byte aligned device memory of lay_out(p, c, nullptr).bytes.
 Status attend(const AttendParams& p, const AttendConfig& c, void* memory, cudaStream_t stream);
 
-// Does one kernel compute all gradients of full attention, adding dQ up in memory (sm90/backward_ordered.h)? Chosen from shapes alone.
+// Does one kernel compute all gradients of heads with full attention, adding dQ up in memory (sm90/backward_ordered.h)?
+// Chosen from shapes and patterns alone: of those that it can do, where heads may have full attention.
 bool adds_in_order(const AttendBackwardParams& b);
+bool can_add_in_order(const AttendBackwardParams& b);
 
 // The gradients; `memory` is 256-byte aligned device memory of lay_out(b, adds_in_order(b), nullptr).bytes. Rows that
 // belong to no sequence are not written.

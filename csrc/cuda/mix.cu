@@ -91,6 +91,25 @@ cudaError_t with_backward_kernels(const AttendParams& p, [[maybe_unused]] const 
   return with_kernels(p, f);
 }
 
+Status queries_and_keys_backward(const MixBackwardParams& b, const MixBackwardWorkspace& w, const Device& device,
+                                 cudaStream_t stream) {
+  const AttendParams& p = b.forward;
+#ifdef FLUX_SM90
+  if (w.parts[kSparsePart].dq) {
+    const cudaError_t e = p.dtype == DType::kFloat16
+                              ? sm90::launch_ordered_mix_backward<DType::kFloat16>(b, w, device, stream)
+                              : sm90::launch_ordered_mix_backward<DType::kBFloat16>(b, w, device, stream);
+    if (e) return {"gradients of a mixture", e};
+    return {};
+  }
+#endif
+  const auto queries = [&](auto kernels) { return kernels.launch_queries(b, w, stream); };
+  const auto keys = [&](auto kernels) { return kernels.launch_keys(b, w, stream); };
+  if (cudaError_t e = with_backward_kernels(p, device, queries)) return {"gradient of the queries", e};
+  if (cudaError_t e = with_backward_kernels(p, device, keys)) return {"gradient of the keys", e};
+  return {};
+}
+
 }  // namespace
 
 Status mix(const AttendParams& p, const Mixture& m, [[maybe_unused]] void* memory, cudaStream_t stream) {
@@ -118,7 +137,7 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
   Device device{};
   if (const Status s = check(p, device); !s.ok()) return s;
   if (const Status s = check_counts(b); !s.ok()) return s;
-  const MixBackwardWorkspace w = lay_out(b, memory);
+  const MixBackwardWorkspace w = lay_out(b, can_add_in_order(b), memory);
   if (const BackwardWorkspace& lists = w.parts[kSparsePart]; lists.listed) {
     const int64_t words = int64_t(num_seq_heads(p)) * lists.listed_blocks * lists.listed_words;
     if (cudaError_t e = index_lists(p, lists, stream)) return {"index of the block lists", e};
@@ -127,10 +146,7 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
                                  false, lists.listed, w.parts[kRestPart].listed, words))
         return {"index of the block lists", e};
   }
-  const auto queries = [&](auto kernels) { return kernels.launch_queries(b, w, stream); };
-  const auto keys = [&](auto kernels) { return kernels.launch_keys(b, w, stream); };
-  if (cudaError_t e = with_backward_kernels(p, device, queries)) return {"gradient of the queries", e};
-  if (cudaError_t e = with_backward_kernels(p, device, keys)) return {"gradient of the keys", e};
+  if (const Status s = queries_and_keys_backward(b, w, device, stream); !s.ok()) return s;
   const dim3 entries(p.batch, m.grad_stride_h ? p.kv.num_heads : 1);
   if (cudaError_t e = launch(weight_kernel, entries, kThreads, 0, stream, false, b, w))
     return {"gradient of the weight", e};

@@ -40,11 +40,12 @@ struct MixBackwardWorkspace {
   float* of_weight = nullptr;  // grad_out . (sparse - full) of each row, in their order
   size_t bytes = 0;
 };
-inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, void* base) {
+// `in_order`: see can_add_in_order.
+inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, bool in_order, void* base) {
   const AttendParams& p = b.forward;
   MixBackwardWorkspace w;
   BackwardWorkspace &sparse = w.parts[kSparsePart], &rest = w.parts[kRestPart];
-  sparse = rest = lay_out(static_cast<const AttendBackwardParams&>(b), false, base);
+  sparse = rest = lay_out(static_cast<const AttendBackwardParams&>(b), in_order, base);
   w.bytes = sparse.bytes;
   const auto take = taking_from(base, w.bytes);
   const int64_t rows = (p.lse_stride.b ? p.batch : 1) * int64_t(p.q.num_heads) * p.q.rows.capacity;
@@ -58,8 +59,8 @@ inline MixBackwardWorkspace lay_out(const MixBackwardParams& b, void* base) {
 // `memory` is kMixBytes of device memory, for the counter of tiles.
 constexpr size_t kMixBytes = 256;
 Status mix(const AttendParams& p, const Mixture& m, void* memory, cudaStream_t stream);
-// `memory` is 256-byte aligned device memory of lay_out(b, nullptr).bytes. Rows that belong to no sequence are not
-// written; of the weight every entry is.
+// `memory` is 256-byte aligned device memory of lay_out(b, can_add_in_order(b), nullptr).bytes. Rows that belong to no
+// sequence are not written; of the weight every entry is.
 Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t stream);
 
 // The family of kernels for Hopper: does it take a mixture? `counter` is in device memory.

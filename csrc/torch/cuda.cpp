@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mix_backward(const MixBackwardArgs& b
   set_grad_weight(p.mixture, grad_weight);
   if (!grad.no_queries && p.forward.batch != 0) {
     p.forward.routing = sparse_alone(p.forward.routing);
-    const auto bytes = int64_t(cuda::lay_out(p, nullptr).bytes);
+    const auto bytes = int64_t(cuda::lay_out(p, cuda::can_add_in_order(p), nullptr).bytes);
     const Tensor memory = torch::stable::new_empty(grad.q, {bytes}, ScalarType::Byte);
     check_status(cuda::mix_backward(p, memory.mutable_data_ptr(), current_stream(grad.q)));
   }

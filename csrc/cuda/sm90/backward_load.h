@@ -92,7 +92,7 @@ class RowLoader {
  public:
   CUTLASS_DEVICE RowLoader(const AttendBackwardParams& b, const TileView& seq_head) : b_(b), seq_head_(seq_head) {
     const int32_t group = b.forward.group();
-    whole_ = !kAnyGroup || Thread::kStep % group == 0;
+    if (!kAnyGroup || Thread::kStep % group == 0) tokens_ = Thread::kStep / group;
     const TileRow at = tile_row(b.forward, seq_head, thread_.row);
     q_ = row_offset(b.forward.q.stride, seq_head, at) + thread_.chunk * 8;
     grad_ = row_offset(b.grad_out.stride, seq_head, at) + thread_.chunk * 8;
@@ -105,9 +105,9 @@ class RowLoader {
     const auto copy = [&](Tile tile, const void* data, const T* from, auto step) {
       thread_.template copy<kRows>(tile, from, step, left, p.head_dim, data);
     };
-    if (!kAnyGroup || whole_) {
+    if (!kAnyGroup || tokens_ > 0) {
       const auto copy_whole = [&](Tile tile, const void* data, int64_t offset, const Strides& stride) {
-        const int64_t step = Thread::kStep / group * stride.s;
+        const int64_t step = tokens_ * stride.s;
         copy(tile, data, static_cast<const T*>(data) + offset + block * (kRows / Thread::kStep) * step,
              [&] { return step; });
       };
@@ -137,8 +137,8 @@ class RowLoader {
   const AttendBackwardParams& b_;
   const TileView& seq_head_;
   const Thread thread_;
-  bool whole_;
-  int64_t q_, grad_;  // of this thread's first row
+  int32_t tokens_ = 0;  // of a step, where that is a whole number
+  int64_t q_, grad_;    // of this thread's first row
 };
 
 // What is known of the blocks of kRows rows that a walk comes to; see load_visited_rows. kAny: also where they are no

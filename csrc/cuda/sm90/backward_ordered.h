@@ -9,8 +9,7 @@
 #pragma once
 
 #include "core/add_order.h"
-#include "cuda/sm90/backward_kernels.h"
-#include "cuda/sm90/backward_keys.h"
+#include "cuda/sm90/launch_backward.h"
 
 namespace flux::cuda::sm90 {
 
@@ -59,19 +58,42 @@ CUTLASS_DEVICE void store_release(uint32_t* to, uint32_t x) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
+// Of hard routes: heads with full attention. A mixture's: see mix_ordered.h.
 struct OrderedWalks : HardWalks {
+  using Info = VisitedRows<kTileRows>;
+  static constexpr bool kForgets = false;
+  static __device__ const BackwardWorkspace& sums(const BackwardWorkspace& w) { return w; }
+  static __device__ bool contain(const BackwardWorkspace& w, const TileView& seq_head) {
+    return adds_in_order(w, seq_head);
+  }
+
   struct OfKeys : AllRows {
+    __device__ OfKeys(const AttendParams&, const TileView&, const Span&) {}
     __device__ bool needs_mask_of_queries(const TileView& seq_head, const Span& keys, int32_t, const Span& queries,
                                           int32_t) const {
       return keys.end - 1 > seq_head.q_pos + queries.begin;
     }
   };
+  using Facts = RowFactsLoader<OrderedWalks, kTileRows, false>;
+
+  template <class Scores>
+  static CUTLASS_DEVICE void find_probs(Scores& s, const Info& rows, float scale_log2, int32_t key) {
+    sm90::find_probs<kTileRows>(s, rows, scale_log2, key);
+  }
+  template <class T, class Products, class Probs>
+  static CUTLASS_DEVICE void find_ds(Products& ds, const Probs& probs, const Info& rows, int32_t) {
+    sm90::find_ds<T, kTileRows>(ds, probs, rows);
+  }
 };
 
-template <class Element>
-struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, VisitedRows<kTileRows>,
+template <class Element, class Walks_>
+struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typename Walks_::Info,
                                         OrderedExchange<Element>, kOrderedLoadThreads> {
-  using Base = BackwardTraits<Element, 128, kAddedKeys, kTileRows, VisitedRows<kTileRows>, OrderedExchange<Element>,
+  using Walks = Walks_;
+  using Params = typename Walks::Params;
+  using Workspace = typename Walks::Workspace;
+  using Walk = typename Walks::OfKeys;
+  using Base = BackwardTraits<Element, 128, kAddedKeys, kTileRows, typename Walks::Info, OrderedExchange<Element>,
                               kOrderedLoadThreads>;
   using Base::kHeadDim, Base::kOwned, Base::kVisited;
   using typename Base::T, typename Base::Emptying;
@@ -80,38 +102,48 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
   static_assert(kVisited * kColumns == 128 * 4 * TileSums::kVectors);
   static_assert(LoadingThread<typename Base::VisitedTile>::kStep % kOrderedGroup == 0);
 
-  static CUTLASS_DEVICE void run(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
-                                 int32_t block) {
-    if (threadIdx.x == 0) Base::init_barriers();
-    __syncthreads();
+  // What a block owns and visits.
+  struct Task {
+    Walk walk;
+    Span keys, tiles;
+  };
+
+  static CUTLASS_DEVICE void run(const Params& b, const Workspace& w, const TileView& seq_head, int32_t block) {
     const AttendParams& p = b.forward;
-    const Span tiles = seeing_tiles(block, seq_head.kv_rows.size(), seq_head.q_pos, seq_head.q_rows.size(), p.group());
-    const Span keys{block * kOwned, min_of((block + 1) * kOwned, seq_head.kv_rows.size())};
+    __shared__ cuda::Shared<Task> shared_task;
+    if (threadIdx.x == 0) Base::init_barriers();
+    const Task& task = shared_task.make([&] {
+      const int32_t kv_len = seq_head.kv_rows.size();
+      return Task{Walk(p, seq_head, {block * kOwned, (block + 1) * kOwned}),
+                  {block * kOwned, min_of((block + 1) * kOwned, kv_len)},
+                  seeing_tiles(block, kv_len, seq_head.q_pos, seq_head.q_rows.size(), p.group())};
+    });
+    const Walk& walk = task.walk;
+    const Span &keys = task.keys, &tiles = task.tiles;
     if (threadIdx.x >= 128) {
       cutlass::arch::warpgroup_reg_alloc<Base::kMathRegs>();
-      multiply(b, w, seq_head, keys, tiles, block == 0, cutlass::canonical_warp_group_idx() - 1);
+      multiply(b, Walks::sums(w), seq_head, keys, tiles, block == 0, cutlass::canonical_warp_group_idx() - 1);
       return;
     }
     cutlass::arch::warpgroup_reg_dealloc<Base::kLoadRegs>();
     const int warp = cutlass::canonical_warp_idx_sync();
     if (warp < kOrderedLoadThreads / 32)
-      load(b, w, seq_head, keys, tiles);
+      load(b, w, seq_head, walk, keys, tiles);
     else if (threadIdx.x % 32 == 0 && warp == kOrderedLoadThreads / 32)
-      take_turns(TileSums(w, p, seq_head.tile).tickets, tiles, uint32_t(block));
+      take_turns(TileSums(Walks::sums(w), p, seq_head.tile).tickets, tiles, uint32_t(block));
     else if (threadIdx.x % 32 == 0)
-      pass_turns(TileSums(w, p, seq_head.tile).tickets, tiles, uint32_t(block));
+      pass_turns(TileSums(Walks::sums(w), p, seq_head.tile).tickets, tiles, uint32_t(block));
   }
 
  private:
-  static CUTLASS_DEVICE void load(const AttendBackwardParams& b, const BackwardWorkspace& w, const TileView& seq_head,
+  static CUTLASS_DEVICE void load(const Params& b, const Workspace& w, const TileView& seq_head, const Walk& walk,
                                   const Span& keys, const Span& tiles) {
     const AttendParams& p = b.forward;
     using Keys = KeyLoader<T, typename Base::OwnedTile>;
     Keys(p, p.kv.k, seq_head).template load<kOwned>(keys.begin, Base::owned(0));  // come with the first rows
     Keys(p, p.kv.v, seq_head).template load<kOwned>(keys.begin, Base::owned(1));
     const RowLoader<T, kVisited, typename Base::VisitedTile, false> rows(b, seq_head);
-    const OrderedWalks::OfKeys walk;
-    const RowFactsLoader<OrderedWalks, kVisited, false> facts(b, w, seq_head, walk, {keys.begin, keys.begin + kOwned});
+    const typename Walks::Facts facts(b, w, seq_head, walk, {keys.begin, keys.begin + kOwned});
     typename Base::Filling buffers;
     for (int32_t m = tiles.end - 1; m >= tiles.begin; --m) {
       const int q = buffers.await(), dout = buffers.await();
@@ -186,17 +218,19 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
 
     const float scale_log2 = p.scale * kLog2e;
     const int32_t key = keys.begin + thread_row(warpgroup, 0);
-    // Where this thread's dS goes: lanes 0 to 15 say where 8 rows of one of the warp's keys go, the others where the 8
-    // rows behind them go.
-    const int own_key = 64 * warpgroup + int(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
-    const int behind = int(threadIdx.x % 32 / 16) ^ own_key % 8;
-    Element* const place = exchange.ds[0] + own_key * kVisited;
     float4* sums = TileSums(w, p, seq_head.tile).of_thread(tiles.end - 1, warpgroup);
 
     Emptying buffers;
     Turn turn;
     int stage = 0;  // of dS
     const auto stage_ds = [&] {
+      uint32_t thread = threadIdx.x;
+      if constexpr (Walks::kForgets) forget(thread);
+      // Where this thread's dS goes: lanes 0 to 15 say where 8 rows of one of the warp's keys go, the others where the
+      // 8 rows behind them go.
+      const int own_key = 64 * warpgroup + int(thread % 128 / 32 * 16 + thread % 16);
+      const int behind = int(thread % 32 / 16) ^ own_key % 8;
+      Element* const place = exchange.ds[0] + own_key * kVisited;
       const uint32_t* words = reinterpret_cast<const uint32_t*>(ds_left.data());
       CUTE_UNROLL
       for (int j = 0; j < kVisited / 8; j += 2)
@@ -221,17 +255,17 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
       sums -= 2 * TileSums::kVectors * 128;
     };
     // Nothing is under way from one step to the next: there ptxas puts all products in a row (C7514).
+    int q = 0, dout = 0;  // the buffers at hand; the next ones are waited for beside the product of dK
+    if (tiles.size() > 0) q = buffers.await(), dout = buffers.await();
     for (int32_t left = tiles.size(); left > 0; --left) {
-      const int q = buffers.await();
       issue(mma_in, k(_, _, _), rows(_, _, _, q), s, GMMA::ScaleOut::Zero);
-      const int dout = buffers.await();
       issue(mma_in, values(_, _, _), rows(_, _, _, dout), ds, GMMA::ScaleOut::Zero);
       finish<1>(s);
-      find_probs<kVisited>(s, shared.info[q], scale_log2, key);
+      Walks::find_probs(s, shared.info[q], scale_log2, key);
       Base::round(prob_left, s);
       issue(mma_out, prob_left, rows_t(_, _, _, dout), dv, GMMA::ScaleOut::One);
       finish<1>(ds);
-      find_ds<T, kVisited>(ds, prob_left, shared.info[q]);
+      Walks::template find_ds<T>(ds, prob_left, shared.info[q], key);
       Base::round(ds_left, ds);
       stage_ds();
       issue(mma_dq, ds_t(_, _, _, stage), k_t(_, _, _), dq, GMMA::ScaleOut::Zero);
@@ -239,9 +273,11 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
       finish<1>(dq);
       warpgroup_fence_operand(dv);
       buffers.give_back(dout);
-      add_dq();  // beside the product of dK
+      const int q_before = q;
+      if (left > 1) q = buffers.await(), dout = buffers.await();
+      add_dq();
       finish<0>(dk);
-      buffers.give_back(q);
+      buffers.give_back(q_before);
       stage ^= 1;
     }
     store_keys<Base>(p, seq_head, keys, warpgroup, dk, p.scale, b.grad_k);
@@ -249,38 +285,39 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, Vis
   }
 };
 
-// Finds lse and delta of the rows (OwnedRow), and takes all tickets back. Four threads a row.
+// Finds lse and delta of the rows, and takes all tickets back. Four threads a row.
 constexpr int kFactsThreads = 4 * kMostRowsOfBlock;
-template <class T>
-__global__ void __launch_bounds__(kFactsThreads)
-    row_facts_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w) {
+template <class T, class Walks>
+__global__ void __launch_bounds__(kFactsThreads) row_facts_kernel(const __grid_constant__ typename Walks::Params b,
+                                                                  const __grid_constant__ typename Walks::Workspace w) {
   const AttendParams& p = b.forward;
   const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
   const int64_t thread = int64_t(blockIdx.x) * kFactsThreads + threadIdx.x;
-  if (thread < int64_t(seq_heads) * w.tiles_each) w.tickets[thread] = 0;
-  if (thread == 0) *w.next = 0;
+  const BackwardWorkspace& sums = Walks::sums(w);
+  if (thread < int64_t(seq_heads) * sums.tiles_each) sums.tickets[thread] = 0;
+  if (thread == 0) *sums.next = 0;
   const int32_t index = blockIdx.x % seq_heads, block = blockIdx.x / seq_heads;
   __shared__ cuda::Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
-  if (!adds_in_order(w, v)) return;
+  if (!Walks::contain(w, v)) return;
   const Span rows{block * kMostRowsOfBlock, min_of((block + 1) * kMostRowsOfBlock, valid_rows(p, v))};
   const int32_t row = rows.begin + int32_t(threadIdx.x) / 4;
-  OwnedRow<T>(b, v, v, rows, row).finish(p, w, v, rows, row);
+  typename Walks::template OfRows<T>::Row(b, v, v, rows, row).finish(p, w, v, rows, row);
 }
 
 // Rounds the sums of a tile to dQ.
-template <class T>
-__global__ void __launch_bounds__(256)
-    round_sums_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w) {
+template <class T, class Walks>
+__global__ void __launch_bounds__(256) round_sums_kernel(const __grid_constant__ typename Walks::Params b,
+                                                         const __grid_constant__ typename Walks::Workspace w) {
   const AttendParams& p = b.forward;
   const int32_t heads = p.kv.num_heads, seq_heads = p.batch * heads;
   const int32_t index = blockIdx.x % seq_heads, tile = blockIdx.x / seq_heads;
   __shared__ cuda::Shared<TileView> shared_view;
   const TileView& v = shared_view.make([&] { return view_seq_head(p, index / heads, index % heads, kAddedKeys); });
-  if (!adds_in_order(w, v) || tile * kTileRows >= valid_rows(p, v)) return;
+  if (!Walks::contain(w, v) || tile * kTileRows >= valid_rows(p, v)) return;
   const int warpgroup = threadIdx.x / 128;
   const bool empty = blocks_seen(tile, v.q_pos, v.q_rows.size(), p.group()) == 0;
-  const float4* sums = TileSums(w, p, v.tile).of_thread(tile, warpgroup);
+  const float4* sums = TileSums(Walks::sums(w), p, v.tile).of_thread(tile, warpgroup);
   float4 x[TileSums::kVectors];
   CUTE_UNROLL
   for (int j = 0; j < TileSums::kVectors; ++j) x[j] = empty ? float4{} : sums[j * 128];
@@ -307,15 +344,38 @@ __global__ void __launch_bounds__(256)
 // Thread blocks take their work from a counter, so that those which others wait for have started (AddOrder).
 template <class Body>
 __global__ void __launch_bounds__(Body::kThreads, 1)
-    ordered_backward_kernel(const __grid_constant__ AttendBackwardParams b, const __grid_constant__ BackwardWorkspace w,
-                            const AddOrder order) {
+    ordered_backward_kernel(const __grid_constant__ typename Body::Params b,
+                            const __grid_constant__ typename Body::Workspace w, const AddOrder order) {
   const AttendParams& p = b.forward;
   __shared__ cuda::Shared<AddOrder::Item> shared_item;
   __shared__ cuda::Shared<TileView> shared_view;
-  const AddOrder::Item& item = shared_item.make([&] { return order[int32_t(atomicAdd(w.next, 1u))]; });
+  const AddOrder::Item& item =
+      shared_item.make([&] { return order[int32_t(atomicAdd(Body::Walks::sums(w).next, 1u))]; });
   const TileView& v = shared_view.make(
       [&] { return view_seq_head(p, item.seq_head / p.kv.num_heads, item.seq_head % p.kv.num_heads, kAddedKeys); });
-  if (item.block * kAddedKeys < v.kv_rows.size() && adds_in_order(w, v)) Body::run(b, w, v, item.block);
+  if (item.block * kAddedKeys < v.kv_rows.size() && Body::Walks::contain(w, v)) Body::run(b, w, v, item.block);
+}
+
+template <DType kDType, class Walks>
+cudaError_t launch_in_order(const typename Walks::Params& b, const typename Walks::Workspace& w, const Device& device,
+                            cudaStream_t stream) {
+  using Body = OrderedBackward<CutlassElement<kDType>, Walks>;
+  const AttendParams& p = b.forward;
+  const int32_t seq_heads = num_seq_heads(p);
+  const AddOrder order = add_order(seq_heads, ceil_div(p.kv.rows.capacity, kAddedKeys), device.num_sms);
+  const auto blocks = [&](int32_t rows) { return dim3(unsigned(ceil_div_64(most_rows(p), rows) * seq_heads)); };
+  using T = typename Body::T;
+  if (cudaError_t e =
+          launch(row_facts_kernel<T, Walks>, blocks(kMostRowsOfBlock), kFactsThreads, 0, stream, false, b, w))
+    return e;
+  const auto kernel = ordered_backward_kernel<Body>;
+  if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Body::kSmemBytes))
+    return e;
+  if (order.size() > 0)
+    if (cudaError_t e =
+            launch(kernel, dim3(unsigned(order.size())), Body::kThreads, Body::kSmemBytes, stream, false, b, w, order))
+      return e;
+  return launch(round_sums_kernel<T, Walks>, blocks(kTileRows), 256, 0, stream, false, b, w);
 }
 
 }  // namespace flux::cuda::sm90

@@ -83,7 +83,8 @@ CUTLASS_DEVICE void schedule_parts(const MixKernelParams& p, typename T::Shared&
 }
 
 // Stores the rows of a consumer warpgroup that are staged, of either branch, and the mixture of both; then says that
-// their part of Q's place is free. Called by a whole warp.
+// their part of Q's place is free. Called by a whole warp. Where rows lie is worked out by a lane a row, and handed
+// round: worked out wherever a row is copied, it took longer than the products of a short part.
 template <class T>
 CUTLASS_DEVICE void store_parts(const MixKernelParams& p, typename T::Shared& shared, int warpgroup) {
   using Element = typename T::Element;
@@ -92,9 +93,10 @@ CUTLASS_DEVICE void store_parts(const MixKernelParams& p, typename T::Shared& sh
   const Mixture& m = p.mixture;
   // A lane has one 16-byte chunk of every kStep-th row, kAtOnce rows at a time: so many of the sparse branch's come
   // back together, to the lane that wrote them.
-  constexpr int kColumns = T::kHeadDim <= 64 ? 8 : 16, kStep = 32 / kColumns, kAtOnce = 4;
-  const int32_t lane = cutlass::canonical_lane_idx(), chunk = lane % kColumns;
+  constexpr int kColumns = T::kHeadDim <= 64 ? 8 : 16, kStep = 32 / kColumns, kAtOnce = T::kHeadDim == 96 ? 2 : 4;
   constexpr int kChunks = T::kSlab / 8;  // of a row of a slab
+  const int32_t lane = cutlass::canonical_lane_idx(), chunk = lane % kColumns;
+  const bool has_column = 8 * chunk < a.head_dim;
   Ring<T::kWorkSlots> work;
   for (Ring<T::kQStages> stage;; work.advance(), stage.advance()) {
     shared.work_full[work.index].wait(work.phase);
@@ -102,51 +104,54 @@ CUTLASS_DEVICE void store_parts(const MixKernelParams& p, typename T::Shared& sh
     const PartView& v = part.view;
     if (v.tile.seq < 0) break;
     shared.q_used[stage.index].wait(stage.phase);
-    const bool sparse_ends = v.part == kSparsePart, has_sparse = sparse_ends || !part.is_first;
+    const bool sparse_ends = v.part == kSparsePart, is_last = part.is_last, reads = !sparse_ends && !part.is_first;
     const int32_t valid = valid_rows(a, v);
-    const float weight = m.weight_of(v.tile.seq, v.tile.kv_head);
-    const auto where = [&](int32_t row) {
-      const int32_t token = token_of_row(row, p.group_inverse);
-      return TileRow{token, v.tile.kv_head * p.group + row - token * p.group};
-    };
-    const auto chunk_of = [&](const MutableView& to, const TileRow& at) {
-      return reinterpret_cast<uint4*>(static_cast<Element*>(to.data) + row_offset(to.stride, v, at) + 8 * chunk);
-    };
-    for (int32_t first = 64 * warpgroup + lane / kColumns; first < 64 * (warpgroup + 1); first += kAtOnce * kStep) {
-      uint4 sparse[kAtOnce];
-      CUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t row = first + i * kStep;
-        sparse[i] = uint4{0, 0, 0, 0};
-        if (!sparse_ends && has_sparse && row < valid && 8 * chunk < a.head_dim)
-          sparse[i] = *chunk_of(m.sparse_out, where(row));
+    const Element* const staged = shared.q + stage.index * T::kQElements + chunk / kChunks * T::kRows * T::kSlab;
+    for (int32_t begin = 64 * warpgroup; begin < 64 * (warpgroup + 1); begin += 32) {
+      const int32_t own = begin + lane, token = token_of_row(own, p.group_inverse);
+      const TileRow at{token, v.tile.kv_head * p.group + own - token * p.group};
+      const int64_t from_start = row_offset(a.out.stride, v, at);  // of all outputs: they lie alike
+      const uint32_t sees_sparse = __ballot_sync(~0u, v.sees_any(token)),
+                     sees_any = __ballot_sync(~0u, v.q_pos + token >= 0);
+      if (own < valid) {
+        const float lse = shared.states[stage.index * T::kRows + own].lse();
+        if (sparse_ends) m.sparse_lse[row_offset(a.lse_stride, v, at)] = lse;
+        if (is_last) lse_at(a, v, at) = lse;
       }
-      CUTE_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int32_t row = first + i * kStep;
-        if (row >= valid || 8 * chunk >= a.head_dim) continue;
-        const TileRow at = where(row);
-        const SoftmaxState& state = shared.states[stage.index * T::kRows + row];
-        const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
-        const Element* staged = shared.q + stage.index * T::kQElements + chunk / kChunks * T::kRows * T::kSlab +
-                                row * T::kSlab + 8 * (chunk % kChunks ^ swizzle);
-        uint4 out = *reinterpret_cast<const uint4*>(staged);
-        if (sparse_ends) {
-          sparse[i] = v.sees_any(at.token) ? out : uint4{0, 0, 0, 0};
-          *chunk_of(m.sparse_out, at) = sparse[i];
-          if (chunk == 0) m.sparse_lse[row_offset(a.lse_stride, v, at)] = state.lse();
+      const auto chunk_of = [&](const MutableView& to, int64_t offset) {
+        return reinterpret_cast<uint4*>(static_cast<Element*>(to.data) + offset + 8 * chunk);
+      };
+      for (int32_t first = lane / kColumns; first < 32; first += kAtOnce * kStep) {
+        uint4 sparse[kAtOnce];
+        CUTE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t row = first + i * kStep;
+          sparse[i] = uint4{0, 0, 0, 0};
+          if (!reads) continue;
+          const int64_t offset = __shfl_sync(~0u, from_start, row);
+          if (begin + row < valid && has_column) sparse[i] = *chunk_of(m.sparse_out, offset);
         }
-        if (!part.is_last) continue;
-        if (v.q_pos + at.token < 0) out = uint4{0, 0, 0, 0};
-        *chunk_of(a.out, at) = out;
-        *chunk_of(m.mixed, at) = mix_chunk<Packed>(out, sparse[i], weight);
-        if (chunk == 0) lse_at(a, v, at) = state.lse();
+        CUTE_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t row = first + i * kStep, of_tile = begin + row;
+          const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4;
+          const int64_t offset = __shfl_sync(~0u, from_start, row);
+          if (of_tile >= valid || !has_column) continue;
+          uint4 out = *reinterpret_cast<const uint4*>(staged + of_tile * T::kSlab + 8 * (chunk % kChunks ^ swizzle));
+          if (sparse_ends) {
+            sparse[i] = sees_sparse >> row & 1 ? out : uint4{0, 0, 0, 0};
+            *chunk_of(m.sparse_out, offset) = sparse[i];
+          }
+          if (!is_last) continue;
+          if (!(sees_any >> row & 1)) out = uint4{0, 0, 0, 0};
+          *chunk_of(a.out, offset) = out;
+          *chunk_of(m.mixed, offset) = mix_chunk<Packed>(out, sparse[i], m.weight_of(v.tile.seq, v.tile.kv_head));
+        }
       }
     }
-    __syncwarp();
+    // Every lane for itself: racecheck does not follow one that speaks for the others.
     shared.q_empty[stage.index].arrive();
     shared.work_empty[work.index].arrive();
-    __syncwarp();
   }
 }
 
@@ -159,9 +164,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) mix_kernel(const __grid_consta
   __syncthreads();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
-    if (warp == 0) schedule_parts<T>(p, shared);
-    if (warp >= 2) store_parts<T>(p, shared, warp - 2);
-    if (warp == 1 && cute::elect_one_sync()) Loader<T>(p, shared).run();
+    if (warp >= 2)
+      store_parts<T>(p, shared, warp - 2);
+    else if (warp == 0)
+      schedule_parts<T>(p, shared);
+    else if (cute::elect_one_sync())
+      Loader<T>(p, shared).run();
   } else {
     cutlass::arch::warpgroup_reg_alloc<T::kMathRegs>();
     Consumer<T>(p, shared, warpgroup - 1).run();

@@ -25,4 +25,9 @@ struct MixBackwardKernels {
   static cudaError_t launch_keys(const MixBackwardParams& b, const MixBackwardWorkspace& w, cudaStream_t stream);
 };
 
+// Defined in mix_ordered.h: at head dimensions from 97 to 128, of patterns without lists (adds_in_order).
+template <DType kDType>
+cudaError_t launch_ordered_mix_backward(const MixBackwardParams& b, const MixBackwardWorkspace& w, const Device& device,
+                                        cudaStream_t stream);
+
 }  // namespace flux::cuda::sm90
