@@ -52,9 +52,9 @@ step() { # name, lines shown, most seconds, command...
 run_tests() {
   step gpu 1 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   if [ -x "$CUDA_TEST" ]; then step cuda_test 2 60 "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
-  step pytest 6 420 env OMP_NUM_THREADS=2 python3 -m pytest --numprocesses "${PROCESSES:-8}" --tb=short -p no:cacheprovider \
-    python_tests/test_cuda*.py python_tests/test_attention.py python_tests/test_append.py python_tests/test_block_sparse.py \
-    python_tests/test_serving_steps.py -k "cuda or gpu"
+  step pytest 6 420 env OMP_NUM_THREADS=2 python3 -m pytest --numprocesses "${PROCESSES:-8}" --tb=short \
+    -p no:cacheprovider python_tests/test_cuda*.py python_tests/test_attention.py python_tests/test_append.py \
+    python_tests/test_block_sparse.py python_tests/test_serving_steps.py -k "cuda or gpu"
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
