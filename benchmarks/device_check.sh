@@ -3,7 +3,7 @@
 #
 #   benchmarks/device_check.sh [OUT] [quick | full | PART...]
 #
-#   tests      GoogleTest and pytest on the GPU            1 min
+#   tests      GoogleTest and pytest on the GPU            4 min
 #   memcheck   compute-sanitizer on a sample of the tests  20 s
 #   key        benchmarks: the cases that decide           2 min
 #   bench      benchmarks: every case                      5 min
@@ -16,7 +16,8 @@
 # Run from the root of a checkout (or of a copy of flux_ext/, python_tests/, benchmarks/) that holds built libraries.
 # OUT (default: results) gets the tables and logs.tgz, after every part: what is stopped loses only what is not done.
 # MINUTES (a whole number, default 60): nothing runs beyond it. CUDA_TEST: the GoogleTest binary (default:
-# build/dev/cuda_test). FLUX_COMMIT: what the tables name as the commit where there is no git.
+# build/dev/cuda_test). FLUX_COMMIT: what the tables name as the commit where there is no git. PROCESSES (default 8): of
+# pytest, which share the GPU; each wants a core or two.
 # TINY=1: small cases, to try the script itself; they run on a CPU too.
 set -u
 out=${1:-results}
@@ -51,8 +52,9 @@ step() { # name, lines shown, most seconds, command...
 run_tests() {
   step gpu 1 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   if [ -x "$CUDA_TEST" ]; then step cuda_test 2 60 "$CUDA_TEST" --gtest_brief=1; else echo "no $CUDA_TEST: skipped"; fi
-  step pytest 6 240 python3 -m pytest --tb=short -p no:cacheprovider python_tests/test_cuda*.py \
-    python_tests/test_attention.py python_tests/test_append.py python_tests/test_serving_steps.py -k "cuda or gpu"
+  step pytest 6 420 env OMP_NUM_THREADS=2 python3 -m pytest --numprocesses "${PROCESSES:-8}" --tb=short \
+    -p no:cacheprovider python_tests/test_cuda*.py python_tests/test_attention.py python_tests/test_append.py \
+    python_tests/test_block_sparse.py python_tests/test_serving_steps.py -k "cuda or gpu"
 }
 run_memcheck() { # each dimension, tile shape and layout once
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer: skipped"; return; }
