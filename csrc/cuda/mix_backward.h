@@ -20,7 +20,7 @@ __device__ inline Tile find_tile(const AttendParams& p, const MixTiles& tiles, u
   return {own.seq, kv_head, own.count - 1 - own.block};
 }
 
-// No part of a mixture is left to the kernel that adds gradients up in order.
+// All heads of a mixture have the same kernels: none is left to others.
 __device__ inline bool adds_in_order(const MixBackwardWorkspace&, const TileView&) { return false; }
 
 // share exp2(score - lse) = exp2(score - shared_lse)

@@ -39,9 +39,9 @@ CUTLASS_DEVICE void run_keys(const typename Walks::Params& b, const typename Wal
   sm80::cp_async_wait<0>();
 }
 
-// Replaces scores, of keys from `key` on (thread_row), by probabilities.
+// Replaces scores by probabilities, all of which count.
 template <int kVisited, class Scores>
-CUTLASS_DEVICE void find_probs(Scores& s, const VisitedRows<kVisited>& rows, float scale_log2, int32_t key) {
+CUTLASS_DEVICE void find_all_probs(Scores& s, const VisitedRows<kVisited>& rows, float scale_log2) {
   const int column = int(threadIdx.x % 4) * 2;
   CUTE_UNROLL
   for (int j = 0; j < kVisited / 8; ++j) {
@@ -49,7 +49,14 @@ CUTLASS_DEVICE void find_probs(Scores& s, const VisitedRows<kVisited>& rows, flo
     CUTE_UNROLL
     for (int i = 0; i < 4; ++i) s(4 * j + i) = fast_exp2(s(4 * j + i) * scale_log2 - (i % 2 ? lse.y : lse.x));
   }
+}
+
+// The same of keys from `key` on (thread_row), where some may be hidden.
+template <int kVisited, class Scores>
+CUTLASS_DEVICE void find_probs(Scores& s, const VisitedRows<kVisited>& rows, float scale_log2, int32_t key) {
+  find_all_probs<kVisited>(s, rows, scale_log2);
   if (!rows.needs_mask) return;
+  const int column = int(threadIdx.x % 4) * 2;
   CUTE_UNROLL
   for (int j = 0; j < kVisited / 8; ++j) CUTE_UNROLL
   for (int c = 0; c < 2; ++c) {

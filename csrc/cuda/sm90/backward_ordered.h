@@ -61,7 +61,8 @@ CUTLASS_DEVICE void store_release(uint32_t* to, uint32_t x) {
 // Of hard routes: heads with full attention. A mixture's: see mix_ordered.h.
 struct OrderedWalks : HardWalks {
   using Info = VisitedRows<kTileRows>;
-  static constexpr bool kForgets = false;
+  // Are there registers to keep where in shared memory dS goes?
+  static constexpr bool kKeepsPlaces = true;
   static __device__ const BackwardWorkspace& sums(const BackwardWorkspace& w) { return w; }
   static __device__ bool contain(const BackwardWorkspace& w, const TileView& seq_head) {
     return adds_in_order(w, seq_head);
@@ -225,7 +226,7 @@ struct OrderedBackward : BackwardTraits<Element, 128, kAddedKeys, kTileRows, typ
     int stage = 0;  // of dS
     const auto stage_ds = [&] {
       uint32_t thread = threadIdx.x;
-      if constexpr (Walks::kForgets) forget(thread);
+      if constexpr (!Walks::kKeepsPlaces) forget(thread);
       // Where this thread's dS goes: lanes 0 to 15 say where 8 rows of one of the warp's keys go, the others where the
       // 8 rows behind them go.
       const int own_key = 64 * warpgroup + int(thread % 128 / 32 * 16 + thread % 16);

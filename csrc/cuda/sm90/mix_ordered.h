@@ -15,7 +15,7 @@ struct MixedRows : VisitedRows<kTileRows> {
 
 struct OrderedMixedWalks : MixedWalks {
   using Info = MixedRows;
-  static constexpr bool kForgets = true;
+  static constexpr bool kKeepsPlaces = false;
   static __device__ const BackwardWorkspace& sums(const MixBackwardWorkspace& w) { return w.parts[kSparsePart]; }
   static __device__ bool contain(const MixBackwardWorkspace&, const TileView&) { return true; }
 
@@ -39,8 +39,7 @@ struct OrderedMixedWalks : MixedWalks {
    public:
     CUTLASS_DEVICE Facts(const MixBackwardParams& b, const MixBackwardWorkspace& w, const TileView& seq_head,
                          const OfKeys& walk, const Span&)
-        : b_(b),
-          w_(w),
+        : w_(w),
           seq_head_(seq_head),
           walk_(walk),
           tokens_(kTileRows / b.forward.group()),
@@ -67,7 +66,6 @@ struct OrderedMixedWalks : MixedWalks {
     }
 
    private:
-    const MixBackwardParams& b_;
     const MixBackwardWorkspace& w_;
     const TileView& seq_head_;
     const OfKeys& walk_;
@@ -78,7 +76,7 @@ struct OrderedMixedWalks : MixedWalks {
   template <class Scores>
   static CUTLASS_DEVICE void find_probs(Scores& s, const MixedRows& rows, float scale_log2, int32_t key) {
     const int column = int(threadIdx.x % 4) * 2;
-    if (!rows.needs_mask) return find_probs_of_one_part(s, rows, scale_log2);
+    if (!rows.needs_mask) return find_all_probs<kTileRows>(s, rows, scale_log2);
     CUTE_UNROLL
     for (int j = 0; j < kTileRows / 8; ++j) CUTE_UNROLL
     for (int c = 0; c < 2; ++c) {
@@ -113,18 +111,6 @@ struct OrderedMixedWalks : MixedWalks {
         float& x = ds(4 * j + 2 * r + c);
         x = (c ? pair.y : pair.x) * (x - (sparse ? delta : rest_delta));
       }
-    }
-  }
-
- private:
-  template <class Scores>
-  static CUTLASS_DEVICE void find_probs_of_one_part(Scores& s, const MixedRows& rows, float scale_log2) {
-    const int column = int(threadIdx.x % 4) * 2;
-    CUTE_UNROLL
-    for (int j = 0; j < kTileRows / 8; ++j) {
-      const float2 lse = *reinterpret_cast<const float2*>(&rows.lse[8 * j + column]);
-      CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) s(4 * j + i) = fast_exp2(s(4 * j + i) * scale_log2 - (i % 2 ? lse.y : lse.x));
     }
   }
 };
