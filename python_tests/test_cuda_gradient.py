@@ -137,6 +137,30 @@ def test_gradients_of_block_lists(width: int, both: bool, q_len: int, kv_len: in
     check(q, k, v, route, sparse=lists(0.2), **full)
 
 
+@pytest.mark.parametrize("fractional", [False, True], ids=["hard", "mixed"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_len", "in_order"),
+    [(128, 8, 256, True), (104, 8, 500, True), (128, 6, 256, False), (128, 8, 600, False), (64, 8, 256, False)],
+)
+def test_where_gradients_are_added_in_order(
+    head_dim: int, heads: int, kv_len: int, in_order: bool, fractional: bool
+) -> None:
+    """Groups of 4 and of 3, and more than twice as many keys as queries: else results alone would not tell."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    q = torch.randn(1, 256, heads, head_dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, kv_len, 2, head_dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    route = torch.zeros(1, device=DEVICE, dtype=torch.float32 if fractional else torch.int32)
+    out = flux_ext.attention(q, k, v, route, sparse=Streaming(4, 64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        out.sum().backward()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events() if "backward_kernel" in event.name]
+    ordered = [name for name in names if "ordered_backward_kernel" in name]
+    assert names and len(ordered) == in_order, names
+    assert not ordered or ("MixedWalks" in ordered[0]) == fractional, names
+
+
 def test_any_layout_of_the_incoming_gradient() -> None:
     """An expanded one, of other strides, and off the 16 bytes that kernels read at a time."""
     x = make(Case((150,), (150,), head_dim=64), torch.bfloat16, DEVICE)

@@ -201,6 +201,7 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operators_of(200, full=Streaming(0, 100)) == ["attend", "attend"]
     monkeypatch.undo()
     assert operators_of(3) == ["attend", "attend"], "a few queries over a cache"
+    assert operators_of(140) == ["attend", "attend"], "less than half as many queries as keys"
     assert operators_of(200) == ["mix"]
     hopper = torch.cuda.get_device_capability() == (9, 0)
     assert operators_of(200, head_dim=256) == (["attend", "attend"] if hopper else ["mix"])

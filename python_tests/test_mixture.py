@@ -12,7 +12,7 @@ from torch import Tensor
 
 import flux_ext
 from flux_ext import BlockSparse, Full, Streaming
-from flux_ext.operators import KeyValues, Routing, mix, reference
+from flux_ext.operators import KeyValues, Routing, mix, mixture, reference
 from flux_ext.operators.operands import bound_rows
 from flux_ext.operators.routed_attention import _mix_by_two_calls
 from flux_ext.operators.testing import assert_as_accurate
@@ -215,3 +215,23 @@ def test_bad_arguments_of_the_gradient(place: int, change: Any, message: str) ->
     arguments[place] = change(arguments[place])
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.mix_backward(*arguments)
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "head_dim", "one_walk"),
+    [
+        (200, 300, 64, {False: True, True: True}),
+        (16, 16, 64, {False: False, True: False}),  # 64 rows of a KV head
+        (149, 300, 64, {False: False, True: False}),  # attention shares out the keys
+        (16384, 16384, 128, {False: True, True: True}),
+        (16385, 16385, 128, {False: False, True: True}),
+        (200, 300, 136, {False: True, True: False}),
+    ],
+)
+def test_where_cuda_walks_once(monkeypatch, q_len, kv_len, head_dim, one_walk, hopper):
+    monkeypatch.setattr(mixture, "_is_hopper", lambda _: hopper)
+    q = torch.empty(1, q_len, 8, head_dim, device="meta")
+    kv = KeyValues(*(torch.empty(1, kv_len, 2, head_dim, device="meta") for _ in range(2)))
+    assert mixture.one_walk_is_faster(q, kv, STREAMING) == one_walk[hopper]
+    assert not mixture.walks_once(q, kv, Routing(None, Full(), STREAMING)), "neither on the CPU nor on CUDA"

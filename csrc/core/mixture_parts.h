@@ -57,7 +57,7 @@ FLUX_HD PartBlocks part_blocks(const TileView& sparse, Part part, int32_t kv_blo
   if (part == kSparsePart) return {sparse.blocks, sparse.blocks.size(), false};
   if (sparse.list.blocks) {
     const int32_t end = max_of(ceil_div(sparse.q_pos_end(), kv_block), 0);
-    return {sparse.blocks, end - sparse.blocks.size(), true};
+    return {sparse.blocks, max_of(end - sparse.blocks.size(), 0), true};  // a list of more than there are: none
   }
   // The windows of the queries begin at or before that of the last one which has a window.
   PartBlocks rest;

@@ -93,8 +93,9 @@ Status check_counts(const AttendBackwardParams& b) {
   return {};
 }
 
-// For head dimension 128, groups of 1, 2, 4 or 8, and sequences in tensors of their own; where there are many more keys
-// than queries, the blocks of keys would wait for each other.
+// For head dimensions from 97 to 128, groups of 1, 2, 4 or 8, patterns without lists, and sequences in tensors of their
+// own; where there are many more keys than queries, the blocks of keys would wait for each other. (Queries that q_begin
+// and q_end leave out count here, as they are read on the device only: then it is slower than it could be.)
 bool can_add_in_order([[maybe_unused]] const AttendBackwardParams& b) {
 #ifdef FLUX_SM90
   const AttendParams& p = b.forward;

@@ -88,17 +88,20 @@ def walks_once(q: Tensor, kv: KeyValues, routing: Routing) -> bool:
 def one_walk_is_faster(q: Tensor, kv: KeyValues, sparse: Pattern) -> bool:
     """Of a mixture that the CUDA operator takes: than two calls of attention?
 
-    Not of a few queries, of which attention shares out the keys. Otherwise on Hopper where it has kernels for mixtures:
-    up to head dimension 128, and not for lists of 64 keys (``sm90::mixes`` in ``csrc/cuda/sm90/sm90.cu``); on other
+    Not of a few queries, nor of less than half as many queries as keys: attention shares out the keys of such, a walk
+    does not. (Lengths are those of the tensors; of paged keys that is a page.) Otherwise on Hopper where it has kernels
+    for mixtures: up to head dimension 128, and not for lists of 64 keys (``sm90::mixes`` in
+    ``csrc/cuda/sm90/sm90.cu`` asks for a little more; what it does not take, the kernels for other GPUs do); on other
     GPUs up to a length beyond which a sparse pattern mostly shows little
     (``docs/decisions/0002-fractional-routes.md``).
     """
     group = q.shape[-2] // max(kv.k.shape[-2], 1)
-    if q.shape[-3] * group <= _FEW_ROWS:
+    q_len, kv_len = q.shape[-3], kv.k.shape[-3]
+    if q_len * group <= _FEW_ROWS or 2 * q_len < kv_len:
         return False
     if _is_hopper(q.device.index):
         return q.shape[-1] <= 128 and not (isinstance(sparse, BlockSparse) and sparse.width < 128)
-    return kv.k.shape[-3] <= _LONG
+    return kv_len <= _LONG
 
 
 _FEW_ROWS, _LONG = 64, 16384

@@ -25,7 +25,7 @@ struct MixBackwardKernels {
   static cudaError_t launch_keys(const MixBackwardParams& b, const MixBackwardWorkspace& w, cudaStream_t stream);
 };
 
-// Defined in mix_ordered.h: at head dimensions from 97 to 128, of patterns without lists (adds_in_order).
+// Defined in mix_ordered.h: at head dimensions from 97 to 128, of patterns without lists (can_add_in_order).
 template <DType kDType>
 cudaError_t launch_ordered_mix_backward(const MixBackwardParams& b, const MixBackwardWorkspace& w, const Device& device,
                                         cudaStream_t stream);
