@@ -103,11 +103,12 @@ def test_with_the_default_recipe_routes_differ_by_input(tmp_path):
     last = [log for log in trainer.state.log_history if "loss" in log][-1]
     assert last["routes_vary"] >= 0.25 and 0.2 < last["sparsity"] < 1
     assert last["extra_loss"] < 2 * last["budget"]
-    rows = examples(16, "heldout")
+    rows = examples(24, "heldout")
     batch = PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
     _, routes = accuracy(model.eval(), batch)
-    questions, code = routes.float().view(2, 16, -1).mean(1)  # how often each layer is sparse
-    assert (questions - code).abs().max() > 0.5, (questions, code)
+    questions, code = routes.float().view(2, 24, -1).mean(1)  # how often each layer is sparse
+    # Routers that ignore their input have 0 here; six seeds had 0.31 to 0.94, and rounding is as good as another seed.
+    assert (questions - code).abs().max() > 0.2, (questions, code)
 
 
 def compare(objectives, seeds=(0, 1)):
