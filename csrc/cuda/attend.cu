@@ -7,9 +7,7 @@ namespace flux::cuda {
 
 Status configure(const AttendParams& p, AttendConfig* c) {
   Device device{};
-  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
-  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
-  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  if (const Status s = supported_device(p.dtype, &device); !s.ok()) return s;
   if (num_seq_heads(p) >= 1 << kSeqHeadBits)
     return {"q must have less than 2^22 (sequence, KV head) pairs", cudaSuccess};
   c->overlap = device.overlap;
@@ -19,10 +17,7 @@ Status configure(const AttendParams& p, AttendConfig* c) {
 #else
   const bool found = sm80::configure(p, device, c);
 #endif
-  if (!found)
-    return {p.head_dim > 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
-                             : "no kernel fits: at most 128 query heads may share a KV head",
-            cudaPeekAtLastError() == before ? cudaSuccess : cudaGetLastError()};
+  if (!found) return {no_kernel_fits(p.head_dim), cudaPeekAtLastError() == before ? cudaSuccess : cudaGetLastError()};
   if (ceil_div(p.q.max_len, c->tile.q_tokens) > kMaxSeqHeadTiles || max_tiles(p, c->tile) > INT_MAX)
     return {"q must have at most 2^20 tiles per sequence and 2^31 in all: split the batch", cudaSuccess};
   return {};

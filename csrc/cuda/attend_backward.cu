@@ -117,9 +117,7 @@ bool adds_in_order(const AttendBackwardParams& b) {
 Status attend_backward(const AttendBackwardParams& b, void* memory, cudaStream_t stream) {
   const AttendParams& p = b.forward;
   Device device{};
-  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
-  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
-  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  if (const Status s = supported_device(p.dtype, &device); !s.ok()) return s;
   if (const Status s = check_counts(b); !s.ok()) return s;
   const BackwardWorkspace w = lay_out(b, adds_in_order(b), memory);
   if (cudaError_t e = index_lists(p, w, stream)) return {"index of the block lists", e};

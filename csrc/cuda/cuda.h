@@ -260,6 +260,13 @@ cudaError_t index_lists(const AttendParams& p, const BackwardWorkspace& w, cudaS
 
 // Asked once per device: the driver takes microseconds to answer.
 cudaError_t current_device(Device* d);
+// The same, and an error where the kernels do not run on it, or not of the dtype.
+Status supported_device(DType dtype, Device* d);
+// What is said where more query heads share a KV head than a tile has rows.
+constexpr const char* no_kernel_fits(int32_t head_dim) {
+  return head_dim > 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
+                        : "no kernel fits: at most 128 query heads may share a KV head";
+}
 
 // The stages before and after the attend kernel.
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);

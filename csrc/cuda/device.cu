@@ -39,4 +39,11 @@ cudaError_t current_device(Device* d) {
   return d->capability ? cudaSuccess : ask(index, d);  // an error is not remembered
 }
 
+Status supported_device(DType dtype, Device* d) {
+  if (cudaError_t e = current_device(d)) return {"asking for the device", e};
+  if (d->capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
+  if (dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  return {};
+}
+
 }  // namespace flux::cuda

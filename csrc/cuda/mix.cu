@@ -45,13 +45,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) m.grad_weight[seq * m.grad_stride_b + first_head * m.grad_stride_h] = float(sums[0]);
 }
 
-Status check(const AttendParams& p, Device& device) {
-  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
-  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
-  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
-  return {};
-}
-
 // The kernels for a problem.
 template <DType kDType, typename F>
 cudaError_t with_kernels(int32_t head_dim, F f) {
@@ -114,12 +107,9 @@ Status queries_and_keys_backward(const MixBackwardParams& b, const MixBackwardWo
 
 Status mix(const AttendParams& p, const Mixture& m, [[maybe_unused]] void* memory, cudaStream_t stream) {
   Device device{};
-  if (const Status s = check(p, device); !s.ok()) return s;
+  if (const Status s = supported_device(p.dtype, &device); !s.ok()) return s;
   const int32_t rows = sm80::most_tile_rows(p.head_dim);
-  if (p.group() > rows)
-    return {rows < 128 ? "no kernel fits: at most 64 query heads may share a KV head above head_dim 128"
-                       : "no kernel fits: at most 128 query heads may share a KV head",
-            cudaSuccess};
+  if (p.group() > rows) return {no_kernel_fits(p.head_dim), cudaSuccess};
   if (MixTiles(p, rows, 1).total() > INT_MAX) return {"q must have at most 2^31 tiles: split the batch", cudaSuccess};
 #ifdef FLUX_SM90
   if (device.capability == 90 && sm90::mixes(p)) {
@@ -135,7 +125,7 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
   const AttendParams& p = b.forward;
   const Mixture& m = b.mixture;
   Device device{};
-  if (const Status s = check(p, device); !s.ok()) return s;
+  if (const Status s = supported_device(p.dtype, &device); !s.ok()) return s;
   if (const Status s = check_counts(b); !s.ok()) return s;
   const MixBackwardWorkspace w = lay_out(b, can_add_in_order(b), memory);
   if (const BackwardWorkspace& lists = w.parts[kSparsePart]; lists.listed) {

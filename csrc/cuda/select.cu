@@ -25,9 +25,7 @@ const SelectInstance* select_instance([[maybe_unused]] const SelectParams& p, in
 
 Status configure(const SelectParams& p, SelectConfig* c) {
   Device device{};
-  if (cudaError_t e = current_device(&device)) return {"asking for the device", e};
-  if (device.capability < 80) return {"flux_ext needs a GPU of compute capability 8.0 or newer", cudaSuccess};
-  if (p.dtype == DType::kFloat32) return {"q must be float16 or bfloat16 on CUDA, got float32", cudaSuccess};
+  if (const Status s = supported_device(p.dtype, &device); !s.ok()) return s;
   if (!c->instance) c->instance = select_instance(p, 0);
   const SelectInstance& i = *c->instance;
   const int most = i.most_blocks(p, device);
