@@ -32,6 +32,19 @@ struct Data {
   }
 };
 
+// The cases of the gradients' tests: head dimension and sizes of each.
+inline constexpr int32_t kGradientDims[] = {64, 128, 96, 256, 40, 8, 64, 128, 104, 64};
+inline ProblemOptions gradient_options(int i) {
+  ProblemOptions o;
+  o.max_batch = i == 4 ? 60 : 2;  // more sequences than a warp has lanes
+  o.max_kv_heads = 2;
+  o.max_q_len = i == 4 ? 9 : 150;
+  o.max_kv_len = i == 4 ? 40 : 250;
+  if (i == 5) o.max_group = 80;                      // more heads than a block has rows
+  if (i == 6) o.min_q_len = 100, o.max_kv_len = 20;  // queries that see no key
+  return o;
+}
+
 struct AttendCase {
   Problem problem;
   AttendBackwardParams params;

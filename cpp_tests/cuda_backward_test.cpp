@@ -34,17 +34,10 @@ TEST_P(AttendBackward, AgreesWithDoublePrecision) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
   const auto [dtype, kind] = GetParam();
   test::Random random(171 + 100 * int(dtype) + 10 * int(kind));
-  const int32_t dims[] = {64, 128, 96, 256, 40, 8, 64, 128, 104, 64};
-  for (int i = 0; i < 10; ++i) {
-    const int32_t dim = dims[i];
+  for (int i = 0; i < int(std::size(test::kGradientDims)); ++i) {
+    const int32_t dim = test::kGradientDims[i];
     SCOPED_TRACE("case " + std::to_string(i) + ", head_dim " + std::to_string(dim));
-    test::ProblemOptions o;
-    o.max_batch = i == 4 ? 60 : 2;  // more sequences than a warp has lanes
-    o.max_kv_heads = 2;
-    o.max_q_len = i == 4 ? 9 : 150;
-    o.max_kv_len = i == 4 ? 40 : 250;
-    if (i == 5) o.max_group = 80;                      // more heads than a block has rows
-    if (i == 6) o.min_q_len = 100, o.max_kv_len = 20;  // queries that see no key
+    const test::ProblemOptions o = test::gradient_options(i);
     test::AttendCase c;
     test::random_attend(random, dtype, kind, dim, 8, o, c);
     const AttendParams& p = c.params.forward;
