@@ -91,7 +91,7 @@ def test_with_the_default_recipe_routes_differ_by_input(tmp_path):
             tokenizer,
         )
 
-    arguments = {"max_steps": 32, "per_device_train_batch_size": 8, "logging_steps": 8, "save_strategy": "no"}
+    arguments = {"max_steps": 64, "per_device_train_batch_size": 8, "logging_steps": 8, "save_strategy": "no"}
     trainer = FluxTrainer(
         model,
         Recipe(),
@@ -107,8 +107,9 @@ def test_with_the_default_recipe_routes_differ_by_input(tmp_path):
     batch = PaddedCollator(tokenizer.pad_token_id)([rows[i] for i in range(len(rows))])
     _, routes = accuracy(model.eval(), batch)
     questions, code = routes.float().view(2, 24, -1).mean(1)  # how often each layer is sparse
-    # Routers that ignore their input have 0 here; six seeds had 0.31 to 0.94, and rounding is as good as another seed.
-    assert (questions - code).abs().max() > 0.2, (questions, code)
+    # Routers that ignore their input have 0 here; after 64 steps four seeds had 0.88 to 1 (after 32 six had 0.31 to
+    # 0.94, and rounding, which differs from processor to processor, is as good as another seed).
+    assert (questions - code).abs().max() > 0.5, (questions, code)
 
 
 def compare(objectives, seeds=(0, 1)):
