@@ -81,7 +81,12 @@ class Consumer {
       forget(tile_);  // with three warpgroups there is no register for where its Q lies
       issue(mma_qk, q(_, _, _, tile_ % T::kQStages), k(_, _, _, k_buffer), s, GMMA::ScaleOut::Zero);
     };
-    const auto start_output = [&](int v_buffer) { issue(mma_pv, probs, v(_, _, _, v_buffer), o, GMMA::ScaleOut::One); };
+    // The first of a tile overwrites the output of the one before: clearing that would be code that runs once a tile.
+    auto scale_out = GMMA::ScaleOut::Zero;
+    const auto start_output = [&](int v_buffer) {
+      issue(mma_pv, probs, v(_, _, _, v_buffer), o, scale_out);
+      scale_out = GMMA::ScaleOut::One;
+    };
     ThreadSoftmax softmax;
     int k_buffer, v_buffer;  // the next block's keys, and the values of the block before it
     const auto start_products = [&] {
@@ -114,7 +119,6 @@ class Consumer {
     absorb_scores();
     convert_probs();
 
-    clear(o);
     int32_t left = blocks_left();  // of the tile; -1: its last second product ran beside the next tile's first block
     if (left > 0) clear_past(slot(), v_buffer);
     for (;;) {
@@ -141,7 +145,7 @@ class Consumer {
       store(o);
       shared_.work_empty[slot(-1)].arrive();
       if (!goes_on())
-        clear(o);
+        scale_out = GMMA::ScaleOut::Zero;
       else if constexpr (!T::kRescalesBetween)
         softmax.rescale(o);
       left = blocks_left();
