@@ -104,7 +104,8 @@ struct QueriesBackward : BackwardTraits<Element, kHeadDim, 128, kHeadDim <= 128 
       CUTE_UNROLL
       for (int r = 0; r < kThreadRows; ++r) {
         const int32_t row = own_row + 8 * r, token = row / p.group() - (v.q_rows.begin - seq_head.q_rows.begin);
-        hide_unseen(s, r, row < rows.end ? walk.visible_keys(token, visited) : VisibleKeys{}, base, 0.f);
+        const VisibleKeys keys = row < rows.end ? walk.visible_keys(token, visited) : VisibleKeys{};
+        overwrite(s, r, columns_hidden(keys, base), 0.f);
       }
     };
     const auto start_ds = [&] {

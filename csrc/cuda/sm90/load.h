@@ -104,13 +104,14 @@ class Loader {
       if (piece.view.tile.seq < 0) break;
       const Keys keys(p_.attend, piece.view);
       const auto mask = piece.view.mask();
+      const Hidden hidden = piece.view.hides_only_later_keys() ? Hidden::kLater : Hidden::kAny;
       const int32_t asks_at = min_of(piece.span.begin + T::kBlocksAhead, piece.span.end) - 1;
       for (int32_t i = piece.span.end - 1; i >= piece.span.begin; --i) {
         if (i == asks_at) shared_.work_wanted.arrive();
         const int32_t next = piece.view.blocks[i], begin = next * T::kKvBlock;
         if (i == piece.span.end - 1) shared_.past[ring.index] = begin + T::kKvBlock - keys.count;
         shared_.kv_empty[ring_.index].wait(ring_.phase ^ 1);
-        shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock)};
+        shared_.info[ring_.index] = {begin, mask(begin, begin + T::kKvBlock) ? hidden : Hidden::kNone};
         load_block(p_.k_map, p_.attend.kv.k.stride, keys, next);
         if (block >= 0) load_v(last, block);
         // Behind V: the consumers wait for V before they are done with the Q whose place this one may take.

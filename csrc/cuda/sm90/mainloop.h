@@ -102,7 +102,8 @@ class Consumer {
     const auto absorb_scores = [&] {
       const typename T::BlockInfo info = shared_.info[k_buffer];
       shared_.kv_empty[k_buffer].arrive();
-      if (info.masked) apply_mask(s, piece().view, p_.group_inverse, warpgroup_, info.kv_begin);
+      if (info.hidden != Hidden::kNone)
+        apply_mask(s, piece().view, info.hidden == Hidden::kLater, p_.group_inverse, warpgroup_, info.kv_begin);
       softmax.raise_maximum(s, 0, scale_log2_);
       k_buffer = await_next();
       softmax.exponentiate(s, 0, scale_log2_);

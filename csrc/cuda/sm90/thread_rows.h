@@ -35,40 +35,50 @@ CUTLASS_DEVICE uint32_t thread_anew() {
   return thread;
 }
 
-// What stands at pairs that row r of a thread's two does not see becomes `hidden`; base: of the first column of its
-// thread.
+// A thread's columns of a row are bits of a word: 8 * j + c is bit 2 * j + c. One instruction moves seven of them into
+// predicates, where each comparison of a column with a bound would be one.
+
+// The columns from `begin` on, which is counted from the thread's first.
+CUTLASS_DEVICE uint32_t columns_from(int32_t begin) {
+  const int32_t before = max_of(begin + 7, 0) / 8 + max_of(begin + 6, 0) / 8;  // with c = 0, with c = 1
+  return __funnelshift_lc(0u, ~0u, before);                                    // none from bit 32 on
+}
+
+// The columns that a row does not see; base: of the thread's first.
+CUTLASS_DEVICE uint32_t columns_hidden(const VisibleKeys& keys, int32_t base) {
+  return columns_from(keys.last + 1 - base) | (columns_from(keys.sink - base) & ~columns_from(keys.begin - base));
+}
+
+// What stands in hidden columns of row r of a thread's two becomes x.
 template <class Scores>
-CUTLASS_DEVICE void hide_unseen(Scores& s, int r, const VisibleKeys& keys, int32_t base, float hidden) {
-  const int32_t begin = keys.begin - base, last = keys.last - base, sink = keys.sink - base;
+CUTLASS_DEVICE void overwrite(Scores& s, int r, uint32_t hidden, float x) {
+  constexpr int kColumns = decltype(size(s))::value / kThreadRows;
+  static_assert(kColumns <= 32, "a bit for each");
   CUTE_UNROLL
-  for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-  for (int c = 0; c < 2; ++c) {
-    const int32_t col = 8 * j + c;
-    const bool seen = (col <= last) & ((col >= begin) | (col < sink));  // VisibleKeys::contain, without branches
-    s(4 * j + 2 * r + c) = seen ? s(4 * j + 2 * r + c) : hidden;
+  for (int i = 0; i < kColumns; ++i) {
+    float& score = s(4 * (i / 2) + 2 * r + i % 2);
+    score = hidden >> i & 1 ? x : score;
   }
 }
 
 // Scores of invisible pairs become -inf. The bounds of a row are worked out where they are needed, in one block of
-// many: kept, they would cost registers. Where only the diagonal and the end of the queries hide anything, one
-// comparison a score does.
+// many: kept, they would cost registers. only_later: a query sees all keys up to its own, which is one bound; rows of
+// padding then see some too, but nobody reads what they hold.
 template <class Scores, class View>
-CUTLASS_DEVICE void apply_mask(Scores& s, const View& v, uint32_t group_inverse, int warpgroup, int32_t kv_begin) {
+CUTLASS_DEVICE void apply_mask(Scores& s, const View& v, bool only_later, uint32_t group_inverse, int warpgroup,
+                               int32_t kv_begin) {
   const int32_t base = kv_begin + 2 * int32_t(threadIdx.x % 4);
-  if (v.hides_only_later_keys()) {
+  const auto token = [&](int r) { return token_of_row(thread_row(warpgroup, r), group_inverse); };
+  uint32_t hidden[kThreadRows];
+  if (only_later) {
     CUTE_UNROLL
-    for (int r = 0; r < kThreadRows; ++r) {
-      const int32_t last = v.last_key(token_of_row(thread_row(warpgroup, r), group_inverse)) - base;
-      CUTE_UNROLL
-      for (int j = 0; j < size(s) / 4; ++j) CUTE_UNROLL
-      for (int c = 0; c < 2; ++c)
-        if (8 * j + c > last) s(4 * j + 2 * r + c) = -INFINITY;
-    }
-    return;
+    for (int r = 0; r < kThreadRows; ++r) hidden[r] = columns_from(v.q_pos + token(r) + 1 - base);
+  } else {
+    CUTE_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) hidden[r] = columns_hidden(v.visible_keys(token(r)), base);
   }
   CUTE_UNROLL
-  for (int r = 0; r < kThreadRows; ++r)
-    hide_unseen(s, r, v.visible_keys(token_of_row(thread_row(warpgroup, r), group_inverse)), base, -INFINITY);
+  for (int r = 0; r < kThreadRows; ++r) overwrite(s, r, hidden[r], -INFINITY);
 }
 
 struct ThreadSoftmax : OnlineSoftmax<kThreadRows> {

@@ -30,6 +30,9 @@ constexpr int kMaxBuffers = 12;
 template <class Element>
 using CudaElement = std::conditional_t<std::is_same_v<Element, cutlass::half_t>, __half, __nv_bfloat16>;
 
+// The keys of a block that some query of a tile does not see: none, only such as come after it, or any.
+enum class Hidden : uint8_t { kNone, kLater, kAny };
+
 // kWarpgroups: consumer warpgroups, 64 rows each. Work: a piece of work as shared memory describes it; of mixtures, a
 // part of a tile (mix.h).
 template <class Element_, int kHeadDim_, int kWarpgroups_, int kKvBlock_, class Work_ = Piece>
@@ -101,7 +104,7 @@ struct Traits {
   // What the consumers need to know of a block of K.
   struct BlockInfo {
     int32_t kv_begin;
-    bool masked;
+    Hidden hidden;
   };
 
   // Pieces that shared memory describes at a time. Three are in use: one whose output is being stored, one whose last
