@@ -65,7 +65,7 @@ CUTLASS_DEVICE void store_rows(const KernelParams& p, const Piece& piece, int wa
 }
 
 // The output of a whole tile, all of whose rows are queries that see a key, leaves through shared memory: few
-// instructions for the consumers, who wait for nothing. They write their rows over Q, as TMA wants them.
+// instructions for the consumers. They write their rows as TMA wants them.
 template <class T>
 CUTLASS_DEVICE bool leaves_staged(const KernelParams& p, const Piece& piece) {
   return T::kStagesOutput && !piece.span.split && piece.view.q_rows.size() == p.tile.q_tokens && piece.view.sees_any(0);
@@ -74,16 +74,16 @@ CUTLASS_DEVICE bool leaves_staged(const KernelParams& p, const Piece& piece) {
 template <class T, class Output>
 CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgroup, const SoftmaxState* states,
                                const Output& o) {
-  // A warp writes the rows of Q that its own products read. That none of the warpgroup is behind in its products is
-  // made sure of by the barrier of a turn since, but in a block's last tile, or by this one where no turns are taken.
-  if constexpr (!T::kTakesTurns) cutlass::arch::NamedBarrier::sync(128, T::kWarpgroups + warpgroup);
+  // Of mixtures a warp writes the rows of Q that its own products read. That none of the warpgroup is behind in its
+  // products is made sure of by the barrier of a turn since, but in a block's last tile.
+  static_assert(T::kTakesTurns || !T::kMixes);
   const float factor[] = {fast_reciprocal(states[thread_row(warpgroup, 0)].sum),
                           fast_reciprocal(states[thread_row(warpgroup, 1)].sum)};
   // Lanes 0 to 15 say where 16 bytes of one of the warp's rows go, the others where those behind them go.
   constexpr int kChunks = T::kSlab / 8;  // of 16 bytes in a row of a slab
   const int row = 64 * warpgroup + int(threadIdx.x % 128 / 32 * 16 + threadIdx.x % 16);
   const int swizzle = kChunks == 8 ? row % 8 : row / 2 % 4, behind = int(threadIdx.x % 32 / 16) ^ swizzle;
-  typename T::Element* place = shared.q + stage * T::kQElements + row * T::kSlab;
+  typename T::Element* place = shared.q + T::out_place(stage) * T::kQElements + row * T::kSlab;
   CUTE_UNROLL
   for (int j = 0; j < T::kHeadDim / 8; j += 2) {
     uint32_t word[4];
@@ -96,22 +96,24 @@ CUTLASS_DEVICE void stage_rows(typename T::Shared& shared, int stage, int warpgr
   cutlass::arch::fence_view_async_shared();
 }
 
-// Stores what the consumers have staged, and says when Q's place is free. Called by a whole warp (as `schedule`).
+// Stores what the consumers have staged, and says when its place is free. Called by a whole warp (as `schedule`).
 template <class T>
 CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shared) {
   const int32_t lane = cutlass::canonical_lane_idx();
   Ring<T::kWorkSlots> work;
-  for (Ring<T::kQStages> stage;; work.advance(), stage.advance()) {
+  Ring<1> out;
+  for (Ring<T::kQStages> stage;; work.advance(), stage.advance(), out.advance()) {
     shared.work_full[work.index].wait(work.phase);
     const TileView& view = shared.work[work.index].view;
     if (view.tile.seq < 0) break;
-    shared.q_used[stage.index].wait(stage.phase);
+    shared.out_full[0].wait(out.phase);
     if (shared.staged[work.index]) {
       if (lane == 0) {
         const int32_t seq = p.attend.out.stride.b == 0 ? 0 : view.tile.seq;
         CUTE_UNROLL
         for (int32_t s = 0; s < T::kSlabs; ++s)
-          cute::SM90_TMA_STORE_4D::copy(&p.out_map, shared.q + stage.index * T::kQElements + s * T::kRows * T::kSlab,
+          cute::SM90_TMA_STORE_4D::copy(&p.out_map,
+                                        shared.q + T::out_place(stage.index) * T::kQElements + s * T::kRows * T::kSlab,
                                         s * T::kSlab, view.tile.kv_head * p.group, view.q_rows.begin, seq);
         cute::tma_store_arrive();
       }
@@ -120,7 +122,7 @@ CUTLASS_DEVICE void store_staged(const KernelParams& p, typename T::Shared& shar
       if (lane == 0) cute::tma_store_wait<0>();
       __syncwarp();
     }
-    shared.q_empty[stage.index].arrive();
+    shared.out_empty.arrive();
     shared.work_empty[work.index].arrive();
     __syncwarp();
   }

@@ -20,8 +20,9 @@ CUTLASS_DEVICE void init_barriers(typename T::Shared& shared) {
       empty[i].init(consumers);
     }
   };
-  init(shared.q_full, shared.q_empty, T::kQStages, T::kStagesOutput ? T::kStoringThreads : T::kMathThreads);
-  for (Barrier& used : shared.q_used) used.init(T::kMathThreads);
+  init(shared.q_full, shared.q_empty, T::kQStages, T::kMixes ? T::kStoringThreads : T::kMathThreads);
+  for (Barrier& full : shared.out_full) full.init(T::kMathThreads);
+  shared.out_empty.init(32);  // the warp that stores
   init(shared.kv_full, shared.kv_empty, T::kBuffers, T::kMathThreads);
   init(shared.work_full, shared.work_empty, T::kWorkSlots,
        T::kMathThreads + 1 + T::kStoringThreads);  // and the TMA thread, and the warps that store

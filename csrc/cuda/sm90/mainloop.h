@@ -169,10 +169,7 @@ class Consumer {
       if (thread % 4 == 0) shared_.states[stage * T::kRows + thread_row(warpgroup_, r, thread)] = state;
     }
     __syncwarp();
-    if (!T::kStagesOutput)
-      shared_.q_empty[stage].arrive();
-    else if (!T::kMixes && !shared_.staged[slot()])
-      shared_.q_used[stage].arrive();
+    if constexpr (!T::kMixes) shared_.q_empty[stage].arrive();
   }
 
   // The output of the tile before.
@@ -180,12 +177,14 @@ class Consumer {
   CUTLASS_DEVICE void store(const Output& o) {
     const int stage = (tile_ - 1) % T::kQStages;
     const SoftmaxState* states = shared_.states + stage * T::kRows;
-    if (T::kMixes || (T::kStagesOutput && shared_.staged[slot(-1)])) {
+    // For the tile before this one; whether or not this one is staged, the states of the next take the place of that
+    // one's.
+    if constexpr (T::kOwnPlace) shared_.out_empty.wait(tile_ % 2);
+    if (T::kMixes || (T::kStagesOutput && shared_.staged[slot(-1)]))
       stage_rows<T>(shared_, stage, warpgroup_, states, o);
-      shared_.q_used[stage].arrive();
-    } else if constexpr (!T::kMixes) {
+    else if constexpr (!T::kMixes)
       store_rows<T>(p_, piece(-1), warpgroup_, states, o);
-    }
+    if constexpr (T::kStagesOutput) shared_.out_full[stage % T::kOutStages].arrive();
   }
 
   // Of the tile whose scores are being computed, or of the one before it (-1).

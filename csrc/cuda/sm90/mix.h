@@ -103,7 +103,7 @@ CUTLASS_DEVICE void store_parts(const MixKernelParams& p, typename T::Shared& sh
     const TilePart& part = shared.work[work.index];
     const PartView& v = part.view;
     if (v.tile.seq < 0) break;
-    shared.q_used[stage.index].wait(stage.phase);
+    shared.out_full[stage.index].wait(stage.phase);
     const bool sparse_ends = v.part == kSparsePart, is_last = part.is_last, reads = !sparse_ends && !part.is_first;
     const int32_t valid = valid_rows(a, v);
     const Element* const staged = shared.q + stage.index * T::kQElements + chunk / kChunks * T::kRows * T::kSlab;

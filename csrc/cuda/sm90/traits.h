@@ -44,22 +44,27 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_, kKvBlock = kKvBlock_;
   static constexpr int kRows = 64 * kWarpgroups;
 
-  // Shared memory: one ring of buffers that K and V blocks take in turn, and Q of this tile and, where there is room
-  // for it beside four buffers, of the next.
+  // Shared memory: one ring of buffers that K and V blocks take in turn, and places of a tile's size: for Q of this
+  // tile and, where there is room for it beside four buffers, of the next, and for the output.
   static constexpr int kQElements = kRows * kHeadDim, kBufferElements = kKvBlock * kHeadDim;
-  static constexpr int buffers_beside(int q_stages) {
-    const int per_stage = 2 * kQElements + int(sizeof(SoftmaxState)) * kRows;
-    const int n = (kSharedCapacity - kSharedRest - q_stages * per_stage) / (2 * kBufferElements);
+  static constexpr int buffers_beside(int q_stages, int places) {
+    const int taken = places * 2 * kQElements + q_stages * int(sizeof(SoftmaxState)) * kRows;
+    const int n = (kSharedCapacity - kSharedRest - taken) / (2 * kBufferElements);
     constexpr int kMost = kMaxBuffers - kMixes;  // the parts of tiles take more room than pieces
     return n < kMost ? n : kMost;
   }
-  static constexpr int kQStages = buffers_beside(2) >= 4 ? 2 : 1, kBuffers = buffers_beside(kQStages);
+  static constexpr int kQStages = buffers_beside(2, 2) >= 4 ? 2 : 1;
 
-  // Whether the output of a whole tile leaves through the place of its Q, which no product reads any more: the next
-  // tile's Q must then lie elsewhere. Of mixtures every tile's does.
+  // Whether the output of a whole tile leaves through shared memory: from a place of its own, so that Q's is free when
+  // the last scores are in. Of mixtures every tile's does, from the place of its Q: a part of a tile ends while the one
+  // before it is still being stored.
   static constexpr bool kStagesOutput = kQStages > 1;
   static constexpr int kStoringThreads = kMixes ? 64 : kStagesOutput ? 32 : 0;
   static_assert(kStagesOutput || !kMixes);
+  static constexpr bool kOwnPlace = kStagesOutput && !kMixes;
+  static constexpr int kPlaces = kQStages + kOwnPlace, kBuffers = buffers_beside(kQStages, kPlaces);
+  static constexpr int kOutStages = kMixes ? kQStages : 1;
+  static constexpr int out_place(int stage) { return kMixes ? stage : kQStages; }
 
   // One producer warpgroup, then the consumers. Registers are shared out by role from what the launch gives every
   // thread alike; asking for more than that sum would wait for ever.
@@ -115,15 +120,16 @@ struct Traits {
   static constexpr int kBlocksAhead = 2;
 
   struct Shared {
-    alignas(1024) Element q[kQStages * kQElements];
+    alignas(1024) Element q[kPlaces * kQElements];  // the last one the output's, if kOwnPlace
     alignas(1024) Element kv[kBuffers * kBufferElements];
     BlockInfo info[kBuffers];
     Work work[kWorkSlots];                  // none without key blocks; view.tile.seq < 0: no more
     int32_t past[kWorkSlots];               // keys of the tile's last block that lie past the sequence, if positive
-    bool staged[kWorkSlots];                // does the output leave through the place of Q?
+    bool staged[kWorkSlots];                // does the output leave through shared memory?
     SoftmaxState states[kQStages * kRows];  // of the rows of a tile, from its last scores until it is stored
     Barrier q_full[kQStages], q_empty[kQStages];
-    Barrier q_used[kQStages];  // the consumers need Q no more; where `staged`, the output has taken its place
+    Barrier out_full[kOutStages];  // the output of a tile stands in its place; or it is not staged
+    Barrier out_empty;             // if kOwnPlace: it has left, and its rows' states were read
     Barrier kv_full[kBuffers], kv_empty[kBuffers];
     Barrier work_full[kWorkSlots], work_empty[kWorkSlots];
     Barrier work_wanted;
