@@ -339,7 +339,7 @@ __global__ void few_kernel(const int32_t* cost, int32_t num_tiles, WorkRange* ra
 }
 
 __global__ void pieces_kernel(const WorkRange* ranges, int32_t num_workers, TilePieces* pieces) {
-  const TilePieces found = pieces_of(ranges, num_workers, blockIdx.x);
+  const TilePieces found = pieces_of(ranges, 0, num_workers, blockIdx.x);
   if (threadIdx.x == 0) pieces[blockIdx.x] = found;
 }
 

@@ -13,11 +13,11 @@ struct TileRow {
   int32_t head;   // query head of the whole layer
 };
 
-FLUX_HD TileRow tile_row(const AttendParams& p, const TileView& v, int32_t row) {
-  const int32_t group = p.group();
+FLUX_HD TileRow tile_row(int32_t group, const TileView& v, int32_t row) {
   const int32_t token = row / group;
   return {token, v.tile.kv_head * group + (row - token * group)};
 }
+FLUX_HD TileRow tile_row(const AttendParams& p, const TileView& v, int32_t row) { return tile_row(p.group(), v, row); }
 
 // Rows of the tile that hold a query; the others are padding.
 FLUX_HD int32_t valid_rows(const AttendParams& p, const TileView& v) { return v.q_rows.size() * p.group(); }

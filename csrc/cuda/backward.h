@@ -16,23 +16,10 @@
 #include "cuda/dependent_launch.h"
 #include "cuda/element.h"
 #include "cuda/plan.h"
+#include "cuda/shared.h"
 #include "cuda/sm80/ptx.h"
 
 namespace flux::cuda {
-
-// A value in shared memory, where it costs no registers. By all threads of a block.
-template <typename Value>
-struct Shared {
-  __align__(16) unsigned char memory[sizeof(Value)];  // its members have initial values
-
-  template <typename Make>
-  __device__ const Value& make(Make make) {
-    auto& value = *reinterpret_cast<Value*>(memory);
-    if (threadIdx.x == 0) value = make();
-    __syncthreads();
-    return value;
-  }
-};
 
 // Are the gradients of a sequence head left to the kernel that adds them up in order (sm90/backward_ordered.h)? A view
 // in shared memory tells the compiler that all threads agree; a route in global memory does not, and where they might

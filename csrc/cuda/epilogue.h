@@ -15,8 +15,9 @@ struct RowNorm {
   bool sees_any;
   float factor;
 
+  FLUX_HD RowNorm(bool sees_any, float factor) : sees_any(sees_any), factor(factor) {}
   FLUX_HD RowNorm(const TileView& v, const TileRow& r, const SoftmaxState& state)
-      : sees_any(v.sees_any(r.token)), factor(1.f / state.sum) {}
+      : RowNorm(v.sees_any(r.token), 1.f / state.sum) {}
   FLUX_HD float operator()(float x) const { return sees_any ? x * factor : 0.f; }
 };
 

@@ -192,29 +192,28 @@ __device__ inline FewTiles line_up_few(int32_t cost, int32_t num_tiles, int32_t 
   return {end, __shfl_sync(~0u, end, 31), cut.num_workers};
 }
 
-// The pieces of a tile, found by a warp among the ranges of all workers; count 0: it is whole.
-__device__ inline TilePieces pieces_of(const WorkRange* ranges, int32_t num_workers, int32_t tile) {
+// The pieces of a tile, found by a warp among the ranges of the workers from `first` on; count 0: it is whole.
+__device__ inline TilePieces pieces_of(const WorkRange* ranges, int32_t first, int32_t num_workers, int32_t tile) {
   constexpr int kAtOnce = 5;  // loads of a lane under way: all ranges of 160 workers
-  TilePieces pieces{0, 0, 0};
-  for (int32_t first = 0; first < num_workers; first += 32 * kAtOnce) {
+  int32_t count = 0;
+  uint32_t slot = ~0u;  // of the lane's first piece
+  for (; first < num_workers; first += 32 * kAtOnce) {
     const auto worker_of_lane = [&](int i) { return first + 32 * i + int32_t(threadIdx.x % 32); };
-    WorkRange own[kAtOnce];
+    uint4 own[kAtOnce];  // a range is loaded as one
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      own[i] = worker_of_lane(i) < num_workers ? ranges[worker_of_lane(i)] : WorkRange{-1, 0, -1, 0};
+      own[i] = worker_of_lane(i) < num_workers ? reinterpret_cast<const uint4*>(ranges)[worker_of_lane(i)] : uint4{};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int32_t worker = worker_of_lane(i);
-      const bool joins = own[i].tile == tile && own[i].block > 0;
-      const uint32_t leads = __ballot_sync(~0u, leads_tile(own[i]) == tile);
-      pieces.count += __popc(leads) + __popc(__ballot_sync(~0u, joins));
-      if (leads == 0) continue;
-      const int lane = __ffs(leads) - 1;
-      pieces.leader = __shfl_sync(~0u, worker, lane);
-      pieces.leader_slot = __shfl_sync(~0u, partial_slot(own[i], worker, tile), lane);
+      const WorkRange range{int32_t(own[i].x), int32_t(own[i].y), int32_t(own[i].z), int32_t(own[i].w)};
+      // Does one of its ends lie inside the tile?
+      const bool has = (range.tile == tile && range.block > 0) || (range.end_tile == tile && range.end_block > 0);
+      count += has;
+      slot = min(slot, has ? uint32_t(partial_slot(range, worker_of_lane(i), tile)) : ~0u);
     }
   }
-  return pieces;
+  slot = ~__reduce_max_sync(~0u, ~slot);
+  return {__reduce_add_sync(~0u, count), int32_t(slot / 2), int32_t(slot)};
 }
 
 // A tile by its number. Every sequence head has as many as the longest: those past the end of a shorter one are empty.
