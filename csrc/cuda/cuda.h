@@ -271,6 +271,8 @@ constexpr const char* no_kernel_fits(int32_t head_dim) {
 // The stages before and after the attend kernel.
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream);
 cudaError_t combine(const AttendParams& p, const AttendConfig& c, const Workspace& w, cudaStream_t stream);
+// Sets a counter of tiles to 0. By a kernel, as kernels may overlap: nothing starts beside a cudaMemsetAsync.
+cudaError_t clear_counter(int32_t* next_item, bool overlap, cudaStream_t stream);
 
 // The families of attend kernels. False: the family has none for the problem.
 //

@@ -20,8 +20,10 @@ __global__ void __launch_bounds__(kThreads) invert_kernel(const uint32_t* listed
   if (word < words) unlisted[word] = ~listed[word];
 }
 
-// Adds up the rows of one entry of the weight, in double precision and a fixed order.
-__global__ void __launch_bounds__(kThreads)
+// Adds up the rows of one entry of the weight, in double precision and a fixed order. Most threads that a block may
+// have: an entry has as many rows as all queries of a sequence, and one block.
+constexpr int kWeightThreads = 1024;
+__global__ void __launch_bounds__(kWeightThreads)
     weight_kernel(const __grid_constant__ MixBackwardParams b, const __grid_constant__ MixBackwardWorkspace w) {
   const AttendParams& p = b.forward;
   const Mixture& m = b.mixture;
@@ -31,14 +33,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t h = first_head; h < (per_head ? first_head + 1 : p.kv.num_heads); ++h) {
     const Span rows = p.q.rows(seq, h);
     for (int32_t head = h * p.group(); head < (h + 1) * p.group(); ++head)
-      for (int32_t row = rows.begin + int32_t(threadIdx.x); row < rows.end; row += kThreads) {
+#pragma unroll 4  // loads under way at once
+      for (int32_t row = rows.begin + int32_t(threadIdx.x); row < rows.end; row += kWeightThreads) {
         const Strides& s = w.parts[0].row;
         sum += w.of_weight[seq * s.b + row * s.s + head * s.h];
       }
   }
-  __shared__ double sums[kThreads];
+  __shared__ double sums[kWeightThreads];
   sums[threadIdx.x] = sum;
-  for (int n = kThreads / 2; n > 0; n /= 2) {
+  for (int n = kWeightThreads / 2; n > 0; n /= 2) {
     __syncthreads();
     if (int(threadIdx.x) < n) sums[threadIdx.x] += sums[threadIdx.x + n];
   }
@@ -113,7 +116,7 @@ Status mix(const AttendParams& p, const Mixture& m, [[maybe_unused]] void* memor
   if (MixTiles(p, rows, 1).total() > INT_MAX) return {"q must have at most 2^31 tiles: split the batch", cudaSuccess};
 #ifdef FLUX_SM90
   if (device.capability == 90 && sm90::mixes(p)) {
-    if (cudaError_t e = sm90::mix(p, m, static_cast<int32_t*>(memory), device.num_sms, stream)) return {"mix", e};
+    if (cudaError_t e = sm90::mix(p, m, static_cast<int32_t*>(memory), device, stream)) return {"mix", e};
     return {};
   }
 #endif
@@ -138,7 +141,7 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
   }
   if (const Status s = queries_and_keys_backward(b, w, device, stream); !s.ok()) return s;
   const dim3 entries(p.batch, m.grad_stride_h ? p.kv.num_heads : 1);
-  if (cudaError_t e = launch(weight_kernel, entries, kThreads, 0, stream, false, b, w))
+  if (cudaError_t e = launch(weight_kernel, entries, kWeightThreads, 0, stream, false, b, w))
     return {"gradient of the weight", e};
   return {};
 }

@@ -66,7 +66,7 @@ Status mix_backward(const MixBackwardParams& b, void* memory, cudaStream_t strea
 // The family of kernels for Hopper: does it take a mixture? `counter` is in device memory.
 namespace sm90 {
 bool mixes(const AttendParams& p);
-cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms, cudaStream_t stream);
+cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, const Device& device, cudaStream_t stream);
 }  // namespace sm90
 
 }  // namespace flux::cuda

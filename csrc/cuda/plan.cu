@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(kThreads, kManyThreads / kThreads)  // as few 
   }
 }
 
-// Sets the counter of whole tiles to 0. A kernel, as kernels may overlap: nothing starts beside a cudaMemsetAsync. The
-// attend kernel after it reads nothing before its own wait, so it may start at once.
+// The kernel after it reads nothing before its own wait, so it may start at once.
 __global__ void clear_kernel(int32_t* next_item) {
   let_next_start();
   wait_for_previous();
@@ -214,12 +213,16 @@ __global__ void clear_kernel(int32_t* next_item) {
 
 }  // namespace
 
+cudaError_t clear_counter(int32_t* next_item, bool overlap, cudaStream_t stream) {
+  return launch(clear_kernel, 1, 1, 0, stream, overlap, next_item);
+}
+
 cudaError_t plan(const AttendParams& p, const AttendConfig& c, const PlanView& plan, cudaStream_t stream) {
   if (c.inline_plan) return cudaSuccess;
   if (c.order != TileOrder::kPlanned) {
     // Nobody counts where no block takes a second tile either.
     if (c.uncounted || max_tiles(p, c.tile) <= c.num_workers) return cudaSuccess;
-    return launch(clear_kernel, 1, 1, 0, stream, c.overlap, &plan.header->next_item);
+    return clear_counter(&plan.header->next_item, c.overlap, stream);
   }
   const auto tiles = int32_t(max_tiles(p, c.tile));
   const bool few = tiles <= kFewThreads && num_seq_heads(p) <= kFewThreads;

@@ -195,7 +195,7 @@ def _mix_by_two_calls(
 def _weight(route: Tensor) -> Tensor:
     """A fractional route, NaN outside [0, 1]; ValueError where that can be seen without waiting for the device."""
     slack = 2 * torch.finfo(route.dtype).eps  # a straight-through weight, 1 + r - r.detach(), is off by rounding
-    outside = ~((route >= -slack) & (route <= 1 + slack))
+    outside = route != route.detach().clamp(-slack, 1 + slack)  # NaN too
     if not _values_hidden(route) and outside.any():
         raise ValueError(f"a fractional route must be within [0, 1], got {route[outside][0].item()}")
     return route.masked_fill(outside, torch.nan)

@@ -162,6 +162,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) mix_kernel(const __grid_consta
   const int warpgroup = cutlass::canonical_warp_group_idx(), warp = cutlass::canonical_warp_idx_sync();
   if (threadIdx.x == 0) init_barriers<T>(shared);
   __syncthreads();
+  wait_for_previous();
+  let_next_start();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<T::kProducerRegs>();
     if (warp >= 2)
@@ -177,13 +179,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) mix_kernel(const __grid_consta
 }
 
 template <DType kDType, int kHeadDim>
-cudaError_t launch_mix(const MixKernelParams& p, int32_t num_workers, cudaStream_t stream) {
+cudaError_t launch_mix(const MixKernelParams& p, const Device& device, cudaStream_t stream) {
   using Element = std::conditional_t<kDType == DType::kFloat16, cutlass::half_t, cutlass::bfloat16_t>;
   using T = MixTraits<Element, kHeadDim>;
   const auto kernel = mix_kernel<T>;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes))
     return e;
-  return cuda::launch(kernel, dim3(num_workers), T::kThreads, T::kSharedBytes, stream, false, p);
+  return cuda::launch(kernel, dim3(device.num_sms), T::kThreads, T::kSharedBytes, stream, device.overlap, p);
 }
 
 }  // namespace flux::cuda::sm90

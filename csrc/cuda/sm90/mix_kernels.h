@@ -16,7 +16,7 @@ struct MixKernelParams : KernelParams {
 
 // Defined in mix.h, instantiated in mix_*.cu.
 template <DType kDType, int kHeadDim>
-cudaError_t launch_mix(const MixKernelParams& p, int32_t num_workers, cudaStream_t stream);
+cudaError_t launch_mix(const MixKernelParams& p, const Device& device, cudaStream_t stream);
 
 // Of the gradients, as sm80::MixKernels; defined in mix_backward.h, instantiated in mix_backward_d*.cu.
 template <DType kDType, int kDim>

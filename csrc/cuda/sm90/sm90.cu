@@ -180,7 +180,7 @@ bool configure(const AttendParams& p, const Device& device, AttendConfig* c) {
 namespace {
 
 template <DType kDType, int kHeadDim>
-cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms,
+cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, const Device& device,
                            cudaStream_t stream) {
   constexpr Instance kInstance{90, kDType, kHeadDim, kMixRows, kMixKeys, nullptr};
   AttendConfig c;
@@ -189,16 +189,16 @@ cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* cou
   MixKernelParams k{{}, m, MixTiles(p, kMixRows, kMixKeys), counter};
   if (k.tiles.total() == 0) return cudaSuccess;
   if (cudaError_t e = to_kernel_params(p, c, {}, &k)) return e;
-  if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(*counter), stream)) return e;
-  return launch_mix<kDType, kHeadDim>(k, num_sms, stream);
+  if (cudaError_t e = clear_counter(counter, device.overlap, stream)) return e;
+  return launch_mix<kDType, kHeadDim>(k, device, stream);
 }
 
 template <DType kDType>
-cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms,
+cudaError_t launch_mixture(const AttendParams& p, const Mixture& m, int32_t* counter, const Device& device,
                            cudaStream_t stream) {
-  if (p.head_dim <= 64) return launch_mixture<kDType, 64>(p, m, counter, num_sms, stream);
-  if (p.head_dim <= 96) return launch_mixture<kDType, 96>(p, m, counter, num_sms, stream);
-  return launch_mixture<kDType, 128>(p, m, counter, num_sms, stream);
+  if (p.head_dim <= 64) return launch_mixture<kDType, 64>(p, m, counter, device, stream);
+  if (p.head_dim <= 96) return launch_mixture<kDType, 96>(p, m, counter, device, stream);
+  return launch_mixture<kDType, 128>(p, m, counter, device, stream);
 }
 
 }  // namespace
@@ -208,9 +208,9 @@ bool mixes(const AttendParams& p) {
          p.scale > 0.f && describable(p);
 }
 
-cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, int32_t num_sms, cudaStream_t stream) {
-  return p.dtype == DType::kFloat16 ? launch_mixture<DType::kFloat16>(p, m, counter, num_sms, stream)
-                                    : launch_mixture<DType::kBFloat16>(p, m, counter, num_sms, stream);
+cudaError_t mix(const AttendParams& p, const Mixture& m, int32_t* counter, const Device& device, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_mixture<DType::kFloat16>(p, m, counter, device, stream)
+                                    : launch_mixture<DType::kBFloat16>(p, m, counter, device, stream);
 }
 
 }  // namespace flux::cuda::sm90
