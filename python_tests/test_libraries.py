@@ -52,7 +52,7 @@ def test_explain_names_the_kernel_of_a_cpu_call(q_len: int, decode: bool | None)
         assert not numbers.any()
         return
     assert (family, own_plan, copies) == (0, 0, 0)
-    assert ["portable", "avx2", "avx512", "avx512_bf16"][processor] == _C.isa()
+    assert ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"][processor] == _C.isa()
     assert few_rows == decode
     assert (tile_rows, q_tokens, kv_block, head_dim) == (96, 32, 64, 96)  # 32 queries of 3 heads; 72 in steps of 32
     assert workers == torch.get_num_threads()
