@@ -177,7 +177,7 @@ def cases() -> list[Case]:
             found += [prefill, replace(prefill, q_lens=(1, 1, 1), kv_lens=(200, 63, 129), layout="cache")]
             found += [replace(prefill, q_lens=(9, 9, 9), kv_lens=(200, 63, 129), layout="paged")]
             found += [replace(prefill, q_lens=(40, 40, 40), kv_lens=(2500, 63, 1700), layout="cache")]  # tiles are cut
-            for n in (5, 8, 13, 16):  # two and four warps of the decode kernel share keys
+            for n in (5, 8, 13, 16):  # a few queries over a long cache, whose tiles are cut
                 few = replace(prefill, q_lens=(n, n, n), heads=8, kv_heads=2)
                 found.append(replace(few, kv_lens=(2500, 63, 1700), layout="cache" if n > 8 else "paged"))
         for heads, kv_heads in GROUPS:
@@ -217,7 +217,7 @@ def cases() -> list[Case]:
     found.append(Case((5, 5, 5), (0, 1, 3), layout="cache"))
     found.append(Case((80, 80), (0, 33), layout="cache_heads"))
     found.append(Case((2000, 1), layout="packed", heads=16, kv_heads=4, sparse=Streaming(128, 256)))
-    for n in (1, 9, 16):  # of 16 in one wave, combine takes the rows in turn
+    for n in (1, 9, 16):
         found.append(Case((n,) * 40, tuple(range(0, 4000, 100)), layout="cache", heads=8, kv_heads=2))
     sorted_rows = Case((4096, 300), layout="packed", heads=32, kv_heads=8, dim=64, sparse=Streaming(128, 512))
     found.append(sorted_rows)  # of whole tiles
