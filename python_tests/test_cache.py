@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import flux_ext
-from flux_ext import FluxCache, FluxConfig, FluxStaticCache
+from flux_ext import FluxCache, FluxConfig, FluxStaticCache, operators
 from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
@@ -333,6 +333,7 @@ def test_random_operations_keep_every_token_in_place() -> None:
             if not layer.continues:
                 layer.set_route(route)
             layer.update(k, -k)
+            layer.store_prompt()
             for b in range(3):
                 true[b] += k[b, 0, begin[b] :, 0].tolist()
             if rng.random() < 0.3 and (remove := int(rng.integers(0, n))) < n:
@@ -398,3 +399,23 @@ def test_the_summary_says_what_is_kept_and_what_a_dense_cache_would_have(model: 
     ]
     cache.reset()
     assert cache.summary().startswith("empty") and repr(cache) == f"{name}(4 layers, empty)"
+
+
+def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing waits for the routes: a GPU then has attention to do."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    order: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (order.append(name), call(*a, **k))[1])
+
+    note(operators, "attention_after_prompt")
+    note(FluxCacheLayer, "store")
+    layers = model.config.num_hidden_layers
+    ids = torch.randint(2, 128, (1, 20))
+    cache = model(ids, use_cache=True).past_key_values
+    assert order == ["attention_after_prompt", "store"] * layers
+    order.clear()
+    model(ids[:, :1], past_key_values=cache)
+    assert order == ["store"] * layers  # before it is attended to, with all that came before

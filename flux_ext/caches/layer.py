@@ -45,7 +45,7 @@ class FluxCacheLayer(CacheLayerMixin):
     tokens can still be cropped.
 
     One forward calls, in this order: :meth:`begin` (the patch), :meth:`set_route` (the router), :meth:`update` (the
-    model) and, unless it is a prompt, :meth:`attend` (the attention function).
+    model), and :meth:`attend` or, for a prompt, :meth:`store_prompt` (the attention function).
 
     Args:
         config: the two modes.
@@ -80,23 +80,24 @@ class FluxCacheLayer(CacheLayerMixin):
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._context: ForwardContext | None = None
+        self._prompt: tuple[Tensor, Tensor, ForwardContext] | None = None  # keys and values to be stored
         self._until_trim = 0  # so many more tokens leave nothing to trim
         self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_context")}
+        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_context", "_prompt")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
         self.__dict__ = {name: normal(x) for name, x in state.items()}
-        self.handle, self._context = steps.new_handle(self), None
+        self.handle, self._context, self._prompt = steps.new_handle(self), None, None
 
     # --- One forward. Of its steps, store and attend_stored keep books on the host: in a compiled graph they are
     # operators (flux_ext/caches/steps.py).
 
     def begin(self, context: ForwardContext) -> None:
         """Announces a forward's sequences."""
-        self._context = context
+        self._context, self._prompt = context, None
         self.continues = self.is_initialized
         if not self.continues:
             self.route = None  # what a prompt that failed decided does not hold
@@ -128,7 +129,7 @@ class FluxCacheLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds {self.num_sequences} sequences, got a batch of {batch_size}")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Stores a forward's keys and values ``[B, Hkv, S, D]`` and hands them back unchanged.
+        """Stores a forward's keys and values ``[B, Hkv, S, D]``, a prompt's not yet, and hands them back unchanged.
 
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
@@ -142,8 +143,22 @@ class FluxCacheLayer(CacheLayerMixin):
     def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if torch.compiler.is_compiling():
             steps.store(self.handle, k, v, route, context.host_mask())
-        else:
+        elif self.continues:
             self.store(k, v, route, context.host_mask())
+        else:
+            self._prompt = k, v, context
+
+    def store_prompt(self) -> None:
+        """Stores a prompt, when its attention is under way.
+
+        What is stored depends on the route, for which the host waits. Before attention a GPU would then wait for the
+        host in turn, in every layer, with nothing left to do.
+        """
+        if self._prompt is None:
+            return
+        (k, v, context), self._prompt = self._prompt, None
+        assert self.route is not None
+        self.store(k, v, self.route, context.host_mask())
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.

@@ -105,19 +105,11 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         if self.k_pool is None:
             self.num_pages = self.full_pages * pages.size if self.any_routes else needed
             self.lazy_initialization(k, v)
-        else:
-            want, pool = (k.shape[0], k.shape[1], k.shape[-1], v.dtype, v.device), self.k_pool
-            had = (*self.base.shape, pool.shape[-1], pool.dtype, pool.device)
-            if want != had:
-                raise ValueError(
-                    "after reset() a FluxStaticCache takes prompts of the same sequences, KV heads, head_dim, dtype "
-                    f"and device: {list(map(str, had))}, got {list(map(str, want))}"
-                )
-            if needed > self.num_pages:
-                raise ValueError(
-                    f"after reset() the pools keep their {self.num_pages} pages, but the new prompt's routes need "
-                    f"{needed}: make the cache with any_routes=True, or a new one"
-                )
+        elif needed > self.num_pages:
+            raise ValueError(
+                f"after reset() the pools keep their {self.num_pages} pages, but the new prompt's routes need "
+                f"{needed}: make the cache with any_routes=True, or a new one"
+            )
         for t, x in (
             (self.base, (np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape)),
             (self.ring, np.maximum(pages - self.layout.sink_pages, 1)),
@@ -135,6 +127,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
 
     def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if not self.continues:
+            self._check_prompt(k, v)
             return super()._update(k, v, route, context)
         if k.shape[2] != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {k.shape[2]} more tokens")
@@ -157,11 +150,22 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             context.seq_end,  # which sequences have a token
         )
 
+    def _check_prompt(self, k: Tensor, v: Tensor) -> None:
+        if k.shape[2] > self.max_cache_len:
+            raise ValueError(f"the prompt has {k.shape[2]} tokens, max_cache_len is {self.max_cache_len}")
+        if (pool := self.k_pool) is None:
+            return
+        want = (k.shape[0], k.shape[1], k.shape[-1], v.dtype, v.device)
+        had = (*self.base.shape, pool.shape[-1], pool.dtype, pool.device)
+        if want != had:
+            raise ValueError(
+                "after reset() a FluxStaticCache takes prompts of the same sequences, KV heads, head_dim, dtype "
+                f"and device: {list(map(str, had))}, got {list(map(str, want))}"
+            )
+
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores the prompt. Waits for the device, once per layer: its routes say how many pages are needed."""
         q_len = k.shape[2]
-        if q_len > self.max_cache_len:
-            raise ValueError(f"the prompt has {q_len} tokens, max_cache_len is {self.max_cache_len}")
         begin, count = token_rows(None if mask is None else mask[:, :q_len].numpy(), k.shape[0], q_len)
         # A sequence that has had padding only decides later: it gets room for either route.
         sparse = self._dropping(route) & (count > 0)[:, None]
@@ -186,7 +190,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
-        self.is_initialized, self.route, self.waiting, self._context = False, None, False, None
+        self.is_initialized, self.route, self.waiting, self._context, self._prompt = False, None, False, None, None
         if self.k_pool is not None:
             for t in (self.seen, self.kv_len, self.slots):
                 t.zero_()

@@ -85,6 +85,22 @@ def _attend(
         raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
     if cache_layer is not None and cache_layer.continues:
         return cache_layer.attend(q, scaling, context)
+    out = _attend_prompt(patched, q, k, v, route, scaling, context)
+    if cache_layer is not None and not torch.compiler.is_compiling():
+        cache_layer.store_prompt()
+    return out
+
+
+def _attend_prompt(
+    patched: PatchedAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    route: Tensor | None,
+    scaling: float,
+    context: ForwardContext,
+) -> Tensor:
+    """Attention of sequences that begin with this forward."""
     prompt, answer = patched.routings(route)
     end = context.prompt_end(q)
     if context.cu_seqlens is not None:
