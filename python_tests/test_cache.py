@@ -1,5 +1,6 @@
 """The cache: what is dropped, that dropping changes nothing, and every operation transformers asks of a cache."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -419,3 +420,20 @@ def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.
     order.clear()
     model(ids[:, :1], past_key_values=cache)
     assert order == ["store"] * layers  # before it is attended to, with all that came before
+
+
+def test_an_attention_module_that_does_not_attend() -> None:
+    """After an error nothing is kept; without one, that nothing was stored is said."""
+    layer = FluxCacheLayer(FluxConfig(**SMALL), 4, routed=False)
+    k = torch.randn(1, 2, 9, 16)
+    for finished, raises in (
+        (False, contextlib.nullcontext()),
+        (True, pytest.raises(RuntimeError, match="not attend")),
+    ):
+        layer.begin(ForwardContext())
+        layer.set_route(torch.zeros(1, 2, dtype=torch.int32))
+        layer.update(k, k)
+        with raises:
+            layer.end(finished)
+        layer.store_prompt()
+        assert not layer.is_initialized

@@ -45,7 +45,7 @@ class FluxCacheLayer(CacheLayerMixin):
     tokens can still be cropped.
 
     One forward calls, in this order: :meth:`begin` (the patch), :meth:`set_route` (the router), :meth:`update` (the
-    model), and :meth:`attend` or, for a prompt, :meth:`store_prompt` (the attention function).
+    model), :meth:`attend` or, for a prompt, :meth:`store_prompt` (the attention function), and :meth:`end` (the patch).
 
     Args:
         config: the two modes.
@@ -80,7 +80,7 @@ class FluxCacheLayer(CacheLayerMixin):
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._context: ForwardContext | None = None
-        self._prompt: tuple[Tensor, Tensor, ForwardContext] | None = None  # keys and values to be stored
+        self._prompt: tuple[Tensor, Tensor, Tensor, ForwardContext] | None = None  # what update() got, to be stored
         self._until_trim = 0  # so many more tokens leave nothing to trim
         self._storing = False  # stays true where storing a forward failed half-way
 
@@ -131,6 +131,7 @@ class FluxCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores a forward's keys and values ``[B, Hkv, S, D]``, a prompt's not yet, and hands them back unchanged.
 
+        A prompt's are stored as they are when its attention has been called; until then the length is that before it.
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
         context, self._context = self._context, None
@@ -141,12 +142,10 @@ class FluxCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
-        if torch.compiler.is_compiling():
-            steps.store(self.handle, k, v, route, context.host_mask())
-        elif self.continues:
-            self.store(k, v, route, context.host_mask())
+        if self.continues or torch.compiler.is_compiling():  # a graph's order is the compiler's
+            self._store(k, v, route, context)
         else:
-            self._prompt = k, v, context
+            self._prompt = k, v, route, context
 
     def store_prompt(self) -> None:
         """Stores a prompt, when its attention is under way.
@@ -154,11 +153,25 @@ class FluxCacheLayer(CacheLayerMixin):
         What is stored depends on the route, for which the host waits. Before attention a GPU would then wait for the
         host in turn, in every layer, with nothing left to do.
         """
-        if self._prompt is None:
-            return
-        (k, v, context), self._prompt = self._prompt, None
-        assert self.route is not None
-        self.store(k, v, self.route, context.host_mask())
+        if self._prompt is not None:
+            prompt, self._prompt = self._prompt, None
+            self._store(*prompt)
+
+    def _store(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
+        if torch.compiler.is_compiling():
+            steps.store(self.handle, k, v, route, context.host_mask())
+        else:
+            self.store(k, v, route, context.host_mask())
+
+    def end(self, finished: bool) -> None:
+        """The attention module has run, or failed; then what it gave is let go of.
+
+        Raises:
+            RuntimeError: it has finished without calling its attention function, so its prompt is not stored.
+        """
+        left, self._prompt = self._prompt, None
+        if left is not None and finished:
+            raise RuntimeError("an attention module gave its keys to the cache and then did not attend to them")
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.

@@ -127,7 +127,8 @@ class FluxStaticCacheLayer(FluxCacheLayer):
 
     def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if not self.continues:
-            self._check_prompt(k, v)
+            if not torch.compiler.is_compiling():
+                self._check_prompt(k, v)  # before its attention
             return super()._update(k, v, route, context)
         if k.shape[2] != 1:
             raise ValueError(f"FluxStaticCache takes one prompt and then single tokens, got {k.shape[2]} more tokens")
@@ -165,6 +166,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores the prompt. Waits for the device, once per layer: its routes say how many pages are needed."""
+        self._check_prompt(k, v)
         q_len = k.shape[2]
         begin, count = token_rows(None if mask is None else mask[:, :q_len].numpy(), k.shape[0], q_len)
         # A sequence that has had padding only decides later: it gets room for either route.

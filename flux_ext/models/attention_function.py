@@ -86,7 +86,7 @@ def _attend(
     if cache_layer is not None and cache_layer.continues:
         return cache_layer.attend(q, scaling, context)
     out = _attend_prompt(patched, q, k, v, route, scaling, context)
-    if cache_layer is not None and not torch.compiler.is_compiling():
+    if cache_layer is not None:
         cache_layer.store_prompt()
     return out
 

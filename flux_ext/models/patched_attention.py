@@ -154,8 +154,11 @@ class PatchedAttention:
         return args, kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the attention module, also after an error in it: lets go of the cache."""
-        self.patch.local.context = self.patch.local.cache_layer = self.patch.local.decision = None
+        """After the attention module, also after an error in it (then without an output): lets go of the cache."""
+        state = self.patch.local
+        cache_layer, state.context, state.cache_layer, state.decision = state.cache_layer, None, None, None
+        if cache_layer is not None:
+            cache_layer.end(finished=output is not None)
 
     def attach_tap(self) -> None:
         """Hooks the submodule that makes the states the router sees."""
