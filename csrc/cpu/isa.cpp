@@ -69,7 +69,8 @@ std::vector<Build> builds([[maybe_unused]] const char* limit) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  // Linux is asked only if the unit may be used: its permission holds for the whole process, for good.
+  // Linux is asked only if the unit may be used: its permission holds for the whole process, for good, and from then on
+  // it refuses signal stacks that are too small for the tiles.
   const bool wants_amx = !limit || !*limit || !std::strcmp(limit, amx_bf16::table.isa);
   found.push_back({amx_bf16::table, wants_amx && has_avx512_bf16 && may_use_amx()});
   found.push_back({avx512_bf16::table, has_avx512_bf16});

@@ -1,4 +1,4 @@
-// Stage 4: the pieces of cut tiles, merged in the order of their workers.
+// Stage 4: the pieces of cut tiles, merged in an order that the plan gives.
 #include "cuda/cuda.h"
 #include "cuda/dependent_launch.h"
 #include "cuda/epilogue.h"
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kWarps = 4;     // of a block that merges one row
 constexpr int kRowWarps = 8;  // of a block that merges several
-constexpr int kLoads = 8;     // pieces that a warp of it has under way
+constexpr int kLoads = 8;     // pieces that a warp of the latter has under way
 
 // Four elements of a row, not normalised.
 struct Sum {
@@ -116,7 +116,7 @@ __device__ void merge_row(const AttendParams& p, const PieceRow& from, const Row
   }
 }
 
-// The same after the plan of a decode step, which every block makes again (see line_up): one block per tile and row.
+// After the plan of a decode step, which every block makes again (see line_up): one block per tile and row.
 // All that can be worked out while the attend kernel still runs stands before the wait for it.
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps, 5)  // registers to start beside the attend kernel

@@ -2,6 +2,7 @@
 // (programmatic dependent launch, compute capability 9.0 and newer). What that asks of them:
 // - Every block calls wait_for_previous, which returns when the previous kernel has ended, before it reads what that
 //   kernel wrote or writes what that kernel reads.
+//   One that touches neither may leave without, if another block of the kernel waits.
 // - A block calls let_next_start when the next kernel may start. All kernels launched in this way call it after their
 //   own wait. So while the next one runs, all kernels before the previous one have ended: what those wrote it may read
 //   at once. (But for plan.cu's clear_kernel: what follows it reads nothing before its wait.)

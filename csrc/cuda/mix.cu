@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(kThreads) invert_kernel(const uint32_t* listed
   if (word < words) unlisted[word] = ~listed[word];
 }
 
-// Adds up the rows of one entry of the weight, in double precision and a fixed order. Most threads that a block may
-// have: an entry has as many rows as all queries of a sequence, and one block.
+// As many as a block may have: an entry of the weight has one block, and up to all rows of a sequence.
 constexpr int kWeightThreads = 1024;
+
+// Adds up the rows of one entry of the weight, in double precision and a fixed order.
 __global__ void __launch_bounds__(kWeightThreads)
     weight_kernel(const __grid_constant__ MixBackwardParams b, const __grid_constant__ MixBackwardWorkspace w) {
   const AttendParams& p = b.forward;

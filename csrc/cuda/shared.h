@@ -1,9 +1,11 @@
 // A value in shared memory, where it costs no registers.
 #pragma once
 
+#include <cuda_runtime.h>
+
 namespace flux::cuda {
 
-// By all threads of a block.
+// All threads of a block call `make`; one of them makes the value.
 template <typename Value>
 struct Shared {
   __align__(16) unsigned char memory[sizeof(Value)];  // its members have initial values

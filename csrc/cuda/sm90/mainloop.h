@@ -177,8 +177,8 @@ class Consumer {
   CUTLASS_DEVICE void store(const Output& o) {
     const int stage = (tile_ - 1) % T::kQStages;
     const SoftmaxState* states = shared_.states + stage * T::kRows;
-    // For the tile before this one; whether or not this one is staged, the states of the next take the place of that
-    // one's.
+    // Waits until the tile before this one has left: this one's output takes its place, and, staged or not, the next
+    // one's states take that of its states.
     if constexpr (T::kOwnPlace) shared_.out_empty.wait(tile_ % 2);
     if (T::kMixes || (T::kStagesOutput && shared_.staged[slot(-1)]))
       stage_rows<T>(shared_, stage, warpgroup_, states, o);
