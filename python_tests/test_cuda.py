@@ -227,7 +227,7 @@ def cases() -> list[Case]:
         for page_size in (16, 40, 64, 160):
             paged = replace(wide, q_lens=(300, 300), kv_lens=(420, 999), layout="paged", page_size=page_size)
             found += [paged, replace(paged, layout="paged_heads", sparse=Triangle(16, 96, 50))]
-        whole = Case((16, 16), (200, 200), heads=8, kv_heads=2, dim=dim)  # 64 rows of a tile leave through shared memory
+        whole = Case((16, 16), (200, 200), heads=8, kv_heads=2, dim=dim)  # 64 rows leave through shared memory
         found += [replace(whole, dtype=dtype) for dtype in DTYPES]
     found.append(Case((900, 900), layout="batched", heads=16, kv_heads=4, route="heads"))  # rows take turns
     for scale in (0.0, -0.2, 1.5):
