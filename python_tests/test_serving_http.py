@@ -107,7 +107,7 @@ def ask(client, x, tokens):
 
 
 def stream(client, x):
-    """As long an answer as there is room for: it must not be over before something happens to it."""
+    """As long an answer as there is room for."""
     more = {"ignore_eos": True}
     return client.completions.create(
         model="tiny", prompt=x, max_tokens=LONGEST - len(x), temperature=0, stream=True, extra_body=more
@@ -145,11 +145,13 @@ def test_a_server_answers_side_by_side_is_broken_off_and_killed_and_the_example_
         as_long_as_all_pages = prompt(0, LONGEST - 8)
         assert ask(client, as_long_as_all_pages, 8).usage.prompt_tokens == LONGEST - 8
 
-        left_alone = stream(client, prompt(0, 8))
-        next(iter(left_alone))
+        # Several, of which the pool holds one at a time: on a busy machine one is over before its first token is here.
+        left_alone = [stream(client, prompt(i, 8)) for i in range(8)]
+        next(iter(left_alone[0]))
         server.kill()
         with pytest.raises((APIConnectionError, httpx.HTTPError)):
-            list(left_alone)
+            for answer in left_alone:
+                list(answer)
     finally:
         server.kill()
 
