@@ -7,6 +7,7 @@
 #include <set>
 #include <string>
 
+#include "cuda/hidden_columns.h"
 #include "random_problem.h"
 
 namespace flux {
@@ -116,6 +117,22 @@ TEST(Pattern, BoundsHoldExactlyTheVisibleKeys) {
         ASSERT_EQ(keys.contain(k) && listed, sees(c, q, k)) << "query " << q << " key " << k;
       }
     }
+  }
+}
+
+// The bits with which Hopper's kernels mask (csrc/cuda/hidden_columns.h), of bounds near the columns and far away.
+TEST(Pattern, BitsOfHiddenColumnsAreTheColumnsThatAreNotSeen) {
+  Random random(15);
+  const auto bound = [&](int32_t base) {
+    return random.chance(5) ? random.integer(0, 1) * (1 << 30) - 1 : base + random.integer(-140, 140);
+  };
+  for (int i = 0; i < 20000; ++i) {
+    const int32_t base = random.integer(0, 1 << 20);
+    const VisibleKeys keys{bound(base), bound(base), max_of(bound(base), 0)};
+    const uint32_t hidden = cuda::columns_hidden(keys, base);
+    for (int bit = 0; bit < 32; ++bit)
+      ASSERT_EQ(hidden >> bit & 1, !keys.contain(base + bit / 2 * 8 + bit % 2))
+          << "bit " << bit << " from " << base << " of [" << keys.begin << ", " << keys.last << "], sink " << keys.sink;
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cute/tensor.hpp>
 
 #include "cuda/addresses.h"
+#include "cuda/hidden_columns.h"
 #include "cuda/softmax.h"
 
 namespace flux::cuda::sm90 {
@@ -33,20 +34,6 @@ CUTLASS_DEVICE uint32_t thread_anew() {
   uint32_t thread = threadIdx.x;
   if constexpr (T::kHeadDim > 128) forget(thread);
   return thread;
-}
-
-// A thread's columns of a row are bits of a word: 8 * j + c is bit 2 * j + c. One instruction moves seven of them into
-// predicates, where each comparison of a column with a bound would be one.
-
-// The columns from `begin` on, which is counted from the thread's first.
-CUTLASS_DEVICE uint32_t columns_from(int32_t begin) {
-  const int32_t before = max_of(begin + 7, 0) / 8 + max_of(begin + 6, 0) / 8;  // with c = 0, with c = 1
-  return __funnelshift_lc(0u, ~0u, before);                                    // none from bit 32 on
-}
-
-// The columns that a row does not see; base: of the thread's first.
-CUTLASS_DEVICE uint32_t columns_hidden(const VisibleKeys& keys, int32_t base) {
-  return columns_from(keys.last + 1 - base) | (columns_from(keys.sink - base) & ~columns_from(keys.begin - base));
 }
 
 // What stands in hidden columns of row r of a thread's two becomes x.
