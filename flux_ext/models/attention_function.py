@@ -85,31 +85,18 @@ def _attend(
         raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
     if cache_layer is not None and cache_layer.continues:
         return cache_layer.attend(q, scaling, context)
-    out = _attend_prompt(patched, q, k, v, route, scaling, context)
-    if cache_layer is not None:
-        cache_layer.store_prompt()
-    return out
-
-
-def _attend_prompt(
-    patched: PatchedAttention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    route: Tensor | None,
-    scaling: float,
-    context: ForwardContext,
-) -> Tensor:
-    """Attention of sequences that begin with this forward."""
     prompt, answer = patched.routings(route)
     end = context.prompt_end(q)
     if context.cu_seqlens is not None:
         out = operators.attention_after_prompt(
             q[0], k[0], v[0], prompt, answer, end, scale=scaling, cu_seqlens=context.cu_seqlens
-        )
-        return out[None]
-    bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
-    return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
+        )[None]
+    else:
+        bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
+        out = operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
+    if cache_layer is not None:
+        cache_layer.store_prompt()
+    return out
 
 
 def check_dtype(x: Tensor, allowed: Sequence[torch.dtype]) -> None:
