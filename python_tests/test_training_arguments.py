@@ -9,7 +9,7 @@ import transformers
 from tiny_training import Bytes, Grab, dataset, model, trainer
 
 import flux_ext
-from flux_ext.training import FluxTrainer, Recipe, config, training_arguments
+from flux_ext.training import FluxTrainer, Recipe, config, make_objective, training_arguments
 
 
 def stock(tmp_path, **changes):
@@ -130,6 +130,29 @@ def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
 def test_a_dataset_without_tasks_is_refused(tmp_path):
     with pytest.raises(TypeError, match="train_dataset must have tasks, like a RouterDataset, got list"):
         FluxTrainer(model(), args=stock(tmp_path), train_dataset=[1])
+
+
+@pytest.mark.parametrize(
+    "granularity, objective", [("layer", "counterfactual"), ("head", "straight_through")], ids=["layer", "head"]
+)
+def test_the_default_objective_and_what_it_holds_follow_the_granularity(tmp_path, monkeypatch, granularity, objective):
+    monkeypatch.chdir(tmp_path)  # where the default folder is made
+    t = FluxTrainer(model(granularity), train_dataset=dataset(), tokenizer=Bytes())
+    heads = 2 if granularity == "head" else 1
+    assert t.recipe.objective == objective and type(t.objective) is type(make_objective(Recipe(), ["a"], 2, heads))
+    checkpointing = getattr(t.args, "activation_checkpointing", t.args.gradient_checkpointing)
+    assert checkpointing == t.recipe.goes_backward == (granularity == "head")
+    for named in ("counterfactual", "soft"):
+        assert trainer(tmp_path, model(granularity), Recipe(objective=named)).recipe.objective == named
+
+
+def test_options_of_flips_need_flips(tmp_path):
+    for option in ({"flips": 3}, {"flip_choice": "by_worth"}, {"heads_per_flip": 2}, {"delta_clip": 2.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} must be left out, got .* of counterfactuals"):
+            trainer(tmp_path, model("head"), Recipe(**option))
+    assert trainer(tmp_path, model(), Recipe(flips=2)).objective.flips == 2
+    with pytest.raises(ValueError, match="objective must be named, got None"):
+        Recipe().goes_backward  # noqa: B018
 
 
 @pytest.mark.parametrize("packed", [False, True])
