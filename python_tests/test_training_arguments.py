@@ -1,12 +1,14 @@
 """What the trainer takes from transformers' TrainingArguments as they come, and what it refuses by name."""
 
 import copy
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from tiny_training import Bytes, Grab, dataset, model, trainer
+from tiny_training import LAYERS, Bytes, Grab, dataset, model, trainer
 
 import flux_ext
 from flux_ext.training import FluxTrainer, Recipe, config, make_objective, training_arguments
@@ -175,6 +177,31 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, objective, packed):
     assert losses == pytest.approx(losses_too, rel=1e-6)
     with pytest.raises(ValueError, match="use_reentrant must be False"):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+@pytest.mark.skipif(
+    "activation_checkpointing" not in {f.name for f in dataclasses.fields(transformers.TrainingArguments)},
+    reason="these options came with transformers 5.24",
+)
+@pytest.mark.parametrize("option", ["every_n_layers", "offload"])
+@pytest.mark.parametrize("granularity, objective", [("layer", "soft"), ("head", "straight_through")])
+def test_checkpointing_of_some_layers_or_on_the_host_changes_nothing(
+    tmp_path, monkeypatch, granularity, objective, option
+):
+    pinned = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(  # without an accelerator there is no pinned memory, which is all that differs
+        transformers.modeling_utils, "save_on_cpu", lambda pin_memory, device_type: pinned(False, device_type)
+    )
+    seen = []
+    for given in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {option: 2}}):
+        grads = []
+        recipe = Recipe(objective=objective, targets={"a": 0.5}, whiten=0)
+        t = trainer(tmp_path, model(granularity), recipe, max_steps=2, callbacks=[Grab(grads)], **given)
+        t.train()
+        layers = [layer.gradient_checkpointing for layer in t.model.model.layers]
+        assert sum(layers) == (0 if not given else math.ceil(LAYERS / 2) if option == "every_n_layers" else LAYERS)
+        seen.append(torch.stack(grads))
+    assert seen[0].abs().max() > 0 and torch.allclose(*seen, atol=1e-6, rtol=1e-4)
 
 
 def test_deepspeed_would_save_routers_in_parts_and_is_refused(tmp_path, monkeypatch):
