@@ -34,6 +34,7 @@ from .checkpoint import (
     begin,
     check_output_folder,
     check_progress,
+    dtype_of,
     finish,
     flush,
     latest_checkpoint,
@@ -414,7 +415,7 @@ class FluxTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder, model_card_kwargs={"training": training_record(self)})
         self._save_objective(folder)
-        recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
+        recipe = {"tasks": list(self.tasks), "dtype": dtype_of(self.model), **self.recipe.to_dict()}
         if examples := getattr(self.train_dataset, "examples", None):
             recipe["data"] = digest(examples)
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
@@ -455,6 +456,8 @@ class FluxTrainer(Trainer):
         checkpoint = Checkpoint.read(folder, self.stream)
         check_progress(folder, self.args.process_index, self._optimizer_options())
         self._go_on_from(checkpoint)
+        if self.is_world_process_zero():
+            checkpoint.warn_of_dtype(dtype_of(self.model))
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
