@@ -1,6 +1,7 @@
 """The cache: what is dropped, that dropping changes nothing, and every operation transformers asks of a cache."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -302,7 +303,7 @@ def test_the_gap_is_what_no_later_query_sees(pattern: flux_ext.Streaming, page_s
 
 def test_pages_behind_the_sink_go_round_the_ring() -> None:
     layout = PageLayout(flux_ext.Streaming(5, 8), 4)
-    places = layout.place(torch.arange(8), torch.tensor([[3], [9]]))
+    places = layout.place(np.arange(8), np.array([[3], [9]]))
     assert places.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
@@ -420,6 +421,23 @@ def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.
     order.clear()
     model(ids[:, :1], past_key_values=cache)
     assert order == ["store"] * layers  # before it is attended to, with all that came before
+
+
+def test_the_unused_end_of_a_page_is_never_read() -> None:
+    """A prompt leaves there what follows its tokens: here, NaN."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids, mask = ragged((43, 30, 7))
+    with flux_ext.routes(model, MIXED):
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    poisoned = copy.deepcopy(cache)
+    for layer in poisoned.layers:
+        pages = layer.pages
+        for seq_head, length in enumerate(pages.length):
+            page, used = pages.table[seq_head, (length - 1) // pages.page_size], (length - 1) % pages.page_size + 1
+            pages.keys[page, used:] = pages.values[page, used:] = torch.nan
+    step = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+    want, got = (model(ids[:, :1], attention_mask=step, past_key_values=c).logits for c in (cache, poisoned))
+    assert torch.equal(got, want) and want.isfinite().all()
 
 
 def test_an_attention_module_that_does_not_attend() -> None:
