@@ -12,9 +12,11 @@ import torch
 from models import SMALL, ragged, tiny
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache, operators
+from flux_ext.caches.host_copy import HostCopy
 from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
@@ -403,8 +405,9 @@ def test_the_summary_says_what_is_kept_and_what_a_dense_cache_would_have(model: 
     assert cache.summary().startswith("empty") and repr(cache) == f"{name}(4 layers, empty)"
 
 
-def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storing waits for the routes: a GPU then has attention to do."""
+def test_a_prompt_is_stored_when_the_rest_of_its_layer_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing waits for the route, whose copy is launched before attention: a GPU then has attention and the
+    feed-forward part to do."""
     model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
     order: list[str] = []
 
@@ -412,15 +415,39 @@ def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, **k: (order.append(name), call(*a, **k))[1])
 
+    note(HostCopy, "__init__")
     note(operators, "attention_after_prompt")
+    note(LlamaMLP, "forward")
+    note(HostCopy, "wait")
     note(FluxCacheLayer, "store")
     layers = model.config.num_hidden_layers
     ids = torch.randint(2, 128, (1, 20))
     cache = model(ids, use_cache=True).past_key_values
-    assert order == ["attention_after_prompt", "store"] * layers
+    assert order == ["__init__", "attention_after_prompt", "forward", "store", "wait"] * layers
     order.clear()
     model(ids[:, :1], past_key_values=cache)
-    assert order == ["store"] * layers  # before it is attended to, with all that came before
+    assert order == ["store", "forward"] * layers  # before it is attended to, with all that came before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_that_fails_behind_attention_stores_no_prompt(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither then nor in the next forward, over another cache; and no keys are kept."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (1, 20))
+    cache = FluxCache(model.config, flux_ext.get_routers(model).config)
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(LlamaMLP, "forward", fail)
+        model(ids, past_key_values=cache)
+    other = model(ids, use_cache=True).past_key_values
+    assert not any(layer.is_initialized or layer._prompt for layer in cache.layers)
+    assert model(ids[:, :1], past_key_values=other).logits.isfinite().all()
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
 
 
 def test_the_unused_end_of_a_page_is_never_read() -> None:

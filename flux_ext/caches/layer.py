@@ -46,7 +46,8 @@ class FluxCacheLayer(CacheLayerMixin):
     tokens can still be cropped.
 
     One forward calls, in this order: :meth:`begin` (the patch), :meth:`set_route` (the router), :meth:`update` (the
-    model), :meth:`attend` or, for a prompt, :meth:`store_prompt` (the attention function), and :meth:`end` (the patch).
+    model), :meth:`attend` or, for a prompt, :meth:`prompt_attended` (the attention function), :meth:`end` (the patch),
+    and, for a prompt, :meth:`store_prompt` (the patch, when the next attention module begins).
 
     Args:
         config: the two modes.
@@ -83,6 +84,7 @@ class FluxCacheLayer(CacheLayerMixin):
         self._context: ForwardContext | None = None
         self._prompt: tuple[Tensor, Tensor, Tensor, ForwardContext] | None = None  # what update() got, to be stored
         self._host_route: HostCopy | None = None  # of that route
+        self._attended = False  # whether attention over that prompt was called
         self._until_trim = 0  # so many more tokens leave nothing to trim
         self._storing = False  # stays true where storing a forward failed half-way
 
@@ -100,7 +102,7 @@ class FluxCacheLayer(CacheLayerMixin):
 
     def begin(self, context: ForwardContext) -> None:
         """Announces a forward's sequences."""
-        self._context, self._prompt, self._host_route = context, None, None
+        self._context, self._prompt, self._host_route, self._attended = context, None, None, False
         self.continues = self.is_initialized
         if not self.continues:
             self.route = None  # what a prompt that failed decided does not hold
@@ -152,11 +154,16 @@ class FluxCacheLayer(CacheLayerMixin):
             if self.drops:
                 self._host_route = HostCopy(route)
 
+    def prompt_attended(self) -> None:
+        """Attention over a prompt was called."""
+        self._attended = True
+
     def store_prompt(self) -> None:
-        """Stores a prompt, when its attention is under way.
+        """Stores a prompt, when the rest of its decoder layer is under way.
 
         What is stored depends on the route, for which the host waits. It is copied before attention is launched: so
-        the host waits for the router alone, and a GPU has attention to do until the host has launched what follows.
+        the host waits for the router alone, and a GPU has attention and feed-forward to do until the host has launched
+        what follows.
         """
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
@@ -168,15 +175,21 @@ class FluxCacheLayer(CacheLayerMixin):
         else:
             self.store(k, v, route, context.host_mask())
 
-    def end(self, finished: bool) -> None:
-        """The attention module has run, or failed; then what it gave is let go of.
+    def end(self, finished: bool) -> bool:
+        """The attention module has run, or failed; then what it gave is let go of. Returns whether a prompt is left to
+        be stored.
 
         Raises:
             RuntimeError: it has finished without calling its attention function, so its prompt is not stored.
         """
-        left, self._prompt, self._host_route = self._prompt, None, None
-        if left is not None and finished:
+        if self._prompt is None:
+            return False
+        if finished and self._attended:
+            return True
+        self._prompt = self._host_route = None
+        if finished:
             raise RuntimeError("an attention module gave its keys to the cache and then did not attend to them")
+        return False
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.

@@ -95,7 +95,7 @@ def _attend(
         bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
         out = operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
     if cache_layer is not None:
-        cache_layer.store_prompt()
+        cache_layer.prompt_attended()
     return out
 
 
