@@ -1,10 +1,12 @@
-"""What a patched layer asks of the host beside a stock one: operators of torch, and those that launch a kernel.
+"""What a patched layer asks of the host beside a stock one: operators of torch, those that launch a kernel, and Python.
 
 On a GPU each costs the host several microseconds, however small its tensors are, and a decode step is bound by them.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,8 +49,14 @@ def counted(run: Callable[[], object]) -> Operators:
     return operators
 
 
-def prompt_and_step(num_layers: int, granularity: str | None, static: bool = False) -> tuple[Operators, Operators]:
-    """Of a prompt that makes its cache, and of a step over it; ``granularity`` None: of the stock model."""
+def prompt_and_step(
+    num_layers: int,
+    granularity: str | None,
+    static: bool = False,
+    count: Callable[[Callable[[], object]], Any] = counted,
+) -> tuple[Any, Any]:
+    """What is counted of a prompt that makes its cache, and of a step over it; ``granularity`` None: of the stock
+    model."""
     model = tiny("llama", num_hidden_layers=num_layers)
     if granularity is None:
         model.set_attn_implementation("sdpa")
@@ -63,16 +71,17 @@ def prompt_and_step(num_layers: int, granularity: str | None, static: bool = Fal
         caches.append(model(tokens, use_cache=True, **{CACHE: caches[-1]}, **positions).past_key_values)
 
     with torch.no_grad():  # as generate runs it
-        prompt = counted(lambda: forward(ids))
+        prompt = count(lambda: forward(ids))
         assert static or granularity is None or isinstance(caches[-1], FluxCache)
         forward(ids[:, :1], position_ids=torch.tensor([[40]]))  # once in many steps, something is sent to the device
-        step = counted(lambda: forward(ids[:, :1], position_ids=torch.tensor([[41]])))
+        step = count(lambda: forward(ids[:, :1], position_ids=torch.tensor([[41]])))
     return prompt, step
 
 
 def per_layer(part: int, *how: Any) -> Operators:
     """Of a prompt (0) or a step (1): what one layer more makes more."""
-    more, fewer = prompt_and_step(3, *how)[part], prompt_and_step(2, *how)[part]
+    more: Operators = prompt_and_step(3, *how)[part]
+    fewer: Operators = prompt_and_step(2, *how)[part]
     more.all.subtract(fewer.all)
     more.launched.subtract(fewer.launched)
     return more
@@ -102,3 +111,33 @@ def test_operators_of_a_layer(what: tuple[str, bool], operators: int, launched: 
         own, theirs = getattr(ours, name), getattr(stock, name)
         difference = {n: own[n] - theirs[n] for n in {*own, *theirs} if own[n] != theirs[n]}
         assert own.total() - theirs.total() <= allowed, (name, difference)
+
+
+def own_calls(run: Callable[[], object]) -> Counter[str]:
+    """How often each of the package's Python functions is called."""
+    folder = str(Path(flux_ext.__file__).parent)
+    calls: Counter[str] = Counter()
+
+    def note(frame: Any, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls[f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_python_calls_of_a_layer(granularity: str) -> None:
+    """No more than so many functions of the package; none of those that autograd calls."""
+    prompt, step = (
+        prompt_and_step(3, granularity, count=own_calls)[i] - prompt_and_step(2, granularity, count=own_calls)[i]
+        for i in (0, 1)
+    )
+    assert not [name for name in (*prompt, *step) if name.startswith("autograd.")]
+    assert step.total() <= 40, step
+    assert prompt.total() <= 98, prompt
