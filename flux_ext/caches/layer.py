@@ -209,7 +209,8 @@ class FluxCacheLayer(CacheLayerMixin):
         if first or self.waiting:
             self.sparse = self._dropping(route).reshape(-1)
             self._until_trim = 0
-        self._forget(step)
+        if step.forgotten:
+            self._forget(step)
         if not first and not self.record_past and self._until_trim <= 0:
             self._trim()
         if q_len == 1 and step.whole and not first:
@@ -314,8 +315,7 @@ class FluxCacheLayer(CacheLayerMixin):
         for b, tokens in step.forgotten.items():
             for seq_head in range(b * heads, (b + 1) * heads):
                 stored[seq_head] = tokens - self.dropped[seq_head]  # where there is a gap, all lie behind it
-        if stored:
-            self.pages.remove(stored)
+        self.pages.remove(stored)
 
     def _trim(self) -> None:
         spare = self._superfluous(self.pages.length + self.dropped)
