@@ -127,7 +127,7 @@ class PagedKeyValues:
         place = columns * self.page_size
         first = begin[:, None] + place + (place >= skip_at) * skip[:, None]
         seq_head = held.nonzero()[0]
-        index = np.stack([seq_head // self.num_heads, seq_head % self.num_heads, first[held]])
+        index = np.array([seq_head // self.num_heads, seq_head % self.num_heads, first[held]])
         with torch.inference_mode(False):
             sent = torch.from_numpy(index[..., None]).to(self.keys.device, non_blocking=True)
             self.keys, self.values = cut_pages(k, v, sent, self.page_size)

@@ -189,7 +189,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         kept = (position < seen[..., None]) & ((position < self.layout.sink_tokens) | (position >= behind_gap))
         b, h, page = kept.nonzero()
         first, target = begin[b] + position[page], base[b, h] + self.layout.place(page, ring[b, h])
-        index = torch.from_numpy(np.stack([b, h, first, target])[..., None]).to(self.device, non_blocking=True)
+        index = torch.from_numpy(np.array([b, h, first, target])[..., None]).to(self.device, non_blocking=True)
         for pool, x in zip((self.k_pool, self.v_pool), cut_pages(k, v, index[:3], self.page_size), strict=True):
             assert pool is not None
             pool.index_copy_(0, index[3, :, 0], x)
