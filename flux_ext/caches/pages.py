@@ -265,7 +265,7 @@ class PagedKeyValues:
 
     def _changed(self) -> None:
         self.table = self.table[:, : int(self.held.max(initial=0))]
-        self._device_table = None
+        self._device_table = self._counted = None
         if len(self.free) > len(self.held) + int(self.held.sum()) // 8:
             self._compact()
 
@@ -279,4 +279,4 @@ class PagedKeyValues:
         self.table = np.zeros_like(self.table)
         self.table[used] = np.arange(len(source), dtype=np.int32)
         self.free = np.zeros(0, np.int32)
-        self._device_table = None
+        self._device_table = self._counted = None
