@@ -176,7 +176,6 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             self._lay_out(k, v, sparse)
             self.route = self.route_kept = normal(route)
             self._mark_addresses()
-        self.is_initialized = True
         start, tokens = (torch.from_numpy(x).to(self.device)[:, None] for x in (begin, count))
         self.seen.copy_(tokens.expand_as(self.seen))
         self.slots.fill_(q_len)
@@ -189,6 +188,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         for pool, x in ((self.k_pool, k), (self.v_pool, v)):
             assert pool is not None
             pool.view(-1, pool.shape[-1]).index_copy_(0, target, x[kept].to(pool.dtype))
+        self.is_initialized = True
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
@@ -273,7 +273,7 @@ class FluxStaticCache(FluxCache):
             for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)
-        self.prompt_len, self.history, self._empty = None, History(), {}
+        self.prompt_len, self.unfinished, self.history, self._empty = None, False, History(), {}
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)

@@ -20,7 +20,7 @@ from ..caches.dynamic import FluxCache, stock_cache_layers
 from ..config import FluxConfig
 from ..forward_context import read_forward, read_part
 from ..routers.collection import FluxRouters
-from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, take_cache
+from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
 from . import attention_function, families, proof
 from .config_view import Views
 from .forced_routes import ForcedRoutes
@@ -129,7 +129,7 @@ class Patch:
         self.attentions: list[PatchedAttention] = []
         self.handles = [
             self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self.after_decoder, always_call=True),
+            self.decoder.register_forward_hook(self.after_decoder, with_kwargs=True, always_call=True),
         ]
         self.model._flux_ext = self
         try:
@@ -233,6 +233,8 @@ class Patch:
             context = read_forward(policy, kwargs, tokens, cache)
         else:
             context = read_part(policy, kwargs, tokens, cache, self.local.shard)
+        if cache is not None:
+            cache.check_mask(context, *tokens.shape[:2])
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
         if context.held is not None:
@@ -252,16 +254,20 @@ class Patch:
             kwargs["use_cache"] = use_cache
             if use_cache:
                 cache = self.new_cache()
+        if cache is not None:
+            cache.unfinished = True
         kwargs[self.cache_name] = cache
         kwargs[CONTEXT] = context
         self.local.forward, self.local.last.decisions = context, context.decisions
         return (), kwargs
 
-    def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the decoder: a forward that failed leaves no decisions."""
+    def after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After the decoder: a forward that failed leaves no decisions, and a cache that may be of no use."""
         self.local.forward = None
         if output is None:
             self.local.last.decisions = None
+        elif (cache := cache_of(kwargs)) is not None:
+            cache.unfinished = False
 
     def new_cache(self) -> FluxCache:
         """An empty cache for this model."""
