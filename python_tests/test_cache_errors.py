@@ -144,3 +144,32 @@ def test_positions_of_another_shape(family: str, shape: tuple[int, int], cached:
     with pytest.raises(ValueError, match=r"position_ids must be \[2 or 1, 1\], got \[" + ", ".join(map(str, shape))):
         feed(model, cache if cached else None, ids[:, :1], position_ids=torch.full(shape, 20))
     assert lengths(cache) == [20] * 4
+
+
+@pytest.mark.parametrize("changes", [{}, FULL_FIRST], ids=["sliding first", "full first"])
+@pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.tensor([0, 2]), "of the 2 sequences that the cache holds, got 2"),
+        (torch.tensor([-3, 0]), "of the 2 sequences that the cache holds, got -3"),
+        (torch.tensor([True]), "of the 2 sequences that the cache holds, got a mask of 1"),
+        (torch.tensor([True, False, False]), "of the 2 sequences that the cache holds, got a mask of 3"),
+        (torch.tensor([0.0, 1.0]), r"integers \[n\] or a mask \[B\], got torch.float32 \[2\]"),
+        (torch.tensor([[0, 1]]), r"integers \[n\] or a mask \[B\], got torch.int64 \[1, 2\]"),
+    ],
+    ids=lambda x: str(x.tolist()) if isinstance(x, Tensor) else "",
+)
+def test_a_selection_that_is_refused_changes_nothing(
+    changes: Any, operation: str, indices: Tensor, message: str
+) -> None:
+    model = patched("gemma3", **changes)
+    ids, cache = torch.randint(2, 128, (2, 20)), new_cache(model)
+    feed(model, cache, ids)
+    with pytest.raises(ValueError, match=f"indices must be {message}"):
+        getattr(cache, operation)(indices)
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    close(feed(model, cache, ids[:, :1]), model(longer, use_cache=False).logits[:, -1:])
+    getattr(cache, operation)(torch.tensor([-1, 0]))  # from the end, as everywhere in Python
+    longer = torch.cat([longer, ids[:, :1]], 1)[[1, 0]]
+    close(feed(model, cache, longer[:, -1:]), model(longer, use_cache=False).logits[:, -1:])

@@ -156,14 +156,31 @@ class FluxCache(Cache):
         self.unfinished, self.prompt_len = False, None
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        beam_idx = beam_idx.cpu()  # one wait for all layers
+        beam_idx = self._selection(beam_idx)
         super().reorder_cache(beam_idx)
-        self.history.select(to_host(beam_idx))
+        self.history.select(beam_idx.numpy())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        indices = indices.cpu()
+        indices = self._selection(indices)
         super().batch_select_indices(indices)
-        self.history.select(to_host(indices))
+        self.history.select(indices.numpy())
+
+    def _selection(self, indices: Tensor) -> Tensor:
+        """Numbers of sequences, or a mask of them, as numbers from 0 on the CPU: one wait for all layers.
+
+        Raises:
+            ValueError: they are of another shape or kind, or of sequences that are not here.
+        """
+        selection = torch.from_numpy(to_host(indices))
+        for layer in self.layers:
+            if isinstance(layer, FluxCacheLayer) and layer.is_initialized:
+                count = layer.batch_size
+                outside = (selection < -count) | (selection >= count)
+                if outside.any() or (indices.dtype == torch.bool and len(indices) != count):
+                    got = f"a mask of {len(indices)}" if indices.dtype == torch.bool else int(selection[outside][0])
+                    raise ValueError(f"indices must be of the {count} sequences that the cache holds, got {got}")
+                return selection % count
+        return selection
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -291,12 +291,16 @@ class Patch:
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
         """A policy's answer as ``[B, Hkv]``, int32 or floating."""
+        if not isinstance(route, Tensor):
+            raise TypeError(f"a route must be a tensor, got {type(route).__name__}")
+        if route.is_complex():
+            raise ValueError(f"a route must be integers, booleans or floating numbers, got {route.dtype}")
         batch_size = logits.shape[0]
         if tuple(route.shape) not in ((batch_size,), (batch_size, self.num_kv_heads)):
             raise ValueError(
                 f"a route must be [{batch_size}] or [{batch_size}, {self.num_kv_heads}], got {list(route.shape)}"
             )
         route = route.to(logits.device)
-        if not route.is_floating_point():
-            route = route.to(torch.int32)
+        if not route.is_floating_point() and route.dtype != torch.int32:
+            route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
         return route if route.dim() == 2 else route[:, None].expand(-1, self.num_kv_heads)
