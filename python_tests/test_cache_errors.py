@@ -118,6 +118,21 @@ def test_a_crop_that_is_refused_changes_nothing(changes: Any) -> None:
     close(feed(model, cache, ids[:, :1]), model(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:])
 
 
+def test_a_second_crop_reaches_no_further_back_than_was_recorded() -> None:
+    """Layers with a sliding window keep no more than that after a crop; a cache that went on had too few keys there."""
+    model = patched("gemma3")
+    ids, cache = torch.randint(2, 128, (1, 30)), new_cache(model)
+    cache.activate_past_recording()
+    feed(model, cache, ids[:, :24])
+    cache.crop(-4)
+    feed(model, cache, ids[:, 20:23])
+    with pytest.raises(RuntimeError, match=r"crop\(-4\) needs tokens that a layer with a sliding window has dropped"):
+        cache.crop(-4)
+    assert lengths(cache) == [23] * 4
+    cache.crop(-3)
+    close(feed(model, cache, ids[:, 20:]), model(ids, use_cache=False).logits[:, 20:])
+
+
 @pytest.mark.parametrize("again", ["crop", "reset"])
 def test_an_emptied_cache_takes_other_sequences_and_goes_on_recording(again: str) -> None:
     model = patched("gemma3")

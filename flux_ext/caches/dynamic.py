@@ -80,8 +80,12 @@ class FluxCache(Cache):
                 return
 
     def check_mask(self, context: ForwardContext, batch_size: int, q_len: int) -> None:
-        """Before a forward whose first layer is one of transformers': that stores whatever the mask says, so what the
-        first of ours would find wrong with it is looked for here.
+        """Before a forward, where the first layer is one of transformers': that stores whatever the mask says, so what
+        the first of ours would find wrong with it is looked for here.
+
+        Args:
+            context: of the forward, with its mask.
+            batch_size, q_len: its sequences and slots.
 
         Raises:
             ValueError, RuntimeError: as :meth:`~flux_ext.caches.history.History.advance`.
@@ -135,9 +139,11 @@ class FluxCache(Cache):
         for layer in self.layers:
             if isinstance(layer, FluxCacheLayer):
                 layer.check_crop(tokens_to_remove)
+            elif getattr(layer, "is_sliding", False):
+                _check_sliding_crop(layer, tokens_to_remove)
         if not self.history.length:
             return
-        # Those of transformers refuse, all alike, when they are asked: before anything is changed.
+        # Others refuse, all alike, when they are asked: before anything is changed.
         layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, FluxCacheLayer))
         for layer in layers:
             layer.crop(tokens_to_remove)
@@ -186,6 +192,18 @@ class FluxCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.history.valid is not None:
             self.history.select(np.arange(len(self.history.valid)).repeat(repeats))
+
+
+def _check_sliding_crop(layer: Any, tokens_to_remove: int) -> None:
+    """RuntimeError where a layer with a sliding window has too few tokens left: it would go on with those it has."""
+    left = layer.get_seq_length() + tokens_to_remove
+    if tokens_to_remove and left > 0:
+        stored: int = layer.keys.shape[-2]
+        if stored + tokens_to_remove < min(left, layer.sliding_window - 1):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped: call "
+                "cache.activate_past_recording() before the forward whose tokens are to be cropped"
+            )
 
 
 def stock_cache_layers(config: Any) -> list[Any]:
