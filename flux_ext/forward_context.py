@@ -195,8 +195,8 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
     tokens: ``input_ids [B, S]`` or ``inputs_embeds [B, S, H]``.
 
     Raises:
-        ValueError: a mask of a wrong shape or with a hole, or packing that cannot be honoured: beside padding, in
-            several rows, or with a cache.
+        ValueError: a mask or positions of a wrong shape, a mask with a hole, or packing that cannot be honoured: beside
+            padding, in several rows, or with a cache.
     """
     batch_size, q_len = tokens.shape[:2]
     packed = kwargs.get("cu_seq_lens_q") is not None
@@ -206,6 +206,11 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
         raise ValueError("cu_seq_lens_q: sequences packed into one row have no cache, leave it out")
     seen = 0 if cache is None else cache.get_seq_length()
     known = not isinstance(seen, Tensor)  # how many slots a static cache has seen, only the device knows
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.dim() == 2:
+        rows, columns = positions.shape
+        if rows not in (1, batch_size) or columns != q_len:
+            raise ValueError(f"position_ids must be [{batch_size} or 1, {q_len}], got {list(positions.shape)}")
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # prepared per layer type by generate; ours are all the same padding mask
         if FULL_MASK not in mask:
@@ -237,7 +242,6 @@ def read_forward(policy: Policy | None, kwargs: dict[str, Any], tokens: Tensor, 
         return ForwardContext(policy, seq_start=start, seq_end=end, mask=mask, seen=seen)
     if packed:
         return ForwardContext(policy, cu_seqlens=packed_bounds(kwargs))
-    positions = kwargs.get("position_ids")
     if positions is None or positions.dim() != 2 or not known or seen > 0:
         return ForwardContext(policy)
     if torch.compiler.is_compiling() and (cache is not None or batch_size > 1):

@@ -95,6 +95,13 @@ def test_a_policy_gets_logits_and_its_answer_is_checked() -> None:
     for bad in (torch.zeros(3, 3), torch.zeros(1), torch.zeros(3, 2, 2)):
         with policy(model, lambda layer, logits, bad=bad: bad), pytest.raises(ValueError, match="a route must be"):
             model(ids)
+    for other, error, message in (
+        (None, TypeError, "a route must be a tensor, got NoneType"),
+        (torch.zeros(3, dtype=torch.complex64), ValueError, "a route must be integers, booleans or floating numbers"),
+        (torch.full((3,), 2**32 + 1), ValueError, r"route must be 0 \(full\) or 1 \(sparse\)"),
+    ):
+        with policy(model, lambda layer, logits, other=other: other), pytest.raises(error, match=message):
+            model(ids)
     assert torch.equal(routes_and_logits(model, ids)[0], own[0])  # nothing is left behind
 
 

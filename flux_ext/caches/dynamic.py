@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import FluxConfig
+from ..forward_context import ForwardContext
 from ..transformers_seam import Cache, DynamicCache, DynamicLayer
 from .history import FAILED, History
 from .layer import FluxCacheLayer, to_host
@@ -53,6 +54,7 @@ class FluxCache(Cache):
         }
         super().__init__(layers=layers)
         self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
+        self.unfinished = False  # whether a forward has begun and not ended, so that layers may differ
         self.history = History()
         for layer in layers:
             if isinstance(layer, FluxCacheLayer):
@@ -66,6 +68,8 @@ class FluxCache(Cache):
             ValueError: it has more or fewer sequences than the cache.
             RuntimeError: an earlier forward failed half-way.
         """
+        if self.unfinished and self._differ():
+            raise RuntimeError(FAILED)
         # A static cache keeps no history.
         books = not torch.compiler.is_compiling() and len(self.history.cache_layers) > 0
         if books and self.get_seq_length() != self.history.length:
@@ -74,6 +78,28 @@ class FluxCache(Cache):
             if isinstance(layer, FluxCacheLayer):
                 layer.check_batch(batch_size)
                 return
+
+    def check_mask(self, context: ForwardContext, batch_size: int, q_len: int) -> None:
+        """Before a forward, where the first layer is one of transformers': that stores whatever the mask says, so what
+        the first of ours would find wrong with it is looked for here.
+
+        Args:
+            context: of the forward, with its mask.
+            batch_size, q_len: its sequences and slots.
+
+        Raises:
+            ValueError, RuntimeError: as :meth:`~flux_ext.caches.history.History.advance`.
+        """
+        if isinstance(self.layers[0], FluxCacheLayer) or torch.compiler.is_compiling():
+            return
+        if (mask := context.host_mask()) is not None:
+            self.history.check(batch_size, q_len, mask.numpy())
+
+    def _differ(self) -> bool:
+        """Whether layers have seen different numbers of tokens, or, as states of linear attention do not count them,
+        may have. Waits for the device where the cache is static."""
+        lengths: list[Any] = [getattr(layer, "get_seq_length", None) for layer in self.layers]
+        return None in lengths or len({int(length()) for length in lengths}) > 1
 
     @property
     def routes(self) -> Tensor:
@@ -113,30 +139,71 @@ class FluxCache(Cache):
         for layer in self.layers:
             if isinstance(layer, FluxCacheLayer):
                 layer.check_crop(tokens_to_remove)
-        if self.history.length:
-            super().crop(tokens_to_remove)
-            self.history.crop(-tokens_to_remove)
+            elif getattr(layer, "is_sliding", False):
+                _check_sliding_crop(layer, tokens_to_remove)
+        if not self.history.length:
+            return
+        # Others refuse, all alike, when they are asked: before anything is changed.
+        layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, FluxCacheLayer))
+        for layer in layers:
+            layer.crop(tokens_to_remove)
+        self.history.crop(-tokens_to_remove)
+        if not self.history.length:
+            self.reset()  # other sequences may come
 
     def reset(self) -> None:
         super().reset()  # type: ignore[no-untyped-call]
         for i, layer in self._empty.items():
-            self.layers[i] = copy.deepcopy(layer)
+            fresh = copy.deepcopy(layer)
+            if getattr(self.layers[i], "record_past", False):
+                fresh.activate_past_recording()
+            self.layers[i] = fresh
         self.history.clear()
+        self.unfinished, self.prompt_len = False, None
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        beam_idx = beam_idx.cpu()  # one wait for all layers
+        beam_idx = self._selection(beam_idx)
         super().reorder_cache(beam_idx)
-        self.history.select(to_host(beam_idx))
+        self.history.select(beam_idx.numpy())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        indices = indices.cpu()
+        indices = self._selection(indices)
         super().batch_select_indices(indices)
-        self.history.select(to_host(indices))
+        self.history.select(indices.numpy())
+
+    def _selection(self, indices: Tensor) -> Tensor:
+        """Numbers of sequences, or a mask of them, as numbers from 0 on the CPU: one wait for all layers.
+
+        Raises:
+            ValueError: they are of another shape or kind, or of sequences that are not here.
+        """
+        selection = torch.from_numpy(to_host(indices))
+        for layer in self.layers:
+            if isinstance(layer, FluxCacheLayer) and layer.is_initialized:
+                count = layer.batch_size
+                outside = (selection < -count) | (selection >= count)
+                if outside.any() or (indices.dtype == torch.bool and len(indices) != count):
+                    got = f"a mask of {len(indices)}" if indices.dtype == torch.bool else int(selection[outside][0])
+                    raise ValueError(f"indices must be of the {count} sequences that the cache holds, got {got}")
+                return selection % count
+        return selection
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.history.valid is not None:
             self.history.select(np.arange(len(self.history.valid)).repeat(repeats))
+
+
+def _check_sliding_crop(layer: Any, tokens_to_remove: int) -> None:
+    """RuntimeError where a layer with a sliding window has too few tokens left: it would go on with those it has."""
+    left = layer.get_seq_length() + tokens_to_remove
+    if tokens_to_remove and left > 0:
+        stored: int = layer.keys.shape[-2]
+        if stored + tokens_to_remove < min(left, layer.sliding_window - 1):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) needs tokens that a layer with a sliding window has dropped: call "
+                "cache.activate_past_recording() before the forward whose tokens are to be cropped"
+            )
 
 
 def stock_cache_layers(config: Any) -> list[Any]:

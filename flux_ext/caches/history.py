@@ -81,8 +81,6 @@ class History:
             raise RuntimeError(FAILED)
         begin, count = token_rows(None if mask is None else mask[:, seen:], batch_size, q_len)
         before, forgotten = self._compare(mask, seen)
-        for layer in self.cache_layers if forgotten else ():
-            layer.check_forget(forgotten)
         if before is not None or (mask is not None and not mask[:, seen:].all()):
             if before is None:
                 before = np.ones((batch_size, seen), bool)
@@ -92,8 +90,14 @@ class History:
         self.step = Step(begin, count, forgotten, bool((count == q_len).all()))
         return self.step
 
+    def check(self, batch_size: int, q_len: int, mask: np.ndarray) -> None:
+        """As :meth:`advance` with a mask, but changes nothing."""
+        token_rows(mask[:, self.length :], batch_size, q_len)
+        self._compare(mask, self.length)
+
     def _compare(self, mask: np.ndarray | None, seen: int) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
-        """Earlier slots that count from now on, and each sequence's tokens that do not any more."""
+        """Earlier slots that count from now on, and each sequence's tokens that do not any more. Raises what
+        :meth:`advance` does."""
         if mask is None or not seen:
             return self.valid, {}
         shown = mask[:, :seen]
@@ -112,7 +116,10 @@ class History:
         if not hidden.any():
             return valid, {}
         order = valid.cumsum(1) - 1
-        return valid & shown, {int(b): order[b, hidden[b]] for b in np.flatnonzero(hidden.any(1))}
+        forgotten = {int(b): order[b, hidden[b]] for b in np.flatnonzero(hidden.any(1))}
+        for layer in self.cache_layers:
+            layer.check_forget(forgotten)
+        return valid & shown, forgotten
 
     def tokens_in_last(self, slots: int, batch_size: int) -> np.ndarray:
         """int64 ``[B]``: tokens among the last slots of each sequence."""

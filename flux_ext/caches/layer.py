@@ -428,5 +428,8 @@ class FluxCacheLayer(CacheLayerMixin):
 
 
 def to_host(indices: Tensor) -> np.ndarray:
+    """Numbers of sequences, int64, of integers or a mask; ValueError where they are neither."""
     array = indices.cpu().numpy()
+    if array.ndim != 1 or array.dtype.kind not in "biu":
+        raise ValueError(f"indices must be integers [n] or a mask [B], got {indices.dtype} {list(indices.shape)}")
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)

@@ -179,7 +179,6 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             base, ring = self._lay_out(k, v, sparse)
             self.route = self.route_kept = normal(route)
             self._mark_addresses()
-        self.is_initialized = True
         seen = np.broadcast_to(count[:, None], ring.shape)
         self.seen.copy_(torch.from_numpy(seen.astype(np.int32)), non_blocking=True)
         self.slots.fill_(q_len)
@@ -193,6 +192,7 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         for pool, x in zip((self.k_pool, self.v_pool), cut_pages(k, v, index[:3], self.page_size), strict=True):
             assert pool is not None
             pool.index_copy_(0, index[3, :, 0], x)
+        self.is_initialized = True
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
@@ -280,7 +280,7 @@ class FluxStaticCache(FluxCache):
             for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)
-        self.prompt_len, self.history, self._empty = None, History(), {}
+        self.prompt_len, self.unfinished, self.history, self._empty = None, False, History(), {}
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)

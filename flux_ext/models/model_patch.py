@@ -20,7 +20,7 @@ from ..caches.dynamic import FluxCache, stock_cache_layers
 from ..config import FluxConfig
 from ..forward_context import read_forward, read_part
 from ..routers.collection import FluxRouters
-from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, take_cache
+from ..transformers_seam import DynamicLayer, PreTrainedModel, cache_name, cache_of, take_cache
 from . import attention_function, families, proof
 from .config_view import Views
 from .forced_routes import ForcedRoutes
@@ -129,7 +129,7 @@ class Patch:
         self.attentions: list[PatchedAttention] = []
         self.handles = [
             self.decoder.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self.after_decoder, always_call=True),
+            self.decoder.register_forward_hook(self.after_decoder, with_kwargs=True, always_call=True),
         ]
         self.model._flux_ext = self
         try:
@@ -234,6 +234,8 @@ class Patch:
             context = read_forward(policy, kwargs, tokens, cache)
         else:
             context = read_part(policy, kwargs, tokens, cache, self.local.shard)
+        if cache is not None:
+            cache.check_mask(context, *tokens.shape[:2])
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
         if context.held is not None:
@@ -253,13 +255,16 @@ class Patch:
             kwargs["use_cache"] = use_cache
             if use_cache:
                 cache = self.new_cache()
+        if cache is not None:
+            cache.unfinished = True
         kwargs[self.cache_name] = cache
         kwargs[CONTEXT] = context
         self.local.forward, self.local.last.decisions = context, context.decisions
         return (), kwargs
 
-    def after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After the decoder: stores the last layer's prompt. A forward that failed leaves no decisions."""
+    def after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """After the decoder: stores the last layer's prompt. A forward that failed leaves no decisions, and a cache that
+        may be of no use."""
         local = self.local
         local.forward = None
         decisions, local.last.decisions = local.last.decisions, None
@@ -268,6 +273,8 @@ class Patch:
             return
         local.store_prompt()
         local.last.decisions = decisions
+        if (cache := cache_of(kwargs)) is not None:
+            cache.unfinished = False
 
     def new_cache(self) -> FluxCache:
         """An empty cache for this model."""
@@ -291,12 +298,16 @@ class Patch:
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
         """A policy's answer as ``[B, Hkv]``, int32 or floating."""
+        if not isinstance(route, Tensor):
+            raise TypeError(f"a route must be a tensor, got {type(route).__name__}")
+        if route.is_complex():
+            raise ValueError(f"a route must be integers, booleans or floating numbers, got {route.dtype}")
         batch_size = logits.shape[0]
         if tuple(route.shape) not in ((batch_size,), (batch_size, self.num_kv_heads)):
             raise ValueError(
                 f"a route must be [{batch_size}] or [{batch_size}, {self.num_kv_heads}], got {list(route.shape)}"
             )
         route = route.to(logits.device)
-        if not route.is_floating_point():
-            route = route.to(torch.int32)
+        if not route.is_floating_point() and route.dtype != torch.int32:
+            route = route.long().clamp(-1, 2).to(torch.int32)  # what is neither 0 nor 1 stays so
         return route if route.dim() == 2 else route[:, None].expand(-1, self.num_kv_heads)
