@@ -263,8 +263,10 @@ class Patch:
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """After the decoder: stores the last layer's prompt. A forward that failed leaves no decisions, and a cache that
-        may be of no use."""
+        """After the decoder: stores the last layer's prompt.
+
+        A forward that failed leaves no decisions, and a cache that may be of no use.
+        """
         local = self.local
         local.forward = None
         decisions, local.last.decisions = local.last.decisions, None
