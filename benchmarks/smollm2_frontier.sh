@@ -73,11 +73,11 @@ for part in "$@"; do
       make_data test-0.jsonl --tasks $tasks $unseen --length $long --min-length $least --count $test --seed 0
       make_data test-1.jsonl --tasks $tasks $unseen --length $short --min-length $least --count $test --seed 1
       ;;
-    ours) frontier streaming --static layer head ;;
+    ours) frontier streaming --static layer head --objective counterfactual ;;
     published) # which go backward through the backbone, and want memory for it
       frontier streaming --static layer head --objective counterfactual soft straight_through --jobs "${JOBS:-4}"
       ;;
-    modes) for mode in $modes; do frontier "$mode" --preset "$mode" --static layer; done ;;
+    modes) for mode in $modes; do frontier "$mode" --preset "$mode" --static layer --objective counterfactual; done ;;
     table)
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
       gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)

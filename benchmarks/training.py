@@ -7,9 +7,9 @@
 
 A run is MODEL:LENGTH, one sequence of so many tokens, the last of which are an answer. The steps are
 ``FluxTrainer.train``'s own, the optimiser's among them, with the model frozen in bf16 (on a CPU fp32).
-``counterfactual`` is the default recipe, with a budget; ``soft`` and ``straight_through`` are the papers' recipes, with
-targets (``--preset flux`` and ``elastic``), and go backward through the model with gradient checkpointing. ``dense`` is
-no objective but one forward of the same tokens, everything full, beside which the others stand (``dense_x``).
+``counterfactual`` has a budget, as by default; ``soft`` and ``straight_through`` are the papers' recipes, with targets
+(``--preset flux`` and ``elastic``), and go backward through the model with gradient checkpointing. ``dense`` is no
+objective but one forward of the same tokens, everything full, beside which the others stand (``dense_x``).
 
 What a step costs depends on the routes, so they are set: ``--share`` of the layers, spread evenly, start with log-odds
 of full attention at -2 and the others at 2. Counterfactual steps take the routers' own routes and explore in turns, as
@@ -50,7 +50,7 @@ FIELDS = (
     "dense_x", "peak_GB", "weights_GB", "note",
 )  # fmt: skip
 RECIPES = {
-    "counterfactual": Recipe(whiten=0),
+    "counterfactual": Recipe(objective="counterfactual", whiten=0),
     "soft": Recipe.preset("flux"),
     "straight_through": Recipe.preset("elastic"),
 }

@@ -131,7 +131,9 @@ def selected_blocks(device: str) -> None:
         there = {name: x.to(device) for name, x in bounds.items()}
         got = operators.select_blocks(pattern, q.to(device), k.to(device), **there)
         want = reference.select_blocks(pattern, q.double(), k.double(), **bounds)
-        assert torch.equal(got.counts.cpu(), want.counts) and torch.equal(got.blocks.cpu(), want.blocks)
+        longest = got.blocks.shape[-1]  # on CUDA there is room for every block
+        assert torch.equal(got.counts.cpu(), want.counts) and int(want.counts.max()) <= longest
+        assert torch.equal(got.blocks.cpu(), want.blocks[..., :longest])
 
     for stride, width, head_dim, heads in ((16, 128, 128, 8), (8, 64, 64, 4), (16, 64, 40, 6), (8, 128, 64, 36)):
         pattern = BlockSparse(threshold=0.7, stride=stride, width=width)

@@ -13,6 +13,7 @@ import torch
 import flux_ext
 from flux_ext import Full, operators
 from flux_ext.operators import KeyValues, Routing, reference
+from flux_ext.operators.attention_gradient import mark_shared_keys
 from flux_ext.routers.modules import HeadRouter, LayerRouter
 
 
@@ -377,6 +378,28 @@ def test_sequences_share_no_rows_that_are_written():
     torch.testing.assert_close(out, attend(apart, shared, reference.attend))
     with pytest.raises(ValueError, match=r"sequences share rows of k and v, got \[0, 8\) and \[0, 5\)"):
         out.sum().backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("heads", [None, "both", "ends"])
+def test_gradients_of_shared_keys_are_nan_where_bounds_are_not_read_back(heads):
+    """On a GPU; here the function that does it there."""
+    begin, end = ints(5, 0, 3, 9, 6), ints(8, 4, 3, 7, 6)  # the third and the last are empty, the fourth ends too early
+    if heads:
+        end = torch.stack([end, end + ints(0, 2, 0, 0, 0)], 1)  # of the second head: [5, 8) and [0, 6)
+        begin = torch.stack([begin, begin], 1) if heads == "both" else begin
+    gradients = torch.ones(10, 2, 4), torch.ones(10, 2, 4)
+    mark_shared_keys(gradients, begin, end)
+    want = torch.zeros(10, 2, dtype=torch.bool)
+    want[5, 1] = heads is not None
+    for x in gradients:
+        assert torch.equal(x.isnan(), want[:, :, None].expand(-1, -1, 4))
+    mark_shared_keys(gradients, ints(0, 9, 2), ints(4, 10, 10))
+    assert all(x[:2].isfinite().all() and x[2:4].isnan().all() and x[6:9].isfinite().all() for x in gradients)
+    batch = torch.ones(2, 4, 2, 4), torch.ones(2, 4, 2, 4)
+    mark_shared_keys(batch, ints(0, 0), ints(4, 4))  # not packed: rows of their own
+    mark_shared_keys(gradients, ints(0, 4, 10), None)
+    assert all(x.isfinite().all() for x in batch)
 
 
 ROUTER_ROWS = [

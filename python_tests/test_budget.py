@@ -198,7 +198,7 @@ def test_the_published_objectives_keep_to_a_budget_too(name):
 
 @pytest.mark.parametrize("num_heads, layers, flips", [(1, 9, 2), (4, 9, 4), (4, 3, 3), (1, 1, 1)])
 def test_flips_where_the_recipe_leaves_them_open(num_heads, layers, flips):
-    assert make_objective(Recipe(), ["a"], layers, num_heads).deal([0]).shape == (1, flips)
+    assert make_objective(Recipe(objective="counterfactual"), ["a"], layers, num_heads).deal([0]).shape == (1, flips)
 
 
 # Dense losses

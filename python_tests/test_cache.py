@@ -1,6 +1,7 @@
 """The cache: what is dropped, that dropping changes nothing, and every operation transformers asks of a cache."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from models import SMALL, ragged, tiny
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache, operators
+from flux_ext.caches.host_copy import HostCopy
 from flux_ext.caches.layer import FluxCacheLayer
 from flux_ext.caches.layout import PageLayout
 from flux_ext.forward_context import ForwardContext
@@ -302,7 +305,7 @@ def test_the_gap_is_what_no_later_query_sees(pattern: flux_ext.Streaming, page_s
 
 def test_pages_behind_the_sink_go_round_the_ring() -> None:
     layout = PageLayout(flux_ext.Streaming(5, 8), 4)
-    places = layout.place(torch.arange(8), torch.tensor([[3], [9]]))
+    places = layout.place(np.arange(8), np.array([[3], [9]]))
     assert places.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
 
 
@@ -402,8 +405,9 @@ def test_the_summary_says_what_is_kept_and_what_a_dense_cache_would_have(model: 
     assert cache.summary().startswith("empty") and repr(cache) == f"{name}(4 layers, empty)"
 
 
-def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storing waits for the routes: a GPU then has attention to do."""
+def test_a_prompt_is_stored_when_the_rest_of_its_layer_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing waits for the route, whose copy is launched before attention: a GPU then has attention and the
+    feed-forward part to do."""
     model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
     order: list[str] = []
 
@@ -411,15 +415,56 @@ def test_a_prompt_is_stored_when_its_attention_is_under_way(monkeypatch: pytest.
         call = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, **k: (order.append(name), call(*a, **k))[1])
 
+    note(HostCopy, "__init__")
     note(operators, "attention_after_prompt")
+    note(LlamaMLP, "forward")
+    note(HostCopy, "wait")
     note(FluxCacheLayer, "store")
     layers = model.config.num_hidden_layers
     ids = torch.randint(2, 128, (1, 20))
     cache = model(ids, use_cache=True).past_key_values
-    assert order == ["attention_after_prompt", "store"] * layers
+    assert order == ["__init__", "attention_after_prompt", "forward", "store", "wait"] * layers
     order.clear()
     model(ids[:, :1], past_key_values=cache)
-    assert order == ["store"] * layers  # before it is attended to, with all that came before
+    assert order == ["store", "forward"] * layers  # before it is attended to, with all that came before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_forward_that_fails_behind_attention_stores_no_prompt(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither then nor in the next forward, over another cache; and no keys are kept."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (1, 20))
+    cache = FluxCache(model.config, flux_ext.get_routers(model).config)
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(LlamaMLP, "forward", fail)
+        model(ids, past_key_values=cache)
+    other = model(ids, use_cache=True).past_key_values
+    assert not any(layer.is_initialized or layer._prompt for layer in cache.layers)
+    assert model(ids[:, :1], past_key_values=other).logits.isfinite().all()
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+
+
+def test_the_unused_end_of_a_page_is_never_read() -> None:
+    """A prompt leaves there what follows its tokens: here, NaN."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids, mask = ragged((43, 30, 7))
+    with flux_ext.routes(model, MIXED):
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    poisoned = copy.deepcopy(cache)
+    for layer in poisoned.layers:
+        pages = layer.pages
+        for seq_head, length in enumerate(pages.length):
+            page, used = pages.table[seq_head, (length - 1) // pages.page_size], (length - 1) % pages.page_size + 1
+            pages.keys[page, used:] = pages.values[page, used:] = torch.nan
+    step = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+    want, got = (model(ids[:, :1], attention_mask=step, past_key_values=c).logits for c in (cache, poisoned))
+    assert torch.equal(got, want) and want.isfinite().all()
 
 
 def test_an_attention_module_that_does_not_attend() -> None:

@@ -35,6 +35,29 @@ def test_train_writes_routers(routers):
     assert (routers / "checkpoint-2").is_dir()
 
 
+@pytest.mark.parametrize("option, expected", [((), True), (("--no-gradient-checkpointing",), False)])
+def test_routers_per_head_learn_straight_through_and_hold_the_layers_inputs_alone(
+    folder, tmp_path, monkeypatch, option, expected
+):
+    seen = []
+
+    def watched(self, *args, **kwargs):
+        seen.append(any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()))
+        return step(self, *args, **kwargs)
+
+    step = FluxTrainer.training_step
+    monkeypatch.setattr(FluxTrainer, "training_step", watched)
+    common = ("--steps", 1, "--batch-size", 2, "--no-calibrate", "--granularity", "head", *PATTERN, *option)
+    assert train(folder, tmp_path, *common) == 0
+    assert json.loads((tmp_path / "recipe.json").read_text())["objective"] == "straight_through"
+    assert seen == [expected]
+
+
+def test_options_of_flips_are_refused_where_nothing_is_flipped(folder, tmp_path, capsys):
+    assert train(folder, tmp_path, "--granularity", "head", "--flips", 2, *PATTERN) == 1
+    assert "flips must be left out, got 2: it is of counterfactuals" in capsys.readouterr().err
+
+
 def test_train_resumes_packed_with_another_routers_start(folder, routers, capsys):
     out = folder / "again"
     common = (

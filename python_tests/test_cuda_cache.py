@@ -11,6 +11,7 @@ from transformers.generation import CompileConfig
 
 import flux_ext
 from flux_ext import FluxCache, FluxStaticCache
+from flux_ext.caches.host_copy import HostCopy
 from flux_ext.models.patching import get_routers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -185,3 +186,16 @@ def test_generate_with_a_compiled_static_cache_in_a_padded_batch() -> None:
                 logits = model(alone, use_cache=False).logits[:, -13:-1].float()
                 chosen = logits.gather(-1, alone[:, -12:, None])[..., 0]
                 assert (logits.max(-1).values - chosen <= 3e-2 * logits.abs().max()).all()
+
+
+def test_a_copy_to_the_host_is_not_waited_for_longer_than_it_takes() -> None:
+    """Not for what was launched after it, as a prompt's attention is after the copy of its route."""
+    x = torch.arange(6, dtype=torch.int32, device="cuda").view(2, 3)
+    for route in (x, x[:, :1].expand(-1, 3)):
+        HostCopy(route).wait()  # the first one takes pinned memory
+        copy = HostCopy(route)
+        torch.cuda._sleep(1_000_000_000)
+        later = torch.cuda.current_stream().record_event()
+        values = copy.wait()
+        assert not later.query()
+        assert values.tolist() == route.tolist()

@@ -11,10 +11,10 @@ from models import SMALL, ragged, tiny
 from torch import Tensor
 
 import flux_ext
-from flux_ext import BlockSparse, Streaming, Triangle
+from flux_ext import BlockSparse, Full, Streaming, Triangle
 from flux_ext.models.patching import policy
 from flux_ext.operators import reference
-from flux_ext.operators.operands import AttendArguments
+from flux_ext.operators.operands import AttendArguments, KeyValues, Routing
 from flux_ext.training import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -202,6 +202,21 @@ def arguments(layout: str = "batched", grad: bool = False) -> list:
     q, k, v = (t.nan_to_num().requires_grad_(grad) for t in (x.q, x.k, x.v))
     patterns = [*flux_ext.Full().numbers(), 0, *FEW.numbers(), 0]
     return list(AttendArguments(q, k, v, x.route, patterns, None, None, None, None, 0.25, *bounds, None))
+
+
+@pytest.mark.parametrize("fractional", [False, True])
+def test_keys_of_two_sequences_have_no_gradient(fractional: bool) -> None:
+    q, k, v = (torch.randn(300, h, 64, device=DEVICE, dtype=DTYPES[0], requires_grad=True) for h in (4, 2, 2))
+    q_begin, q_end, kv_begin, kv_end = torch.tensor(
+        [[0, 100], [100, 300], [0, 80], [100, 300]], dtype=torch.int32, device=DEVICE
+    )
+    route = torch.tensor([0.3, 0.6] if fractional else [0, 1], device=DEVICE)
+    attend = flux_ext.operators.mix if fractional else flux_ext.operators.attend
+    out = attend(q, KeyValues(k, v, kv_begin, kv_end), Routing(route, Full(), STREAMING), 0.125, q_begin, q_end)
+    grad_q, *gradients = torch.autograd.grad((out if fractional else out[0]).sum(), (q, k, v))
+    assert grad_q.isfinite().all()
+    for x in gradients:
+        assert x[80:100].isnan().all() and x[:80].isfinite().all() and x[100:].isfinite().all()
 
 
 @pytest.mark.parametrize("layout", ["batched", "packed"])

@@ -122,19 +122,20 @@ def test_the_whole_frontier(data, tmp_path, capsys, monkeypatch):
     rows = read_table(tmp_path / "frontier.csv")
     found = {(r.routes, r.granularity) for r in rows}
     assert found == {("dense", ""), ("sparse", ""), ("static", "layer"), ("static", "head"), ("routed", "layer"),
-                     ("routed", "head")}  # fmt: skip
+                     ("straight_through", "head")}  # fmt: skip
     assert len(rows) == 2 * (2 + 2 * 2 + 2 * 2) and all(r.examples == 2 for r in rows)
     by = {(r.task, r.routes): r for r in rows}
     assert by["retrieval", "dense"].sparsity == 0 and by["retrieval", "sparse"].sparsity == 1
     assert by["retrieval", "dense"].score == 1 and by["retrieval", "sparse"].score == 0
     assert {r.sparsity for r in rows if r.routes == "static"} == {0.5, 0.875}
     own, further = "0.02nats,retrieval=0.01nats", "9nats (trained 0.02nats,retrieval=0.01nats)"
-    assert {r.budget for r in rows if r.routes == "routed"} == {own, further}
+    for trained in ("routed", "straight_through"):
+        assert {r.budget for r in rows if r.routes == trained} == {own, further}
     # Where anything may be lost, calibration makes everything sparse without another training.
     assert {r.sparsity for r in rows if r.budget == further} == {1.0}
     assert {r.score for r in rows if r.budget == further} == {r.score for r in rows if r.routes == "sparse"}
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    name = "routed-head-0.02nats+retrieval=0.01nats-0"
+    name = "straight_through-head-0.02nats+retrieval=0.01nats-0"
     assert FluxRouters.from_pretrained(tmp_path / "routers" / name).config.granularity == "head"
     assert json.loads((tmp_path / "runs" / f"{name}.json").read_text())["training_seconds"] > 0
     card = (tmp_path / "routers" / f"{name}@9nats" / "README.md").read_text()

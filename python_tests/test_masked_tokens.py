@@ -303,7 +303,7 @@ def test_a_layer_that_failed_half_way_is_not_built_on(where: str, at: int, monke
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         if where == "first":
-            patch.setattr(PagedKeyValues, "append_one" if at else "append", fail)
+            patch.setattr(PagedKeyValues, "append_one" if at else "fill", fail)
         else:
             patch.setattr(first, "store", fail)
         model(ids[:, :1], past_key_values=cache)

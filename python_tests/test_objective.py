@@ -55,7 +55,7 @@ def toy(num_heads: int = 1, batch: int = 8, **kwargs) -> Toy:
 
 
 def objective(num_heads: int = 1, **recipe):
-    recipe = {"targets": {"a": 0.5, "b": 1.0}, **recipe}
+    recipe = {"objective": "counterfactual", "targets": {"a": 0.5, "b": 1.0}, **recipe}
     return make_objective(Recipe(**recipe), ["a", "b"], LAYERS, num_heads, seed=1)
 
 

@@ -83,6 +83,29 @@ def test_the_new_recipe_counts_and_the_multipliers_go_on(saved, tmp_path):
     assert t.state.log_history[-2]["a/target"] == pytest.approx(0.2)
 
 
+def test_another_dtype_is_said(saved, tmp_path):
+    """What ``--dtype auto`` means differs between machines: the training goes on, and says so."""
+    folder = saved[0] / "checkpoint-2"
+    assert json.loads((folder / "recipe.json").read_text())["dtype"] == "float32"
+    recipe = Recipe(targets={"a": 0.9}, multiplier_lr=0.1)
+    other = model()
+    other.to(torch.bfloat16)
+    flux_ext.get_routers(other).float()
+    t = trainer(tmp_path, other, recipe=recipe, max_steps=3)
+    with pytest.warns(UserWarning, match=r"in float32, and .* goes on in bfloat16: .*--dtype float32"):
+        t.train(resume_from_checkpoint=str(folder))
+    assert t.state.global_step == 3
+
+    earlier = Path(shutil.copytree(folder, tmp_path / "checkpoint-2"))
+    written = json.loads((earlier / "recipe.json").read_text())
+    del written["dtype"]
+    (earlier / "recipe.json").write_text(json.dumps(written))
+    for m, unknown in ((other, earlier), (model(), folder)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*goes on in")
+            trainer(tmp_path, m, recipe=recipe, max_steps=2).train(resume_from_checkpoint=str(unknown))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -185,6 +185,41 @@ def test_a_save_that_ends_between_two_files_is_found(tmp_path: Path, monkeypatch
     assert same(FluxRouters.from_pretrained(tmp_path), new)
 
 
+@pytest.mark.parametrize("metadata", [None, "kept", "of the other"])
+@pytest.mark.parametrize("config_file", ["kept", "without an id"])
+def test_weights_that_were_replaced_are_found(tmp_path: Path, metadata: str | None, config_file: str) -> None:
+    """The ids say which tensors were saved: they are compared with those that are there, not only with each other."""
+    small_routers().save_pretrained(tmp_path)
+    other = small_routers(0.8)
+    other.save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    ids = {"kept": config["weights_id"], "of the other": router_files.digest(other.state_dict())}
+    new = None if metadata is None else {"format": "pt", "weights_id": ids[metadata]}
+    save_file(other.state_dict(), tmp_path / WEIGHTS_FILE, metadata=new)
+    if config_file == "without an id":
+        del config["weights_id"]
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+        if metadata is None:  # as saved before there were ids
+            assert same(FluxRouters.from_pretrained(tmp_path), other)
+            return
+    model = tiny()
+    with pytest.raises(ValueError, match="weights_id") as error:
+        flux_ext.patch(model, routers=tmp_path)
+    assert not flux_ext.is_patched(model)
+    message = str(error.value)
+    wrong = ids["kept"] if metadata == "kept" or config_file == "kept" else None
+    assert str(tmp_path / WEIGHTS_FILE) in message and ids["of the other"] in message and repr(wrong) in message
+    assert ("was changed after it was saved" in message) == (metadata == "kept")
+    assert ("were not saved together" in message) == (metadata != "kept")
+
+
+def test_the_digest_of_saved_weights_stays_what_it_is() -> None:
+    """Saved routers carry it: a version of safetensors that writes other bytes would have them all refused."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.zeros(1)}
+    assert router_files.digest(tensors) == "bc73724a1d63c52bedfb5e868a16dfed"
+    assert router_files.digest({**tensors, "c": torch.zeros(1, 1)}) != router_files.digest(tensors)
+
+
 def test_replaced_layers_cannot_be_saved(tmp_path: Path) -> None:
     routers = small_routers()
     wrapped = copy.deepcopy(routers)

@@ -279,10 +279,24 @@ def test_what_routing_needs_is_set(model, spread, monkeypatch):
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
+def test_a_configuration_may_be_made_twice_of_the_same_arguments(model, spread, tmp_path, monkeypatch):
+    """As by a program that looks at it before it starts an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    load_plugins()
+    arguments = EngineArgs(model=str(model), dtype="float32", max_model_len=512)
+    for routers in (spread, spread, make_routers(tmp_path)):
+        monkeypatch.setenv("FLUX_EXT_ROUTERS", str(routers))
+        channel = arguments.create_engine_config().kv_transfer_config
+        assert channel.kv_connector == "FluxRoutes"
+        assert channel.kv_connector_extra_config == {"flux_ext_routers": str(routers)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"enable_prefix_caching": True}, "enable_prefix_caching must be False, got True"),
+        ({"enable_sleep_mode": True}, "enable_sleep_mode must be False, got True"),
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager must be False, got True"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size must be 1, got 2"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size must be 1, got 2"),

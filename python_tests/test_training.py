@@ -104,7 +104,7 @@ def test_second_run_from_a_layer_equals_the_whole_run(collator, family):
 def test_flips_of_several_layers_can_run_together(tmp_path, monkeypatch, granularity, packed):
     """As they do on a GPU that would idle: a run starts at the first of its layers, a sequence may be in it twice, and
     every gradient is what it is with a run per layer."""
-    recipe = Recipe(targets={"a": 0.2}, whiten=0, flips=2)
+    recipe = Recipe(objective="counterfactual", targets={"a": 0.2}, whiten=0, flips=2)
     grads: dict[int, list[torch.Tensor]] = {1: [], 100: []}
     for size, found in grads.items():
         runs: list[int] = []

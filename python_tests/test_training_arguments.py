@@ -1,15 +1,17 @@
 """What the trainer takes from transformers' TrainingArguments as they come, and what it refuses by name."""
 
 import copy
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from tiny_training import Bytes, Grab, dataset, model, trainer
+from tiny_training import LAYERS, Bytes, Grab, dataset, model, trainer
 
 import flux_ext
-from flux_ext.training import FluxTrainer, Recipe, config, training_arguments
+from flux_ext.training import FluxTrainer, Recipe, config, make_objective, training_arguments
 
 
 def stock(tmp_path, **changes):
@@ -132,6 +134,29 @@ def test_a_dataset_without_tasks_is_refused(tmp_path):
         FluxTrainer(model(), args=stock(tmp_path), train_dataset=[1])
 
 
+@pytest.mark.parametrize(
+    "granularity, objective", [("layer", "counterfactual"), ("head", "straight_through")], ids=["layer", "head"]
+)
+def test_the_default_objective_and_what_it_holds_follow_the_granularity(tmp_path, monkeypatch, granularity, objective):
+    monkeypatch.chdir(tmp_path)  # where the default folder is made
+    t = FluxTrainer(model(granularity), train_dataset=dataset(), tokenizer=Bytes())
+    heads = 2 if granularity == "head" else 1
+    assert t.recipe.objective == objective and type(t.objective) is type(make_objective(Recipe(), ["a"], 2, heads))
+    checkpointing = getattr(t.args, "activation_checkpointing", t.args.gradient_checkpointing)
+    assert checkpointing == t.recipe.goes_backward == (granularity == "head")
+    for named in ("counterfactual", "soft"):
+        assert trainer(tmp_path, model(granularity), Recipe(objective=named)).recipe.objective == named
+
+
+def test_options_of_flips_need_flips(tmp_path):
+    for option in ({"flips": 3}, {"flip_choice": "by_worth"}, {"heads_per_flip": 2}, {"delta_clip": 2.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} must be left out, got .* of counterfactuals"):
+            trainer(tmp_path, model("head"), Recipe(**option))
+    assert trainer(tmp_path, model(), Recipe(flips=2)).objective.flips == 2
+    with pytest.raises(ValueError, match="objective must be named, got None"):
+        Recipe().goes_backward  # noqa: B018
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, objective, packed):
@@ -152,6 +177,31 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, objective, packed):
     assert losses == pytest.approx(losses_too, rel=1e-6)
     with pytest.raises(ValueError, match="use_reentrant must be False"):
         trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+@pytest.mark.skipif(
+    "activation_checkpointing" not in {f.name for f in dataclasses.fields(transformers.TrainingArguments)},
+    reason="these options came with transformers 5.24",
+)
+@pytest.mark.parametrize("option", ["every_n_layers", "offload"])
+@pytest.mark.parametrize("granularity, objective", [("layer", "soft"), ("head", "straight_through")])
+def test_checkpointing_of_some_layers_or_on_the_host_changes_nothing(
+    tmp_path, monkeypatch, granularity, objective, option
+):
+    pinned = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(  # without an accelerator there is no pinned memory, which is all that differs
+        transformers.modeling_utils, "save_on_cpu", lambda pin_memory, device_type: pinned(False, device_type)
+    )
+    seen = []
+    for given in ({}, {"activation_checkpointing": True, "activation_checkpointing_kwargs": {option: 2}}):
+        grads = []
+        recipe = Recipe(objective=objective, targets={"a": 0.5}, whiten=0)
+        t = trainer(tmp_path, model(granularity), recipe, max_steps=2, callbacks=[Grab(grads)], **given)
+        t.train()
+        layers = [layer.gradient_checkpointing for layer in t.model.model.layers]
+        assert sum(layers) == (0 if not given else math.ceil(LAYERS / 2) if option == "every_n_layers" else LAYERS)
+        seen.append(torch.stack(grads))
+    assert seen[0].abs().max() > 0 and torch.allclose(*seen, atol=1e-6, rtol=1e-4)
 
 
 def test_deepspeed_would_save_routers_in_parts_and_is_refused(tmp_path, monkeypatch):

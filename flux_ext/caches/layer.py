@@ -34,6 +34,7 @@ from ..operators.patterns import Full
 from ..transformers_seam import CacheLayerMixin
 from . import steps
 from .history import FAILED, History, Step
+from .host_copy import HostCopy
 from .layout import PageLayout
 from .pages import PagedKeyValues, normal
 
@@ -45,7 +46,8 @@ class FluxCacheLayer(CacheLayerMixin):
     tokens can still be cropped.
 
     One forward calls, in this order: :meth:`begin` (the patch), :meth:`set_route` (the router), :meth:`update` (the
-    model), :meth:`attend` or, for a prompt, :meth:`store_prompt` (the attention function), and :meth:`end` (the patch).
+    model), :meth:`attend` or, for a prompt, :meth:`prompt_attended` (the attention function), :meth:`end` (the patch),
+    and, for a prompt, :meth:`store_prompt` (the patch, when the next attention module begins).
 
     Args:
         config: the two modes.
@@ -81,23 +83,26 @@ class FluxCacheLayer(CacheLayerMixin):
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._context: ForwardContext | None = None
         self._prompt: tuple[Tensor, Tensor, Tensor, ForwardContext] | None = None  # what update() got, to be stored
+        self._host_route: HostCopy | None = None  # of that route
+        self._attended = False  # whether attention over that prompt was called
         self._until_trim = 0  # so many more tokens leave nothing to trim
         self._storing = False  # stays true where storing a forward failed half-way
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in self.__dict__.items() if name not in ("handle", "_context", "_prompt")}
+        of_a_forward = ("handle", "_context", "_prompt", "_host_route")
+        return {name: x for name, x in self.__dict__.items() if name not in of_a_forward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
         self.__dict__ = {name: normal(x) for name, x in state.items()}
-        self.handle, self._context, self._prompt = steps.new_handle(self), None, None
+        self.handle, self._context, self._prompt, self._host_route = steps.new_handle(self), None, None, None
 
     # --- One forward. Of its steps, store and attend_stored keep books on the host: in a compiled graph they are
     # operators (flux_ext/caches/steps.py).
 
     def begin(self, context: ForwardContext) -> None:
         """Announces a forward's sequences."""
-        self._context, self._prompt = context, None
+        self._context, self._prompt, self._host_route, self._attended = context, None, None, False
         self.continues = self.is_initialized
         if not self.continues:
             self.route = None  # what a prompt that failed decided does not hold
@@ -146,12 +151,19 @@ class FluxCacheLayer(CacheLayerMixin):
             self._store(k, v, route, context)
         else:
             self._prompt = k, v, route, context
+            if self.drops:
+                self._host_route = HostCopy(route)
+
+    def prompt_attended(self) -> None:
+        """Attention over a prompt was called."""
+        self._attended = True
 
     def store_prompt(self) -> None:
-        """Stores a prompt, when its attention is under way.
+        """Stores a prompt, when the rest of its decoder layer is under way.
 
-        What is stored depends on the route, for which the host waits. Before attention a GPU would then wait for the
-        host in turn, in every layer, with nothing left to do.
+        What is stored depends on the route, for which the host waits. It is copied before attention is launched: so
+        the host waits for the router alone, and a GPU has attention and feed-forward to do until the host has launched
+        what follows.
         """
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
@@ -163,15 +175,21 @@ class FluxCacheLayer(CacheLayerMixin):
         else:
             self.store(k, v, route, context.host_mask())
 
-    def end(self, finished: bool) -> None:
-        """The attention module has run, or failed; then what it gave is let go of.
+    def end(self, finished: bool) -> bool:
+        """The attention module has run, or failed; then what it gave is let go of. Returns whether a prompt is left to
+        be stored.
 
         Raises:
             RuntimeError: it has finished without calling its attention function, so its prompt is not stored.
         """
-        left, self._prompt = self._prompt, None
-        if left is not None and finished:
+        if self._prompt is None:
+            return False
+        if finished and self._attended:
+            return True
+        self._prompt = self._host_route = None
+        if finished:
             raise RuntimeError("an attention module gave its keys to the cache and then did not attend to them")
+        return False
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.
@@ -191,7 +209,8 @@ class FluxCacheLayer(CacheLayerMixin):
         if first or self.waiting:
             self.sparse = self._dropping(route).reshape(-1)
             self._until_trim = 0
-        self._forget(step)
+        if step.forgotten:
+            self._forget(step)
         if not first and not self.record_past and self._until_trim <= 0:
             self._trim()
         if q_len == 1 and step.whole and not first:
@@ -206,24 +225,29 @@ class FluxCacheLayer(CacheLayerMixin):
 
     def _append(self, k: Tensor, v: Tensor, step: Step, first: bool) -> None:
         heads = self.pages.num_heads
-        begin, count = np.repeat(step.begin, heads), np.repeat(step.tokens, heads)
-        if first and not self.record_past:  # of a prompt, what would be trimmed next is never stored
-            skip = self._superfluous(count)
-            self.pages.append(k, v, count - skip, begin, self.layout.sink_tokens, skip)
-            self.dropped = self.dropped + skip
-        else:
+        begin, count = step.begin.repeat(heads), step.tokens.repeat(heads)
+        if not first:
             self.pages.append(k, v, count, begin)
+            return
+        if not self.record_past:  # what would be trimmed next is never stored
+            self.dropped = self._superfluous(count)
+        self.pages.fill(k, v, count - self.dropped, begin, self.dropped, self.layout.sink_tokens)
 
     def _dropping(self, route: Tensor) -> np.ndarray:
         """Which sequence heads drop keys, bool ``[B, Hkv]``. Waits for the device where any do, once per layer and
         prompt."""
-        return route.cpu().numpy() == 1 if self.drops else np.zeros(route.shape, bool)
+        if not self.drops:
+            return np.zeros(route.shape, bool)
+        copy, self._host_route = self._host_route or HostCopy(route), None
+        sparse: np.ndarray = copy.wait() == 1
+        return sparse
 
     def _find_undecided(self) -> None:
         empty = self.pages.length == 0
-        self.waiting = self.routed and bool(empty.any())
-        with torch.inference_mode(False):
-            self.undecided = torch.from_numpy(self._by_sequence(empty)).to(self.device) if self.waiting else None
+        self.waiting, self.undecided = self.routed and bool(empty.any()), None
+        if self.waiting:
+            with torch.inference_mode(False):
+                self.undecided = torch.from_numpy(self._by_sequence(empty)).to(self.device)
 
     def _by_sequence(self, x: np.ndarray) -> np.ndarray:
         """``[B * Hkv]`` as ``[B, Hkv]``."""
@@ -253,7 +277,7 @@ class FluxCacheLayer(CacheLayerMixin):
 
     def stored(self) -> KeyValues | None:
         """What is stored; None where there was only padding so far."""
-        return self.pages.stored() if self.pages.length.any() else None
+        return self.pages.stored() if np.count_nonzero(self.pages.length) else None
 
     # --- Dropping
 
@@ -291,8 +315,7 @@ class FluxCacheLayer(CacheLayerMixin):
         for b, tokens in step.forgotten.items():
             for seq_head in range(b * heads, (b + 1) * heads):
                 stored[seq_head] = tokens - self.dropped[seq_head]  # where there is a gap, all lie behind it
-        if stored:
-            self.pages.remove(stored)
+        self.pages.remove(stored)
 
     def _trim(self) -> None:
         spare = self._superfluous(self.pages.length + self.dropped)

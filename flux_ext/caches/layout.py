@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..operators.patterns import Positions, Streaming
 
@@ -48,7 +47,7 @@ class PageLayout:
         tokens = self.pattern.window + self.pattern.align + self.unit + 1
         return -(-tokens // self.page_size) + 1
 
-    def place(self, page: Tensor, ring: Tensor) -> Tensor:
+    def place(self, page: np.ndarray, ring: np.ndarray) -> np.ndarray:
         """Where the pages of a sequence lie among those that a sequence head has: those of the sink stay, the others go
         round ``ring`` pages after them.
 
@@ -56,4 +55,4 @@ class PageLayout:
             page: integers, token // page_size.
             ring: integers, at least 1; broadcasts against ``page``.
         """
-        return torch.where(page < self.sink_pages, page, self.sink_pages + (page - self.sink_pages) % ring)
+        return np.where(page < self.sink_pages, page, self.sink_pages + (page - self.sink_pages) % ring)

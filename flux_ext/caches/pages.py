@@ -16,6 +16,24 @@ from ..operators import KeyValues
 
 HOST_INDICES = 4096
 """Up to this many tokens, indices are computed on the host and sent in one copy."""
+STEPS_AHEAD = 64
+"""For at most so many steps of one token, what they need to know on the device is sent in one copy."""
+
+
+def cut_pages(k: Tensor, v: Tensor, source: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Pages of a prompt's keys and values, ``[n, page_size, 1, D]`` each, in v's dtype.
+
+    A page's tokens follow each other, so one number says where they are: ``k[b, h, first:]``. The unused end of a page
+    gets what follows there.
+
+    Args:
+        k, v: ``[B, Hkv, S, D]``.
+        source: int64 ``[3, n, 1]``: b, h and first.
+    """
+    b, h, first = source.unbind()
+    row = (first + torch.arange(page_size, device=first.device)).clamp_(max=k.shape[2] - 1)
+    keys, values = (x[b, h, row].to(v.dtype).unsqueeze(2) for x in (k, v))
+    return keys, values
 
 
 def normal(x: Any) -> Any:
@@ -48,9 +66,15 @@ class PagedKeyValues:
         with torch.inference_mode(False):
             self.keys = v.new_empty((0, page_size, 1, k.shape[-1]))
             self.values = v.new_empty((0, page_size, 1, v.shape[-1]))
-        self._room = 0  # every sequence head has pages for so many more tokens, or for more
         self._device_table: Tensor | None = None
-        self._counters: tuple[np.ndarray, Tensor, Tensor] | None = None  # the `length` they are of; see append_one
+        # What is on the device of `_counted`, which is `length` unless that changed: it, and of the steps to come, last
+        # first, the rows of the pools that the new tokens go to and the length that there is then.
+        self._counted: np.ndarray | None = None
+        self._kv_len: Tensor | None = None
+        self._steps: list[tuple[Tensor, Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_counted": None, "_kv_len": None, "_steps": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may be made in inference mode.
@@ -75,9 +99,8 @@ class PagedKeyValues:
 
     def kv_len(self) -> Tensor:
         """int32 ``[B, Hkv]`` on the device: tokens stored."""
-        if self._counters_hold():
-            assert self._counters is not None
-            return self._counters[1][2 * len(self.length) :].view(-1, self.num_heads)
+        if self._counted is self.length and self._kv_len is not None:
+            return self._kv_len
         length = torch.from_numpy(self.length.astype(np.int32)).view(-1, self.num_heads)
         return length.to(self.keys.device, non_blocking=True)
 
@@ -85,26 +108,38 @@ class PagedKeyValues:
         """What attention is given: everything stored."""
         return KeyValues(self.keys, self.values, end=self.kv_len(), page_table=self.page_table())
 
-    def append(
-        self,
-        k: Tensor,
-        v: Tensor,
-        count: np.ndarray,
-        begin: np.ndarray,
-        skip_at: int = 0,
-        skip: np.ndarray | None = None,
-    ) -> None:
-        """Stores ``count`` new tokens of each sequence head.
+    def fill(self, k: Tensor, v: Tensor, count: np.ndarray, begin: np.ndarray, skip: np.ndarray, skip_at: int) -> None:
+        """Stores the first ``count`` tokens of each sequence head, in pools that are made of them.
 
-        They come from ``k[b, h, begin:]``. Those whose place among the stored tokens is ``skip_at`` or later come from
-        ``skip`` tokens further on: what lies between is left out.
+        They come from ``k[b, h, begin:]``; those from the ``skip_at``-th on come from ``skip`` tokens further on: what
+        lies between is left out.
 
         Args:
             k, v: ``[B, Hkv, S, D]``.
             count, begin, skip: int64 ``[B * Hkv]``.
+            skip_at: whole pages, as ``skip`` is.
+        """
+        self.length, self.held = count, -(-count // self.page_size)
+        columns = np.arange(self.held.max(initial=0))
+        held = columns < self.held[:, None]
+        self.table = np.zeros(held.shape, np.int32)
+        self.table[held] = np.arange(self.held.sum(), dtype=np.int32)
+        place = columns * self.page_size
+        first = begin[:, None] + place + (place >= skip_at) * skip[:, None]
+        seq_head = held.nonzero()[0]
+        index = np.array([seq_head // self.num_heads, seq_head % self.num_heads, first[held]])
+        with torch.inference_mode(False):
+            sent = torch.from_numpy(index[..., None]).to(self.keys.device, non_blocking=True)
+            self.keys, self.values = cut_pages(k, v, sent, self.page_size)
+
+    def append(self, k: Tensor, v: Tensor, count: np.ndarray, begin: np.ndarray) -> None:
+        """Stores ``count`` new tokens of each sequence head, from ``k[b, h, begin:]``.
+
+        Args:
+            k, v: ``[B, Hkv, S, D]``.
+            count, begin: int64 ``[B * Hkv]``.
         """
         first = self.length
-        self._room = 0
         self._allocate(first + count)
         self.length = first + count
         total = int(count.sum())
@@ -120,50 +155,41 @@ class PagedKeyValues:
         index = torch.arange(total, device=device) - spread(np.cumsum(count) - count)
         stored = index + spread(first)
         source = index + spread(begin)
-        if skip is not None:
-            source += torch.where(stored >= skip_at, spread(skip), 0)
         page = torch.from_numpy(self.table).to(device)[seq_head, stored // self.page_size]
         target = page.long() * self.page_size + stored % self.page_size
         index = torch.stack([seq_head // self.num_heads, seq_head % self.num_heads, source, target])
-        index = index.to(self.keys.device, non_blocking=True)
+        b, h, row, target = index.to(self.keys.device, non_blocking=True).unbind()
         for pool, x in ((self.keys, k), (self.values, v)):
-            new = x.detach()[index[0], index[1], index[2]].to(pool.dtype)
-            pool.view(-1, pool.shape[-1]).index_copy_(0, index[3], new)
+            pool.view(-1, pool.shape[-1]).index_copy_(0, target, x[b, h, row].to(pool.dtype))
 
     def append_one(self, k: Tensor, v: Tensor) -> None:
         """Stores one new token ``[B, Hkv, 1, D]`` of every sequence head.
 
         Called for every layer and token, so what counts is how few things the host does. Until a page is full, where
-        the tokens go and how many are stored is on the device, one less than it should be: nothing is sent.
+        the tokens go and how many are stored is on the device already: nothing is sent.
         """
-        count = len(self.length)
-        if self._room and self._counters_hold():
-            assert self._counters is not None
-            counters, ones = self._counters[1:]
-            counters.add_(ones)
-            self.length = self.length + 1
-        else:
-            place, self.length = self.length, self.length + 1
-            self._allocate(self.length)
-            self._room = int((self.held * self.page_size - place).min())
-            page = self.table[np.arange(count), place // self.page_size]
-            target = page * np.int64(self.page_size) + place % self.page_size
-            # int64 rows of the pool as pairs of int32, then int32 lengths; ones count up the lower halves.
-            sent = np.concatenate([target.view(np.int32), self.length.astype(np.int32)])
-            steps = np.concatenate([np.tile(np.array([1, 0], np.int32), count), np.ones(count, np.int32)])
-            counters, ones = torch.from_numpy(np.stack([sent, steps])).to(self.keys.device, non_blocking=True)
-        self._room -= 1
-        self._counters = self.length, counters, ones
-        target_rows = counters[: 2 * count].view(torch.int64)
+        if self._counted is not self.length or not self._steps:
+            self._look_ahead()
+        rows, self._kv_len = self._steps.pop()
+        self.length = self._counted = self.length + 1
         for pool, x in ((self.keys, k), (self.values, v)):
-            rows = x.detach().reshape(-1, x.shape[-1]).to(pool.dtype)
-            pool.view(-1, pool.shape[-1]).index_copy_(0, target_rows, rows)
+            width = pool.shape[-1]
+            pool.view(-1, width).index_copy_(0, rows, x.reshape(-1, width).to(pool.dtype))
 
-    def _counters_hold(self) -> bool:
-        """Whether the counters are of what is stored, and may be used in this mode."""
-        if self._counters is None or self._counters[0] is not self.length:
-            return False
-        return torch.is_inference_mode_enabled() or not self._counters[1].is_inference()
+    def _look_ahead(self) -> None:
+        """Sends what :meth:`append_one` needs until a page is full."""
+        self._allocate(self.length + 1)
+        steps = min(int((self.held * self.page_size - self.length).min()), STEPS_AHEAD)
+        length = self.length + np.arange(steps)[:, None]
+        page = self.table[np.arange(len(self.length)), self.length // self.page_size].astype(np.int64)
+        rows = page * self.page_size + length % self.page_size  # [steps, B * Hkv], like the lengths
+        # As one array: int64 rows as pairs of int32, then int32 lengths.
+        numbers = np.concatenate([rows.reshape(-1).view(np.int32), (length + 1).astype(np.int32).reshape(-1)])
+        with torch.inference_mode(False):
+            sent = torch.from_numpy(numbers).to(self.keys.device, non_blocking=True)
+            row, kv_len = sent[: 2 * rows.size].view(torch.int64), sent[2 * rows.size :]
+            each = zip(row.view(steps, -1).unbind(), kv_len.view(steps, -1, self.num_heads).unbind(), strict=True)
+            self._steps = list(each)[::-1]
 
     def _allocate(self, length: np.ndarray) -> None:
         """Gives every sequence head the pages for ``length [B * Hkv]`` tokens."""
@@ -177,7 +203,8 @@ class PagedKeyValues:
             self._enlarge(max(total - len(self.free), int(self.held.sum()) // 16))
         held = self.held + more
         if held.max() > self.table.shape[1]:
-            self.table = np.pad(self.table, ((0, 0), (0, int(held.max()) - self.table.shape[1])))
+            table, self.table = self.table, np.zeros((len(held), held.max()), np.int32)
+            self.table[:, : table.shape[1]] = table
         columns = np.arange(self.table.shape[1])
         fresh = (columns >= self.held[:, None]) & (columns < held[:, None])
         self.table[fresh] = self.free[:total]
@@ -237,16 +264,14 @@ class PagedKeyValues:
         self._compact()
 
     def _changed(self) -> None:
-        self._room = 0
         self.table = self.table[:, : int(self.held.max(initial=0))]
-        self._device_table = None
+        self._device_table = self._counted = None
         if len(self.free) > len(self.held) + int(self.held.sum()) // 8:
             self._compact()
 
     @torch.inference_mode(False)
     def _compact(self) -> None:
         """New pools of exactly the pages held, each sequence head's in order."""
-        self._room = 0
         self.table = self.table[:, : int(self.held.max(initial=0))]
         used = np.arange(self.table.shape[1]) < self.held[:, None]
         source = torch.from_numpy(self.table[used].astype(np.int64)).to(self.keys.device)
@@ -254,4 +279,4 @@ class PagedKeyValues:
         self.table = np.zeros_like(self.table)
         self.table[used] = np.arange(len(source), dtype=np.int32)
         self.free = np.zeros(0, np.int32)
-        self._device_table = None
+        self._device_table = self._counted = None

@@ -32,7 +32,7 @@ from ..transformers_seam import Cache, DynamicLayer
 from .dynamic import FluxCache, stock_cache_layers
 from .history import FAILED, History, token_rows
 from .layer import FluxCacheLayer
-from .pages import normal
+from .pages import cut_pages, normal
 
 
 class FluxStaticCacheLayer(FluxCacheLayer):
@@ -79,13 +79,14 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         self.num_sequences, num_heads, _, head_dim = key_states.shape
         seq_heads = (self.num_sequences, num_heads)
 
-        def numbers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-        # Of each sequence head the first page, the pages of its ring, the tokens it has seen and those it stores.
-        self.base, self.ring, self.seen, self.kv_len = (numbers(*seq_heads) for _ in range(4))
-        self.table = numbers(*seq_heads, self.full_pages)
-        self.slots = torch.zeros((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
+        # Of each sequence head the first page, the pages of its ring and the tokens it has seen: written next.
+        self.base, self.ring, self.seen = (
+            torch.empty(seq_heads, dtype=torch.int32, device=self.device) for _ in range(3)
+        )
+        self.slots = torch.empty((), dtype=torch.int64, device=self.device)  # tokens seen, padding included
+        # The tokens it stores and where: each step writes both.
+        self.kv_len = torch.zeros(seq_heads, dtype=torch.int32, device=self.device)
+        self.table = torch.zeros((*seq_heads, self.full_pages), dtype=torch.int32, device=self.device)
         shape = (self.num_pages, self.page_size, 1)
         k_pool = value_states.new_empty((*shape, head_dim))
         self.v_pool = value_states.new_empty((*shape, value_states.shape[-1]))
@@ -97,8 +98,9 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         for t in (self.k_pool, self.v_pool, self.base, self.ring, self.table, self.kv_len, self.seen, self.slots):
             torch._dynamo.mark_static_address(t)
 
-    def _lay_out(self, k: Tensor, v: Tensor, sparse: np.ndarray) -> None:
-        """Gives each sequence head its pages, those that are ``sparse [B, Hkv]`` a short ring."""
+    def _lay_out(self, k: Tensor, v: Tensor, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gives each sequence head its pages, those that are ``sparse [B, Hkv]`` a short ring. Returns the first page
+        and the pages of the ring, ``[B, Hkv]`` each."""
         short = min(self.layout.sink_pages + self.layout.ring_pages(), self.full_pages)
         pages = np.where(sparse, short, self.full_pages)
         needed = int(pages.sum())
@@ -110,20 +112,21 @@ class FluxStaticCacheLayer(FluxCacheLayer):
                 f"after reset() the pools keep their {self.num_pages} pages, but the new prompt's routes need "
                 f"{needed}: make the cache with any_routes=True, or a new one"
             )
-        for t, x in (
-            (self.base, (np.cumsum(pages) - pages.reshape(-1)).reshape(pages.shape)),
-            (self.ring, np.maximum(pages - self.layout.sink_pages, 1)),
-        ):
-            t.copy_(torch.from_numpy(x.astype(np.int32)))
+        base = np.cumsum(pages).reshape(pages.shape) - pages
+        ring = np.maximum(pages - self.layout.sink_pages, 1)
+        for t, x in ((self.base, base), (self.ring, ring)):
+            t.copy_(torch.from_numpy(x.astype(np.int32)), non_blocking=True)
+        return base, ring
 
     @property
     def batch_size(self) -> int:
         """Sequences."""
         return self.num_sequences
 
-    def _gap(self) -> Tensor:
-        """int64 ``[B, Hkv]``: tokens dropped before the query to come. Only who has a short ring drops any."""
-        return self.layout.gap(self.seen.long()) * (self.layout.sink_pages + self.ring < self.full_pages)
+    def _gap(self, seen: np.ndarray, ring: np.ndarray) -> np.ndarray:
+        """Tokens dropped before the query to come, of ``seen`` ones. Only who has a short ring drops any."""
+        gap: np.ndarray = self.layout.gap(seen) * (self.layout.sink_pages + ring < self.full_pages)
+        return gap
 
     def _update(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if not self.continues:
@@ -173,26 +176,28 @@ class FluxStaticCacheLayer(FluxCacheLayer):
         sparse = self._dropping(route) & (count > 0)[:, None]
         self.waiting = self.routed and not count.all()
         with torch.inference_mode(False):
-            self._lay_out(k, v, sparse)
+            base, ring = self._lay_out(k, v, sparse)
             self.route = self.route_kept = normal(route)
             self._mark_addresses()
-        start, tokens = (torch.from_numpy(x).to(self.device)[:, None] for x in (begin, count))
-        self.seen.copy_(tokens.expand_as(self.seen))
+        seen = np.broadcast_to(count[:, None], ring.shape)
+        self.seen.copy_(torch.from_numpy(seen.astype(np.int32)), non_blocking=True)
         self.slots.fill_(q_len)
-        position = (torch.arange(q_len, device=self.device) - start)[:, None]  # [B, 1, S]
-        inside = (position >= 0) & (position < tokens[..., None])
-        sink = self.layout.sink_tokens
-        kept = inside & ((position < sink) | (position >= sink + self._gap()[..., None]))
-        page = self.base[..., None] + self.layout.place(position // self.page_size, self.ring[..., None])
-        target = (page * self.page_size + position % self.page_size)[kept]  # int64, like the positions
-        for pool, x in ((self.k_pool, k), (self.v_pool, v)):
+        # By pages, [B, Hkv, pages]: what is dropped are whole ones.
+        position = np.arange(0, q_len, self.page_size)
+        behind_gap = self.layout.sink_tokens + self._gap(seen, ring)[..., None]
+        kept = (position < seen[..., None]) & ((position < self.layout.sink_tokens) | (position >= behind_gap))
+        b, h, page = kept.nonzero()
+        first, target = begin[b] + position[page], base[b, h] + self.layout.place(page, ring[b, h])
+        index = torch.from_numpy(np.array([b, h, first, target])[..., None]).to(self.device, non_blocking=True)
+        for pool, x in zip((self.k_pool, self.v_pool), cut_pages(k, v, index[:3], self.page_size), strict=True):
             assert pool is not None
-            pool.view(-1, pool.shape[-1]).index_copy_(0, target, x[kept].to(pool.dtype))
+            pool.index_copy_(0, index[3, :, 0], x)
         self.is_initialized = True
 
     def reset(self) -> None:
         """Forgets everything, and keeps every tensor where it is: a captured step goes on with the next prompt."""
-        self.is_initialized, self.route, self.waiting, self._context, self._prompt = False, None, False, None, None
+        self.is_initialized, self.route, self.waiting = False, None, False
+        self._context, self._prompt, self._host_route = None, None, None
         if self.k_pool is not None:
             for t in (self.seen, self.kv_len, self.slots):
                 t.zero_()
@@ -225,7 +230,9 @@ class FluxStaticCacheLayer(FluxCacheLayer):
             raise ValueError("FluxStaticCache cannot reorder sequences: use FluxCache for beam search")
 
     def stored_tokens(self) -> np.ndarray:
-        return (self.seen - self._gap()).cpu().numpy()
+        seen, ring = self.seen.cpu().numpy().astype(np.int64), self.ring.cpu().numpy()
+        stored: np.ndarray = seen - self._gap(seen, ring)
+        return stored
 
     def nbytes(self) -> int:
         return 0 if self.k_pool is None else self.k_pool.nbytes + self.v_pool.nbytes

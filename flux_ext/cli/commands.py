@@ -219,6 +219,7 @@ def budgets(given: Sequence[tuple[str | None, float, str]]) -> dict[str, Any]:
 
 def _train(args: argparse.Namespace) -> None:
     from ..examples import load_examples
+    from ..routers.collection import FluxRouters
     from ..training import Recipe, RouterDataset
     from ..training.callbacks import StopOnInterrupt
     from ..training.checkpoint import check_output_folder, check_unused, latest_checkpoint
@@ -250,7 +251,8 @@ def _train(args: argparse.Namespace) -> None:
     recipe.check_tasks(tasks)
     if args.routers and (given := options.given_modes(args)):
         raise ValueError(f"{given[0]} is for new routers: those of --routers have settings of their own")
-    config = options.config_of(args)
+    config = FluxRouters.from_pretrained(args.routers).config if args.routers else options.config_of(args)
+    recipe = recipe.settled(config.granularity)
     checkpoint = latest_checkpoint(args.output) if args.resume is True else args.resume
     if args.resume is True and checkpoint is None:
         raise ValueError(f"--resume: {args.output} has no checkpoint")
@@ -305,24 +307,21 @@ def _check_resume(
     checkpoint: Path, args: argparse.Namespace, recipe: Recipe, examples: Sequence[Example], config: FluxConfig
 ) -> None:
     """ValueError, before the model is loaded, where a training cannot go on from a checkpoint as the options say."""
-    from ..routers.collection import FluxRouters
     from ..training.checkpoint import Checkpoint, check_progress
     from ..training.data import digest
 
     saved = Checkpoint.read(checkpoint)
     check_progress(checkpoint, 0, {"initial_lr": args.lr})
+    if difference := config.differences(saved.routers.config):
+        raise ValueError(
+            f"the routers in {checkpoint} have other settings than these options ask for: {difference}; --resume goes "
+            "on with the options that the training began with"
+        )
     saved.check_goes_on(recipe, sorted({e.task for e in examples}))
     if saved.data not in (None, digest(examples)):
         raise ValueError(
             f"{checkpoint} was trained on other examples than --data now gives: --resume goes on with the same file, "
             "and with the same choice of what is calibrated on (--no-calibrate, --calibration-data)"
-        )
-    if args.routers:
-        config = FluxRouters.from_pretrained(args.routers).config
-    if difference := config.differences(saved.routers.config):
-        raise ValueError(
-            f"the routers in {checkpoint} have other settings than these options ask for: {difference}; --resume goes "
-            "on with the options that the training began with"
         )
 
 
@@ -336,9 +335,8 @@ def _trainer(
 ) -> FluxTrainer:
     from ..training import FluxTrainer, RouterDataset, training_arguments
 
-    more: dict[str, Any] = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
-    if args.fsdp:
-        more |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    checkpointing = args.gradient_checkpointing
+    more: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if args.fsdp else {}
     return FluxTrainer(
         model,
         recipe,
@@ -353,6 +351,7 @@ def _trainer(
             report_to=args.report_to,
             seed=args.seed,
             use_cpu=torch.device(args.device).type == "cpu",
+            gradient_checkpointing=recipe.goes_backward if checkpointing is None else checkpointing,
             **more,
         ),
         train_dataset=RouterDataset(examples, tokenizer, max_length=args.max_length),

@@ -85,12 +85,14 @@ class Contender:
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
     """Those that the options ask for, seed by seed, so that an interrupted run has whole seeds."""
+    from ..training import Recipe
+
     found = [Contender("dense"), Contender("sparse")]
     for seed in args.seeds:
         found += [Contender("static", granularity, seed=seed) for granularity in args.static if granularity != "none"]
         found += [
-            Contender("routed", granularity, budget, seed, objective)
-            for objective in args.objective
+            Contender("routed", granularity, budget, seed, objective or str(Recipe().settled(granularity).objective))
+            for objective in args.objective or [None]
             for budget in args.budgets
             for granularity in args.granularity
         ]
@@ -332,9 +334,8 @@ def _train(
 
     on_cpu = torch.device(args.device).type == "cpu"
     torch.manual_seed(contender.seed)
-    # Published objectives go backward through the backbone: of long prompts it keeps the layers' inputs alone.
-    backward = contender.objective != "counterfactual"
-    recipe = Recipe(**budget_options(contender.budget), objective=cast(Any, contender.objective), flips=args.flips)
+    flips = args.flips if contender.objective == "counterfactual" else None
+    recipe = Recipe(**budget_options(contender.budget), objective=cast(Any, contender.objective), flips=flips)
     recipe.check_tasks({e.task for e in train})
     checkpoints = args.output / "runs" / contender.name
     trainer = FluxTrainer(
@@ -349,7 +350,7 @@ def _train(
             save_total_limit=1,
             logging_steps=max(1, args.steps // 20),
             seed=contender.seed,
-            gradient_checkpointing=backward,
+            gradient_checkpointing=recipe.goes_backward,
             use_cpu=on_cpu,
             dataloader_num_workers=0 if on_cpu else 1,  # tokenizing, while the GPU is at work
         ),

@@ -207,7 +207,6 @@ def given_modes(args: argparse.Namespace) -> list[str]:
 
 
 TRAINING: dict[str, Any] = {
-    "objective": "counterfactual",
     "multipliers": "inequality",
     "multiplier_lr": 0.1,
     "batch_size": 4,

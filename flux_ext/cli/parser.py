@@ -163,7 +163,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add(
         "--objective",
         choices=["counterfactual", "soft", "straight_through"],
-        help="how routers learn (default: counterfactual)",
+        help="how routers learn (default: counterfactual, per head straight_through)",
     )
     add(
         "--multipliers",
@@ -196,7 +196,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     add("--fsdp", action="store_true", help="cut the model up over the processes of torchrun (FSDP2)")
     add("--dry-run", action="store_true", help="measure memory and time of a step, say them and end; writes nothing")
-    add("--gradient-checkpointing", action="store_true", help="for objectives with a backward pass")
+    add(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="hold the layers' inputs alone (default: for objectives with a backward pass)",
+    )
     add("--save-steps", type=options.COUNT, default=100, help="steps from one checkpoint to the next")
     add("--logging-steps", type=options.COUNT, default=10, help="steps from one report to the next")
     add(
@@ -287,9 +291,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add(
         "--objective",
         nargs="+",
-        default=["counterfactual"],
         choices=["counterfactual", "soft", "straight_through"],
-        help="how routers learn",
+        help="how routers learn (default: counterfactual, per head straight_through)",
     )
     add(
         "--calibrate",

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import operators
-from ..caches.layer import FluxCacheLayer
 from ..forward_context import ForwardContext
 from ..operators import KeyValues, Routing
 from ..operators.patterns import Streaming
@@ -51,15 +50,21 @@ def flux_attention(
         raise RuntimeError(f"{type(module).__name__} has attn_implementation={NAME!r} but was not patched")
     refuse_terms(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    _check_window(patched, sliding_window)
     context, cache_layer, route = patched.current()
     if torch.is_autocast_enabled(value.device.type):  # of an fp32 model, whose rotary embedding then gives fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
     check_dtype(query, HALF if query.is_cuda else FLOATS)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q = query.transpose(1, 2)
+    if cache_layer is not None and cache_layer.continues:
+        return cache_layer.attend(q, scaling, context), None
+    k, v = key.transpose(1, 2), value.transpose(1, 2)
     if context.shard is not None:
         q, k, v = context.shard.by_heads(q, k, v)
         route = None if route is None else context.shard.own_heads(route)
-    out = _attend(patched, q, k, v, route, scaling, context, cache_layer, sliding_window)
+    out = _attend(patched, q, k, v, route, scaling, context)
+    if cache_layer is not None:
+        cache_layer.prompt_attended()
     return out if context.shard is None else context.shard.by_tokens(out), None
 
 
@@ -71,32 +76,27 @@ def _attend(
     route: Tensor | None,
     scaling: float,
     context: ForwardContext,
-    cache_layer: FluxCacheLayer | None,
-    sliding_window: int | None,
 ) -> Tensor:
-    """Attention ``[B, S, Hq, D]`` over all tokens of a layer's sequences."""
+    """Attention ``[B, S, Hq, D]`` over the keys and values of the forward itself, or what a stock cache gave."""
     if patched.window is not None:
-        if sliding_window not in (None, patched.window):
-            raise ValueError(
-                f"layer {patched.index} asks for a window of {sliding_window}, its cache has {patched.window}"
-            )
         return _sliding(q, k, v, scaling, context, patched.window)
-    if sliding_window is not None:
-        raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
-    if cache_layer is not None and cache_layer.continues:
-        return cache_layer.attend(q, scaling, context)
     prompt, answer = patched.routings(route)
     end = context.prompt_end(q)
     if context.cu_seqlens is not None:
-        out = operators.attention_after_prompt(
+        return operators.attention_after_prompt(
             q[0], k[0], v[0], prompt, answer, end, scale=scaling, cu_seqlens=context.cu_seqlens
         )[None]
-    else:
-        bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
-        out = operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
-    if cache_layer is not None:
-        cache_layer.store_prompt()
-    return out
+    bounds = {"seq_start": context.seq_start, "seq_end": context.seq_end}
+    return operators.attention_after_prompt(q, k, v, prompt, answer, end, scale=scaling, **bounds)
+
+
+def _check_window(patched: PatchedAttention, sliding_window: int | None) -> None:
+    """ValueError where a module asks for another sliding window than its cache has."""
+    if sliding_window is None or sliding_window == patched.window:
+        return
+    if patched.window is None:
+        raise ValueError(f"layer {patched.index} has a sliding window of its own ({sliding_window}): it is not routed")
+    raise ValueError(f"layer {patched.index} asks for a window of {sliding_window}, its cache has {patched.window}")
 
 
 def check_dtype(x: Tensor, allowed: Sequence[torch.dtype]) -> None:

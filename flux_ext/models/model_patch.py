@@ -215,6 +215,7 @@ class Patch:
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder: makes the context of this forward and, where one is wanted, the cache."""
+        self.local.drop_prompt()  # of a forward that was interrupted, after which no hook runs
         kwargs = {**dict(zip(self.parameter_order, args, strict=False)), **kwargs}
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -263,11 +264,19 @@ class Patch:
         return (), kwargs
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """After the decoder: a forward that failed leaves no decisions, and a cache that may be of no use."""
-        self.local.forward = None
+        """After the decoder: stores the last layer's prompt.
+
+        A forward that failed leaves no decisions, and a cache that may be of no use.
+        """
+        local = self.local
+        local.forward = None
+        decisions, local.last.decisions = local.last.decisions, None
         if output is None:
-            self.local.last.decisions = None
-        elif (cache := cache_of(kwargs)) is not None:
+            local.drop_prompt()
+            return
+        local.store_prompt()
+        local.last.decisions = decisions
+        if (cache := cache_of(kwargs)) is not None:
             cache.unfinished = False
 
     def new_cache(self) -> FluxCache:

@@ -41,6 +41,7 @@ class ThreadState(threading.local):
         forward: context of the decoder's forward in flight.
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
+        unstored: the cache layer of the module that ran last, where it has a prompt to store.
         decision: its router's, from then on until the module has run. The context keeps the forward's: the one that is
             made again when checkpointing recomputes the layer would hold on to what was recomputed for it.
         policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
@@ -55,12 +56,25 @@ class ThreadState(threading.local):
         self.forward: Any = None
         self.context: Any = None
         self.cache_layer: FluxCacheLayer | None = None
+        self.unstored: FluxCacheLayer | None = None
         self.decision: Decision | None = None
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
         self.shard: Shard | None = None
         self.last = LastForward()
         self.proving = False
+
+    def store_prompt(self) -> None:
+        """Stores what the module that ran last has left; called when the next one begins, and after the decoder."""
+        cache_layer, self.unstored = self.unstored, None
+        if cache_layer is not None:
+            cache_layer.store_prompt()
+
+    def drop_prompt(self) -> None:
+        """Lets go of it instead, after an error."""
+        cache_layer, self.unstored = self.unstored, None
+        if cache_layer is not None:
+            cache_layer.end(finished=False)
 
     def __deepcopy__(self, memo: Any) -> ThreadState:
         return ThreadState()
@@ -132,6 +146,8 @@ class PatchedAttention:
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the attention module: finds the context and the cache layer."""
         state = self.patch.local
+        if state.unstored is not None:
+            state.store_prompt()
         context = kwargs.pop(CONTEXT, None)
         if context is None:
             if state.forward is None:
@@ -157,8 +173,8 @@ class PatchedAttention:
         """After the attention module, also after an error in it (then without an output): lets go of the cache."""
         state = self.patch.local
         cache_layer, state.context, state.cache_layer, state.decision = state.cache_layer, None, None, None
-        if cache_layer is not None:
-            cache_layer.end(finished=output is not None)
+        if cache_layer is not None and cache_layer.end(finished=output is not None):
+            state.unstored = cache_layer
 
     def attach_tap(self) -> None:
         """Hooks the submodule that makes the states the router sees."""
@@ -170,17 +186,18 @@ class PatchedAttention:
 
     def after_tap(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Queries (or keys) are made: the router decides, if no earlier forward did."""
-        context, cache_layer = self.patch.local.context, self.patch.local.cache_layer
+        state = self.patch.local
+        context, cache_layer = state.context, state.cache_layer
         assert self.place is not None and self.tap is not None
         if context is None:
             return  # called from outside the attention module
-        check_dtype(output, FLOATS)
         if cache_layer is not None and cache_layer.route is not None and not cache_layer.waiting:
             self._decided(Decision(None, cache_layer.route))
             return
         if context.held is not None and self.place in context.held.routes:
             self._decided(Decision(None, context.held.routes[self.place]))
             return
+        check_dtype(output, FLOATS)
         router: Any = self.attention.flux_router
         states = context.prompts(self.tap.states(output, self.attention), self.patch.config.pool_size)
         logits, route = router(*states, with_route=True)
@@ -202,5 +219,6 @@ class PatchedAttention:
 
     def _decided(self, decision: Decision) -> None:
         """Notes the decision for the attention function, and for the forward unless it was made before."""
-        self.patch.local.decision = decision
-        self.patch.local.context.decisions.setdefault(self.place, decision)
+        state = self.patch.local
+        state.decision = decision
+        state.context.decisions.setdefault(self.place, decision)

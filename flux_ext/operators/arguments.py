@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _BROKEN_RULE = "invalid argument: "
 """How the operators' messages begin where an argument breaks a rule (``csrc/core/broken_rule.h``)."""
@@ -22,6 +23,9 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
             no kernel for the tensors, as for sparse and quantized ones and for other devices.
     """
     try:
+        if _no_derivative():
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         return operator(*args)
     except (RuntimeError, ValueError) as error:
         message = str(error)
@@ -33,6 +37,19 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
         if not message.startswith(_BROKEN_RULE):
             raise
         raise ValueError(message.removeprefix(_BROKEN_RULE)) from None
+
+
+def _no_derivative() -> bool:
+    """Whether autograd may be passed over. torch would ask the kernels of :mod:`flux_ext.operators.autograd`, which are
+    Python, to find that out: in every decode step of every layer, for as long as a launch takes. Inference mode passes
+    over them by itself."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def described(x: Any) -> str:

@@ -44,6 +44,29 @@ def _(grad_out, q, k, v, *args):
     return gradients_like(q, k, v)
 
 
+def mark_shared_keys(gradients: tuple[Tensor, Tensor], kv_begin: Tensor | None, kv_end: Tensor | None) -> None:
+    """NaN in those rows of the gradients of packed k and v that two sequences share.
+
+    The kernels write each row once, so of such a row they would give what one of the sequences adds to it. On the CPU
+    the operators refuse that; where the bounds are on a device they are not read back. Rows between the bounds that
+    ``cu_seqlens`` alone gives are nobody else's.
+
+    Args:
+        gradients: of k and v; changed in place where they are packed, ``[T, Hkv, D]``.
+        kv_begin, kv_end: int32 ``[B]`` or ``[B, Hkv]``, see :class:`KeyValues`.
+    """
+    if gradients[0].dim() != 3 or kv_begin is None or kv_end is None:
+        return
+    begin, end = torch.broadcast_tensors(*(x.reshape(len(x), -1).T for x in (kv_begin, kv_end)))  # [Hkv or 1, B]
+    begin, end = begin.contiguous(), torch.maximum(begin, end)
+    rows = torch.arange(gradients[0].shape[0], device=begin.device, dtype=begin.dtype).repeat(len(begin), 1)
+    # How many sequences have begun by a row, less those that have ended.
+    begun, ended = (torch.searchsorted(x.sort().values.contiguous(), rows, right=True) for x in (begin, end))
+    shared = (begun - ended > 1).T[:, :, None]
+    for gradient in gradients:
+        gradient.masked_fill_(shared, torch.nan)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):
@@ -59,10 +82,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _grad_lse):
         out, lse, *inputs = ctx.saved_tensors
-        q, k, v, *rest, page_table = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
+        x = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
+        q, k, v, *rest, page_table = x
         if page_table is not None:
             raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
         gradients = call(_ops.attend_backward, grad_out, q, k, v, out, lse, *rest)
+        if not q.is_cpu:
+            mark_shared_keys(gradients[1:3], x.kv_begin, x.kv_end)
         return (*gradients, *(None for _ in inputs[3:]))
 
 

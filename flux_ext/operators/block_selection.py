@@ -44,8 +44,11 @@ def select_blocks(
     block up to the diagonal is kept where the threshold is 1, and where the scores of a query block are not finite.
     Nothing is differentiated.
 
-    Queries, keys and bounds as for :func:`flux_ext.operators.attend`. Memory besides the lists: on CUDA 512 bytes for
-    each key block and thread block.
+    Queries, keys and bounds as for :func:`flux_ext.operators.attend`. While it runs, each list has room for every key
+    block of ``k``; packed rows count as those of each sequence, so that ``B`` sequences of ``T`` rows in all take
+    ``B * Hkv * T / 128 * T / width`` entries. On the CPU the lists are then cut to the longest; on CUDA, where its
+    length is not read back, and in a compiled graph they stay so. Besides the lists: on CUDA 512 bytes for each key
+    block and thread block.
 
     Args:
         pattern: with a threshold or a name; one that has lists comes back as it is.
@@ -58,8 +61,9 @@ def select_blocks(
         kv_begin, kv_end, page_table: see :class:`flux_ext.operators.KeyValues`.
 
     Returns:
-        ``blocks`` int32 ``[B, Hkv, q_blocks, kv_blocks]``, 0 from the count on, and ``counts [B, Hkv, q_blocks]``;
-        ``q_blocks`` and ``kv_blocks`` for as many rows as ``q`` and ``k`` have room for.
+        ``blocks`` int32 ``[B, Hkv, q_blocks, max_count]``, 0 from the count on, and ``counts [B, Hkv, q_blocks]``;
+        ``q_blocks`` for as many rows as ``q`` has room for, ``max_count`` the longest list's, at least 1 (of a
+        threshold, on CUDA and in a compiled graph: as many blocks as ``k`` has room for).
 
     Raises:
         TypeError: something else where a tensor, a pattern or a number belongs.
@@ -85,7 +89,18 @@ def select_blocks(
     bounds = (q_begin, q_end, kv_begin, kv_end, page_table)
     arguments = (q.detach(), k.detach(), threshold, pattern.stride, pattern.width, scale, route, mode, *bounds)
     blocks, counts = call(_ops.select_blocks, *arguments)
+    if q.device.type == "cpu" and not _traced(q):
+        # The operator cannot say how long the lists will be: of packed sequences its lists have room for all rows.
+        longest = max(counts.amax().item(), 1) if counts.numel() else 1
+        blocks = blocks[..., :longest].contiguous()
     return BlockSparse(blocks=blocks, counts=counts, width=pattern.width)
+
+
+def _traced(q: Tensor) -> bool:
+    """Whether tensors have no values yet, or several (under ``vmap``), as when a graph is made."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or q.is_meta:
+        return True
+    return type(q) not in (Tensor, torch.nn.Parameter)
 
 
 Bounds = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -129,8 +144,7 @@ def _by_name(pattern: BlockSparse, q: Tensor, k: Tensor, bounds: Bounds) -> Bloc
             raise ValueError(f"{name} must have {least} or {least + 1} dimensions, got {list(x.shape)}")
     q_begin, q_end, kv_begin, kv_end, page_table = bounds
     check_devices("q", q, k=k, q_begin=q_begin, q_end=q_end, kv_begin=kv_begin, kv_len=kv_end, page_table=page_table)
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or q.is_meta
-    if traced or type(q) not in (Tensor, torch.nn.Parameter):
+    if _traced(q):
         blocks, counts = _ops.named_blocks(pattern.name, pattern.width, q.detach(), k.detach(), *bounds)
     else:
         blocks, counts = _named_blocks(pattern.name, pattern.width, q, k, bounds)

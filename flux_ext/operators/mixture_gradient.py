@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import call
-from .attention_gradient import attended, gradients_like
+from .attention_gradient import attended, gradients_like, mark_shared_keys
 from .autograd import below, differentiable, no_second_gradient
 from .mixture import both_branches
 from .operands import AttendArguments
@@ -45,10 +45,13 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, *_):
         full, sparse, full_lse, sparse_lse, *inputs = ctx.saved_tensors
-        q, k, v, *rest, page_table = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
+        x = AttendArguments(*inputs)._replace(patterns=ctx.patterns, scale=ctx.scale)
+        q, k, v, *rest, page_table = x
         if page_table is not None:
             raise RuntimeError("attention over a paged cache (page_table) has no gradient: it is for inference")
         gradients = call(_ops.mix_backward, grad_out, q, k, v, full, sparse, full_lse, sparse_lse, *rest)
+        if not q.is_cpu:
+            mark_shared_keys(gradients[1:3], x.kv_begin, x.kv_end)
         return (*gradients, *(None for _ in inputs[4:]))
 
 

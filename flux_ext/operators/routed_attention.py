@@ -344,7 +344,8 @@ def attention(
 
     - bounds outside the tensors are clamped, and so are counts of block lists; rows before the first of ``cu_seqlens``
       give 0, and where bounds decrease the sequence is empty;
-    - rows of q that two sequences share have the result of either, and so have, in the gradient, rows of k and v;
+    - rows of q that two sequences share have the result of either; rows of k and v that two share have the gradient
+      NaN, where the CPU refuses that there be one;
     - an integer route other than 0 is sparse; a weight outside [0, 1], NaN included, makes what its sequence or head
       gives NaN (this also where ``torch.compile`` traces, on any device);
     - block lists that are not ascending, or that go beyond the diagonal, give no defined result.

@@ -139,7 +139,8 @@ class FluxRouters(
             revision, cache_dir, token, local_files_only, force_download: see ``huggingface_hub.hf_hub_download``.
 
         Raises:
-            ValueError: there are no routers, they are of a newer version, damaged, or do not fit their configuration.
+            ValueError: there are no routers, they are of a newer version, damaged, do not fit their configuration, or
+                are not those that were saved with it.
         """
         hub: dict[str, Any] = {
             "revision": revision,
@@ -170,10 +171,9 @@ class FluxRouters(
         except ValueError as error:
             raise ValueError(f"{config_file}: {error}") from None
         file = place.needed(weights_name)
-        tensors, metadata = files.read_tensors(file, device=device)
+        tensors, metadata = files.read_tensors(file)
         routers.load_weights(tensors, str(file))
-        if save_id != metadata.get(files.SAVE_ID, save_id):
-            raise ValueError(f"{config_file} and {file} were not saved together: a save was interrupted, save again")
+        files.check_saved_together(config_file, save_id, file, metadata.get(files.SAVE_ID), tensors)
         return routers.to(device).eval()
 
     def load_weights(self, tensors: Mapping[str, Tensor], name: str = "the state dict") -> None:

@@ -29,7 +29,7 @@ MODEL_CONFIG_FILE = "config.json"
 MODEL_WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 SAVE_ID = "weights_id"
-"""Entry of the configuration and of the weights' metadata that says that they were saved together."""
+"""Entry of the configuration and of the weights' metadata that says of which tensors they are: :func:`digest`."""
 
 _TENSOR = re.compile(r"layers\.\d+\.(encoder|classifier)\.\d+\.(weight|bias)")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -92,16 +92,14 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
-def read_tensors(
-    file: Path, wanted: Callable[[str], bool] | None = None, device: str = "cpu"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, those whose names are ``wanted`` (a predicate) or all, and metadata of a safetensors file.
+def read_tensors(file: Path, wanted: Callable[[str], bool] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, those whose names are ``wanted`` (a predicate) or all, and metadata of a safetensors file.
 
     Raises:
         ValueError: the file is missing, truncated or damaged.
     """
     try:
-        with safetensors.safe_open(file, framework="pt", device=device) as opened:
+        with safetensors.safe_open(file, framework="pt") as opened:
             names = [name for name in opened.keys() if wanted is None or wanted(name)]  # noqa: SIM118
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
@@ -191,10 +189,44 @@ def _is_checkpoint(folder: Path) -> bool:
     return _has_routers(folder) or all(_BEGUN.fullmatch(file.name) for file in folder.iterdir())
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits that stand for names, dtypes, shapes and values of tensors."""
+    return hashlib.sha256(save(dict(tensors))).hexdigest()[:32]
+
+
+def check_saved_together(
+    config_file: Path, config_id: object, weights_file: Path, weights_id: str | None, tensors: Mapping[str, Tensor]
+) -> None:
+    """Whether both files of the routers are of one save, and the tensors those that it saved.
+
+    Args:
+        config_file, config_id: the configuration and its ``weights_id``.
+        weights_file, weights_id: the weights and the ``weights_id`` of their metadata. Where neither file has one they
+            are of an earlier version, or made by hand, and nothing is known of them.
+        tensors: what the weights' file holds.
+
+    Raises:
+        ValueError: an id is not the digest of the tensors; the message names the file.
+    """
+    if config_id is None and weights_id is None:
+        return
+    found = digest(tensors)
+    if weights_id not in (None, found):
+        raise ValueError(
+            f"{weights_file} was changed after it was saved: {SAVE_ID} must be the digest of its tensors, {found}, "
+            f"got {weights_id!r}"
+        )
+    if config_id != found:
+        raise ValueError(
+            f"{config_file} and {weights_file} were not saved together: {SAVE_ID} of the first must be the digest of "
+            f"the other's tensors, {found}, got {config_id!r}; a save was interrupted, or a file replaced: save again"
+        )
+
+
 def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes both files of the routers, each whole or not at all.
 
-    Both carry a digest of the weights: should one only be replaced, they are known not to belong together.
+    Both carry the :func:`digest` of the weights: should one be replaced or changed, :func:`check_saved_together` tells.
 
     Raises:
         ValueError: see :func:`refuse_foreign`; nothing was written.
@@ -202,7 +234,7 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_id = hashlib.sha256(save(data)).hexdigest()[:32]
+    save_id = digest(data)
     with _replacing(folder, WEIGHTS_FILE, CONFIG_FILE) as (weights_file, config_file):
         save_file(data, weights_file, metadata={"format": "pt", SAVE_ID: save_id})
         config_file.write_text(json.dumps({**config, SAVE_ID: save_id}, sort_keys=True, indent=2) + "\n")

@@ -68,22 +68,29 @@ class Router(nn.Module):
         """Of the logits, ``[2]``: at index 1 of full attention."""
         return cast(nn.Linear, self.classifier[-1]).bias
 
+    def _plain_weights(self) -> list[Tensor] | None:
+        """As :meth:`weights`; None where there are none. Asked before every prompt, in one walk over the layers."""
+        weights: list[Tensor] = []
+        for part in (self.encoder, self.classifier):
+            if type(part) is not nn.Sequential or _is_hooked(part):
+                return None
+            for layer in part:
+                if _is_hooked(layer):
+                    return None
+                if type(layer) is nn.SiLU:
+                    continue
+                if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+                    return None
+                weight, bias = layer.weight, layer.bias
+                if type(weight) not in (Tensor, nn.Parameter):
+                    return None
+                weights += weight, bias
+        return weights
+
     def is_plain(self) -> bool:
         """Whether both MLPs are the linear layers and SiLUs they were made of, with nothing in, around or hooked to
         them: then the operator computes what calling them would."""
-        parts = (self.encoder, self.classifier)
-        if any(type(part) is not nn.Sequential for part in parts):
-            return False
-        layers = [layer for part in parts for layer in part]
-        return not any(map(_is_hooked, (*parts, *layers))) and all(
-            type(layer) is nn.SiLU
-            or (
-                isinstance(layer, nn.Linear)
-                and type(layer).forward is nn.Linear.forward
-                and type(layer.weight) in (Tensor, nn.Parameter)
-            )
-            for layer in layers
-        )
+        return self._plain_weights() is not None
 
     def weights(self) -> list[Tensor]:
         """``[w1, b1, ..., w5, b5]``, the order the operator takes.
@@ -91,9 +98,10 @@ class Router(nn.Module):
         Raises:
             ValueError: something else (an adapter, a quantised layer) took a linear layer's place.
         """
-        if not self.is_plain():
+        weights = self._plain_weights()
+        if weights is None:
             raise ValueError("a layer of this router was replaced or hooked: it has no plain weights")
-        return [p for layer in self._linears() for p in (layer.weight, layer.bias)]
+        return weights
 
     def decide(
         self, x: Tensor, seq_start: Tensor | None = None, seq_end: Tensor | None = None
@@ -115,8 +123,9 @@ class Router(nn.Module):
 
         Where the pooled states are not finite, neither are the logits, and the route is full.
         """
-        if self.is_plain():
-            return operators.route(x, self.weights(), self.pool_size, self.per_head, seq_start, seq_end)
+        weights = self._plain_weights()
+        if weights is not None:
+            return operators.route(x, weights, self.pool_size, self.per_head, seq_start, seq_end)
         pooled = pool_sequences(x, self.pool_size, self.per_head, seq_start, seq_end)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         with torch.autocast(x.device.type, enabled=False):  # as the operator, which autocast does not see
@@ -168,8 +177,8 @@ class Router(nn.Module):
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward: hooks, or a forward of its own (accelerate's)."""
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(hooks) or "forward" in module.__dict__
+    hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return bool(hooked) or "forward" in module.__dict__
 
 
 def pool_sequences(

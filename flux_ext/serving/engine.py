@@ -33,6 +33,10 @@ SETTINGS = {
     "enable_prefix_caching": (False, "a prompt's pages are given back in the middle and its routes are its own"),
     "enforce_eager": (True, "routes are decided between a layer's operators, which compiled graphs cannot do yet"),
     "disable_hybrid_kv_cache_manager": (False, "layers need page tables of their own"),
+    "enable_sleep_mode": (
+        False,
+        "deep sleep gives up the routers' weights, and reloading brings back the model's alone",
+    ),
 }
 """Arguments of the engine that are set, and why they may not be the other way."""
 
@@ -86,7 +90,8 @@ def prepare(arguments: Any, routers: str) -> FluxConfig:
         if asked and given != value:
             raise ValueError(f"with routers {name} must be {value}, got {given}: {why}")
         setattr(arguments, name, value)
-    if arguments.kv_transfer_config is not None:
+    connector = arguments.kv_transfer_config  # ours, where a configuration is made of the same arguments once more
+    if connector is not None and getattr(connector, "kv_connector", None) != CONNECTOR:
         raise ValueError("with routers there is no other KV connector: kv_transfer_config must not be given")
     if arguments.speculative_config is not None:
         raise ValueError("speculative decoding is not supported with routers: speculative_config must not be given")

@@ -150,6 +150,7 @@ FIELDS: list[tuple[type, tuple[str, ...]]] = [  # of vLLM's dataclasses, read or
         EngineArgs,
         (
             "enable_prefix_caching",
+            "enable_sleep_mode",
             "enforce_eager",
             "kv_transfer_config",
             "disable_hybrid_kv_cache_manager",

@@ -70,6 +70,8 @@ class Checkpoint:
     tasks: tuple[str, ...]
     data: str | None
     """:func:`~.data.digest` of the examples; None of data without any, and of earlier checkpoints."""
+    dtype: str | None
+    """:func:`dtype_of` the model; None of earlier checkpoints."""
     routers: FluxRouters
     objectives: dict[int, dict[str, Tensor]]
     """The objective's state in the first process and, unless there were fewer, in this one, by rank."""
@@ -92,6 +94,15 @@ class Checkpoint:
             {r: _read_tensors(file) for r, file in files.items() if file.is_file()},
         )
 
+    def warn_of_dtype(self, dtype: str) -> None:
+        """A warning where the training goes on with the model in another dtype: its losses are a little different."""
+        if self.dtype not in (None, dtype):
+            warnings.warn(
+                f"{self.folder} was trained with the model in {self.dtype}, and the training goes on in {dtype}: load "
+                f"it in torch.{self.dtype} (flux-ext train: --dtype {self.dtype}) to go on as it began",
+                stacklevel=2,
+            )
+
     def check_goes_on(self, recipe: Recipe, tasks: Sequence[str]) -> None:
         """ValueError where a recipe or its tasks have something else that cannot change within a training."""
         began = replace(recipe, start_bias=self.recipe.start_bias).initial_bias
@@ -105,6 +116,11 @@ class Checkpoint:
         ):
             if own != saved:
                 raise ValueError(f"{self.folder} was trained with {name} {saved!r}, not {own!r}")
+
+
+def dtype_of(model: Any) -> str:
+    """That of a model's first weights, which no quantisation touches, as ``"bfloat16"``."""
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
 def _constraint(recipe: Recipe) -> str:
@@ -165,11 +181,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_recipe(file: Path) -> tuple[Recipe, tuple[str, ...], str | None]:
+def _read_recipe(file: Path) -> tuple[Recipe, tuple[str, ...], str | None, str | None]:
     saved = read_object(file)
     try:
         recipe = Recipe(**{f.name: saved[f.name] for f in fields(Recipe) if f.name in saved})
-        return recipe, tuple(saved["tasks"]), saved.get("data")
+        return recipe, tuple(saved["tasks"]), saved.get("data"), saved.get("dtype")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
@@ -31,6 +31,8 @@ BUDGET_UNITS = ("share", "nats")
 DEFAULT_BUDGET = 0.01
 DEFAULT_TARGET = 0.5
 DEFAULT_WHITEN = 48
+
+_OF_FLIPS = ("flips", "flip_choice", "heads_per_flip", "logit_bound", "delta_clip")
 
 _PUBLISHED: dict[str, Any] = {
     "targets": {"retrieval": 0.45},
@@ -65,7 +67,8 @@ class Recipe:
         objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the
             backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
-            forward, soft gradient).
+            forward, soft gradient). None: what kept most on a real model (docs/evaluation.md), straight-through for
+            routers per head, counterfactuals for routers per layer.
         budget: how much more the answers' loss may be than with everything full, in the mean over the data, under the
             routers' own choices; None: 0.01, where there are no targets.
         budget_unit: ``"share"`` of the mean dense loss (0.01 is one percent), or ``"nats"`` per answer token.
@@ -88,7 +91,8 @@ class Recipe:
             dozen let routers tell inputs apart that they otherwise route alike. None: 48, where there are new routers
             and at least two examples.
         flips: counterfactuals per sequence and step; they share one base forward. None: 2, with head-level routing 4
-            (its units are more and their worth is smaller), or all layers where there are fewer.
+            (its units are more and their worth is smaller), or all layers where there are fewer. This and the options
+            below count with counterfactuals alone.
         flip_choice: which layers are flipped: ``"evenly"``, each as often, or ``"by_worth"``, those more often whose
             flips have changed the loss more (:mod:`~flux_ext.training.flips`); the gradient's mean is the same.
         heads_per_flip: with head-level routing, KV heads switched together.
@@ -99,7 +103,7 @@ class Recipe:
         ValueError: a value breaks its rule; all numbers are finite.
     """
 
-    objective: ObjectiveName = "counterfactual"
+    objective: ObjectiveName | None = None
     budget: float | None = None
     budget_unit: BudgetUnit = "share"
     budgets: Mapping[str, float] = field(default_factory=dict)
@@ -121,14 +125,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("objective", OBJECTIVES),
+            ("objective", (None, *OBJECTIVES)),
             ("multipliers", MULTIPLIER_FORMS),
             ("tau_schedule", SCHEDULES),
             ("budget_unit", BUDGET_UNITS),
             ("flip_choice", FLIP_CHOICES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
         if not self.has_budget and (self.budget is not None or self.budgets):
             raise ValueError(
                 "budget must be left out where targets, default_target or published multipliers are given: "
@@ -161,6 +165,27 @@ class Recipe:
         for name, value in (("flips", self.flips), ("heads_per_flip", self.heads_per_flip)):
             if (name, value) != ("flips", None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be >= 1 and whole, got {value}")
+
+    def settled(self, granularity: str) -> Recipe:
+        """This recipe with its objective named: where it is None, the default for routers of this granularity.
+
+        Args:
+            granularity: ``"layer"`` or ``"head"``.
+
+        Raises:
+            ValueError: an option of counterfactuals is given, and the default is another objective.
+        """
+        if self.objective is not None:
+            return self
+        if granularity == "layer":
+            return replace(self, objective="counterfactual")
+        for option in fields(self):
+            if option.name in _OF_FLIPS and (value := getattr(self, option.name)) != option.default:
+                raise ValueError(
+                    f"{option.name} must be left out, got {value}: it is of counterfactuals, and routers per head "
+                    "learn straight through where no objective is named"
+                )
+        return replace(self, objective="straight_through")
 
     @classmethod
     def published(cls, **changes: Any) -> Recipe:
@@ -197,6 +222,17 @@ class Recipe:
         return cls(**{**PAPER_RECIPES[name], **changes})
 
     @property
+    def goes_backward(self) -> bool:
+        """Whether training goes backward through the backbone, where gradient checkpointing saves much memory.
+
+        Raises:
+            ValueError: the objective is not named (:meth:`settled`).
+        """
+        if self.objective is None:
+            raise ValueError("objective must be named, got None: Recipe.settled names the default of a granularity")
+        return self.objective != "counterfactual"
+
+    @property
     def has_budget(self) -> bool:
         """Whether training keeps to a budget; else to target sparsities."""
         return not self.targets and self.default_target is None and self.multipliers == "inequality"
@@ -223,7 +259,7 @@ class Recipe:
         """Log-odds of full attention that new routers start with."""
         if self.start_bias is not None:
             return self.start_bias
-        return 2.0 if self.objective == "counterfactual" else 4.5
+        return 4.5 if self.goes_backward else 2.0
 
     def tau(self, progress: float) -> float:
         """The temperature after a share ``progress`` (0 to 1) of the training."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .budget import Price
-from .config import Recipe
+from .config import ObjectiveName, Recipe
 from .flips import FlipChances
 
 Policy = Callable[[int, Tensor], Tensor]
@@ -428,5 +428,6 @@ def make_objective(
     recipe: Recipe, tasks: Sequence[str], num_layers: int, num_heads: int = 1, seed: int = 0
 ) -> Objective:
     """The objective that the recipe names; arguments as for :class:`Objective`."""
+    recipe = recipe.settled("head" if num_heads > 1 else "layer")
     kinds = {"counterfactual": Counterfactual, "soft": Soft, "straight_through": StraightThrough}
-    return kinds[recipe.objective](recipe, tasks, num_layers, num_heads, seed)
+    return kinds[cast(ObjectiveName, recipe.objective)](recipe, tasks, num_layers, num_heads, seed)

@@ -34,6 +34,7 @@ from .checkpoint import (
     begin,
     check_output_folder,
     check_progress,
+    dtype_of,
     finish,
     flush,
     latest_checkpoint,
@@ -76,9 +77,9 @@ class FluxTrainer(Trainer):
 
     Args:
         model: a patched causal language model.
-        recipe: how to train.
-        args: ``TrainingArguments``; default :func:`~.config.training_arguments`. A copy is used, see
-            :func:`~.config.checked_arguments`.
+        recipe: how to train; ``trainer.recipe`` has its objective named.
+        args: ``TrainingArguments``; default :func:`~.config.training_arguments`, with gradient checkpointing where the
+            recipe :attr:`~.config.Recipe.goes_backward`. A copy is used, see :func:`~.config.checked_arguments`.
         train_dataset: a :class:`~.data.RouterDataset`, whose ``tasks`` name the constraints.
         packed: pack sequences into one row instead of padding them.
         tokenizer: gives the padding token.
@@ -105,15 +106,17 @@ class FluxTrainer(Trainer):
         sequence_parallel: int = 1,
         **kwargs: Any,
     ) -> None:
-        self.recipe = recipe or Recipe()
         if not getattr(train_dataset, "tasks", None):
             raise TypeError(f"train_dataset must have tasks, like a RouterDataset, got {type(train_dataset).__name__}")
         self.tasks: tuple[str, ...] = tuple(train_dataset.tasks)  # type: ignore[attr-defined]
-        self.recipe.check_tasks(self.tasks)
+        recipe = recipe or Recipe()
+        recipe.check_tasks(self.tasks)
         for name in _UNUSED:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} must be left out: the loss is the objective's, and no predictions are kept")
         self.routers = patching.get_routers(model)
+        config = self.routers.config
+        self.recipe = recipe.settled(config.granularity)
         if isinstance(train_dataset, RouterDataset):
             longest = nothing_hidden(train_dataset, self.routers)
             if longest is not None:
@@ -123,8 +126,9 @@ class FluxTrainer(Trainer):
                 "model must be whole, it was sharded while it was loaded (distributed_config), and the routers' "
                 "gradients would not be averaged: load it without, and shard it with fsdp=True"
             )
-        args = checked_arguments(args or training_arguments("flux_routers"), self.recipe, model)
-        config = self.routers.config
+        if args is None:
+            args = training_arguments("flux_routers", gradient_checkpointing=self.recipe.goes_backward)
+        args = checked_arguments(args, self.recipe, model)
         self.objective: Objective = make_objective(
             self.recipe,
             self.tasks,
@@ -411,7 +415,7 @@ class FluxTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         self.routers.save_pretrained(folder, model_card_kwargs={"training": training_record(self)})
         self._save_objective(folder)
-        recipe = {"tasks": list(self.tasks), **self.recipe.to_dict()}
+        recipe = {"tasks": list(self.tasks), "dtype": dtype_of(self.model), **self.recipe.to_dict()}
         if examples := getattr(self.train_dataset, "examples", None):
             recipe["data"] = digest(examples)
         (folder / RECIPE_FILE).write_text(strict_json.dumps(recipe), encoding="utf-8")
@@ -452,6 +456,8 @@ class FluxTrainer(Trainer):
         checkpoint = Checkpoint.read(folder, self.stream)
         check_progress(folder, self.args.process_index, self._optimizer_options())
         self._go_on_from(checkpoint)
+        if self.is_world_process_zero():
+            checkpoint.warn_of_dtype(dtype_of(self.model))
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint is not None:
@@ -469,9 +475,9 @@ class FluxTrainer(Trainer):
         Raises:
             ValueError: what cannot change within a training is another here; nothing was changed.
         """
-        checkpoint.check_goes_on(self.recipe, self.tasks)
         if difference := self.routers.config.differences(checkpoint.routers.config):
             raise ValueError(f"the routers in {checkpoint.folder} have other settings: {difference}")
+        checkpoint.check_goes_on(self.recipe, self.tasks)
         state, dense = self.objective.state_dict(), DenseLosses()
         for rank, tensors in checkpoint.objectives.items():
             file = checkpoint.folder / objective_file(rank)
