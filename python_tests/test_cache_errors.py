@@ -1,5 +1,6 @@
 """After an error: what was refused has changed nothing in a cache, and what failed half-way is not built on."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -188,3 +189,23 @@ def test_a_selection_that_is_refused_changes_nothing(
     getattr(cache, operation)(torch.tensor([-1, 0]))  # from the end, as everywhere in Python
     longer = torch.cat([longer, ids[:, :1]], 1)[[1, 0]]
     close(feed(model, cache, longer[:, -1:]), model(longer, use_cache=False).logits[:, -1:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_made_for_other_settings(kind: str) -> None:
+    """It would decode by its own pattern, whatever the model's is."""
+    model, ids = patched("llama"), torch.randint(2, 128, (1, 20))
+    make = FluxCache if kind == "dynamic" else lambda *args: FluxStaticCache(*args, max_cache_len=40)
+    for config, difference in (
+        (FluxConfig(**{**SMALL, "window": 32}), "window: 16 and 32"),
+        (FluxConfig(**SMALL, decode="dense"), "decode: 'sparse' and 'dense'"),
+        (FluxConfig(**SMALL, num_layers=3), "num_layers: 4 and 3"),
+    ):
+        with pytest.raises(ValueError, match=f"made for other settings than this model's .*{difference}"):
+            feed(model, make(model.config, config), ids)
+    with pytest.raises(ValueError, match="layers: 4 and 2"):
+        feed(model, make(tiny("llama", num_hidden_layers=2).config, FluxConfig(**SMALL)), ids)
+    with pytest.raises(ValueError, match="window: 16 and 32"):
+        model.generate(ids, past_key_values=make(model.config, FluxConfig(**{**SMALL, "window": 32})), max_new_tokens=2)
+    cache = make(model.config, FluxConfig(**SMALL))  # equal settings
+    close(feed(model, copy.deepcopy(cache), ids), feed(model, cache, ids))

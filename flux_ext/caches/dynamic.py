@@ -53,6 +53,7 @@ class FluxCache(Cache):
             i: copy.deepcopy(layer) for i, layer in enumerate(layers) if not isinstance(layer, FluxCacheLayer)
         }
         super().__init__(layers=layers)
+        self.flux = flux
         self.prompt_len: int | None = None  # tokens of the first forward that decide; None: all
         self.unfinished = False  # whether a forward has begun and not ended, so that layers may differ
         self.history = History()

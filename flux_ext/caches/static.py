@@ -280,7 +280,7 @@ class FluxStaticCache(FluxCache):
             for i in range(len(stock))
         ]
         Cache.__init__(self, layers=layers)
-        self.prompt_len, self.unfinished, self.history, self._empty = None, False, History(), {}
+        self.flux, self.prompt_len, self.unfinished, self.history, self._empty = flux, None, False, History(), {}
 
     def check_batch(self, batch_size: int) -> None:
         super().check_batch(batch_size)

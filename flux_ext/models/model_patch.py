@@ -51,6 +51,7 @@ class Patch:
         self.hands_on_keywords = True  # the decoder's layers, to their attention: until a forward shows otherwise
         with proof.refusing(type(model).__name__, "no cache can be made for it"):
             stock = stock_cache_layers(model.config)
+        self.num_cache_layers = len(stock)
         # What kind of attention a decoder layer has is told by the cache that transformers makes for it.
         self.full_layers = [i for i, x in enumerate(stock) if type(x) is DynamicLayer]
         windows = {i: x.sliding_window for i, x in enumerate(stock) if getattr(x, "is_sliding", False)}
@@ -283,8 +284,22 @@ class Patch:
         return FluxCache(self.model.config, self.config)
 
     def check_cache(self, cache: Any) -> None:
-        if cache is not None and not isinstance(cache, FluxCache):
+        """TypeError or ValueError where a cache is of another kind, or made for other settings or another model."""
+        if cache is None:
+            return
+        if not isinstance(cache, FluxCache):
             raise TypeError(f"a patched model needs a flux_ext.FluxCache as its cache, got {type(cache).__name__}")
+        if cache.flux is self.config or torch.compiler.is_compiling():
+            return
+        difference = self.config.differences(cache.flux)
+        if len(cache.layers) != self.num_cache_layers:
+            difference = f"layers: {self.num_cache_layers} and {len(cache.layers)}"
+        if difference:
+            raise ValueError(
+                f"the cache was made for other settings than this model's ({difference}): give it model.config and "
+                "flux_ext.get_routers(model).config"
+            )
+        cache.flux = self.config  # of a copy, say: known from now on
 
     def check_checkpointing(self) -> None:
         """Reentrant checkpointing runs the forward without a graph, so routers would silently get no gradient."""
