@@ -57,7 +57,8 @@ def mark_shared_keys(gradients: tuple[Tensor, Tensor], kv_begin: Tensor | None, 
     """
     if gradients[0].dim() != 3 or kv_begin is None or kv_end is None:
         return
-    begin, end = torch.broadcast_tensors(*(x.reshape(len(x), -1).T for x in (kv_begin, kv_end)))  # [Hkv or 1, B]
+    by_head = (x.T if x.dim() == 2 else x[None] for x in (kv_begin, kv_end))  # [Hkv or 1, B]
+    begin, end = torch.broadcast_tensors(*by_head)
     begin, end = begin.contiguous(), torch.maximum(begin, end)
     rows = torch.arange(gradients[0].shape[0], device=begin.device, dtype=begin.dtype).repeat(len(begin), 1)
     # How many sequences have begun by a row, less those that have ended.
