@@ -48,8 +48,8 @@ def mark_shared_keys(gradients: tuple[Tensor, Tensor], kv_begin: Tensor | None, 
     """NaN in those rows of the gradients of packed k and v that two sequences share.
 
     The kernels write each row once, so of such a row they would give what one of the sequences adds to it. On the CPU
-    the operators refuse that; where the bounds are on a device they are not read back. Rows between the bounds that
-    ``cu_seqlens`` alone gives are nobody else's.
+    the operators refuse that; where the bounds are on a device they are not read back. Of ``cu_seqlens`` alone no
+    two sequences share a row, unless it decreases, which is not looked for in every training step.
 
     Args:
         gradients: of k and v; changed in place where they are packed, ``[T, Hkv, D]``.
