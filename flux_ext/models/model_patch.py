@@ -295,7 +295,8 @@ class Patch:
         if not self.hands_on_keywords and transformers_seam.checkpointing(self.decoder):
             raise ValueError(
                 f"{type(self.decoder.layers[0]).__name__} does not hand keywords on to its attention: a patched "
-                f"{type(self.model).__name__} cannot train with gradient checkpointing"
+                f"{type(self.model).__name__} cannot train with gradient checkpointing: leave it off (flux-ext train: "
+                "--no-gradient-checkpointing), or train by counterfactuals, which need none"
             )
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:
