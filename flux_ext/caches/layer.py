@@ -136,7 +136,8 @@ class FluxCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores a forward's keys and values ``[B, Hkv, S, D]``, a prompt's not yet, and hands them back unchanged.
 
-        A prompt's are stored as they are when its attention has been called; until then the length is that before it.
+        A prompt's are stored as they are when the next attention module begins; until then the length is that before
+        it, and they must not be written over.
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
         context, self._context = self._context, None
