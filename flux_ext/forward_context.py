@@ -35,6 +35,13 @@ class Held:
     prompt_len: int | None = None
 
 
+class Unstored:
+    """What the attention module that ran last has left to be stored: a cache layer and its prompt; None: nothing. An
+    object of its own: copies of a context have the same one, however they are made."""
+
+    left: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+
+
 @dataclass
 class ForwardContext:
     """The context of one forward: what all layers of the model share, read off the decoder's arguments once.
@@ -53,6 +60,8 @@ class ForwardContext:
             the answers.
         held: what an earlier forward of the same ``generate`` decided, where there is no cache to keep it. Empty in the
             first forward, which fills it.
+        unstored: a prompt, to be stored when the next attention module begins. Here, so that what a forward leaves is
+            its own, and goes with it.
         decisions: what was decided in this forward, by place among the routed layers; filled layer by layer.
         shard: this process's part of sequences that several processes share, to which ``seq_start``, ``seq_end`` and
             ``mask``, being of all slots, do not apply; None: it has all tokens.
@@ -67,6 +76,7 @@ class ForwardContext:
     prompt_len: int | None = None
     held: Held | None = None
     prompt_lengths: Tensor | None = None
+    unstored: Unstored = field(default_factory=lambda: Unstored())  # a graph cannot hold the class as a factory
     decisions: dict[int, Decision] = field(default_factory=dict)
     shard: Shard | None = None
     _host: list[Tensor] = field(default_factory=list)  # the mask on the CPU, once; shared by copies on other devices
@@ -75,6 +85,13 @@ class ForwardContext:
         """The same on another device; accelerate calls this where a model is spread over several."""
         names = ("seq_start", "seq_end", "cu_seqlens", "mask", "prompt_lengths")
         return replace(self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None})
+
+    def store_prompt(self) -> None:
+        """Stores what is ``unstored``."""
+        left, self.unstored.left = self.unstored.left, None
+        if left is not None:
+            cache_layer, prompt = left
+            cache_layer.store_prompt(*prompt, self)
 
     def host_mask(self) -> Tensor | None:
         """``mask`` on the CPU, read from the device once per forward."""

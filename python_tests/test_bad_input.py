@@ -400,6 +400,9 @@ def test_gradients_of_shared_keys_are_nan_where_bounds_are_not_read_back(heads):
     mark_shared_keys(batch, ints(0, 0), ints(4, 4))  # not packed: rows of their own
     mark_shared_keys(gradients, ints(0, 4, 10), None)
     assert all(x.isfinite().all() for x in batch)
+    nobody = torch.zeros(3, 2, 4), torch.zeros(3, 2, 4)
+    mark_shared_keys(nobody, ints(), ints())  # no sequence at all
+    assert not any(x.any() for x in nobody)
 
 
 ROUTER_ROWS = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import SMALL, ragged, tiny
 from torch import Tensor
+from torch.distributed.utils import _apply_to_tensors
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -333,11 +334,14 @@ def test_random_operations_keep_every_token_in_place() -> None:
             next_token += 3 * n
             new = np.arange(n) >= begin[:, None]
             valid = np.concatenate([valid, new], 1)
-            layer.begin(ForwardContext(mask=torch.from_numpy(valid)))
+            context = ForwardContext(mask=torch.from_numpy(valid))
+            layer.begin(context)
             if not layer.continues:
                 layer.set_route(route)
             layer.update(k, -k)
-            layer.store_prompt()
+            layer.prompt_attended()
+            if prompt := layer.end(True):
+                layer.store_prompt(*prompt, context)
             for b in range(3):
                 true[b] += k[b, 0, begin[b] :, 0].tolist()
             if rng.random() < 0.3 and (remove := int(rng.integers(0, n))) < n:
@@ -450,6 +454,35 @@ def test_a_forward_that_fails_behind_attention_stores_no_prompt(
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
 
 
+def test_a_prompt_is_stored_where_each_layer_gets_a_copy_of_the_context() -> None:
+    """As FSDP makes them, where it casts what a layer is called with."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (1, 20))
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: _apply_to_tensors(lambda x: x, (args, kwargs)), with_kwargs=True
+        )
+    cache = model(ids, use_cache=True).past_key_values
+    assert [layer.get_seq_length() for layer in cache.layers] == [20] * 4
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_forward_within_a_forward_leaves_its_prompt_alone(layer: int) -> None:
+    """As a hook may run the model once more, before any layer."""
+    model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
+    ids = torch.randint(2, 128, (1, 20))
+
+    def another(*args: Any) -> None:
+        handle.remove()
+        model(ids[:, :5], use_cache=True)
+
+    handle = model.model.layers[layer].register_forward_pre_hook(another)
+    cache = model(ids, use_cache=True).past_key_values
+    got = model(ids[:, :1], past_key_values=cache).logits
+    longer = torch.cat([ids, ids[:, :1]], 1)
+    torch.testing.assert_close(got, model(longer, use_cache=False).logits[:, -1:], rtol=1e-4, atol=3e-4)
+
+
 def test_the_unused_end_of_a_page_is_never_read() -> None:
     """A prompt leaves there what follows its tokens: here, NaN."""
     model = flux_ext.patch(tiny("llama"), FluxConfig(**SMALL))
@@ -479,6 +512,5 @@ def test_an_attention_module_that_does_not_attend() -> None:
         layer.set_route(torch.zeros(1, 2, dtype=torch.int32))
         layer.update(k, k)
         with raises:
-            layer.end(finished)
-        layer.store_prompt()
-        assert not layer.is_initialized
+            assert layer.end(finished) is None
+        assert not layer.is_initialized and layer._prompt is None

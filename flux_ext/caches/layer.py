@@ -82,7 +82,7 @@ class FluxCacheLayer(CacheLayerMixin):
         self.waiting = False  # whether a sequence had only padding so far
         self.undecided: Tensor | None = None  # bool [B, Hkv], which sequences those are
         self._context: ForwardContext | None = None
-        self._prompt: tuple[Tensor, Tensor, Tensor, ForwardContext] | None = None  # what update() got, to be stored
+        self._prompt: tuple[Tensor, Tensor, Tensor] | None = None  # what update() got, and the route
         self._host_route: HostCopy | None = None  # of that route
         self._attended = False  # whether attention over that prompt was called
         self._until_trim = 0  # so many more tokens leave nothing to trim
@@ -136,7 +136,8 @@ class FluxCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Stores a forward's keys and values ``[B, Hkv, S, D]``, a prompt's not yet, and hands them back unchanged.
 
-        A prompt's are stored as they are when its attention has been called; until then the length is that before it.
+        A prompt's are stored as they are when the next attention module begins; until then the length is that before
+        it, and they must not be written over.
         Both are stored in the dtype of the first values: under autocast, those are of another than the keys.
         """
         context, self._context = self._context, None
@@ -150,7 +151,7 @@ class FluxCacheLayer(CacheLayerMixin):
         if self.continues or torch.compiler.is_compiling():  # a graph's order is the compiler's
             self._store(k, v, route, context)
         else:
-            self._prompt = k, v, route, context
+            self._prompt = k, v, route
             if self.drops:
                 self._host_route = HostCopy(route)
 
@@ -158,16 +159,14 @@ class FluxCacheLayer(CacheLayerMixin):
         """Attention over a prompt was called."""
         self._attended = True
 
-    def store_prompt(self) -> None:
+    def store_prompt(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         """Stores a prompt, when the rest of its decoder layer is under way.
 
         What is stored depends on the route, for which the host waits. It is copied before attention is launched: so
         the host waits for the router alone, and a GPU has attention and feed-forward to do until the host has launched
         what follows.
         """
-        if self._prompt is not None:
-            prompt, self._prompt = self._prompt, None
-            self._store(*prompt)
+        self._store(k, v, route, context)
 
     def _store(self, k: Tensor, v: Tensor, route: Tensor, context: ForwardContext) -> None:
         if torch.compiler.is_compiling():
@@ -175,21 +174,20 @@ class FluxCacheLayer(CacheLayerMixin):
         else:
             self.store(k, v, route, context.host_mask())
 
-    def end(self, finished: bool) -> bool:
-        """The attention module has run, or failed; then what it gave is let go of. Returns whether a prompt is left to
-        be stored.
+    def end(self, finished: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The attention module has run, or failed; then what it gave is let go of. Returns what :meth:`store_prompt`
+        is to be given, where a prompt is left to be stored; it is not kept here.
 
         Raises:
             RuntimeError: it has finished without calling its attention function, so its prompt is not stored.
         """
-        if self._prompt is None:
-            return False
-        if finished and self._attended:
-            return True
-        self._prompt = self._host_route = None
+        prompt, self._prompt = self._prompt, None
+        if prompt is None or (finished and self._attended):
+            return prompt
+        self._host_route = None
         if finished:
             raise RuntimeError("an attention module gave its keys to the cache and then did not attend to them")
-        return False
+        return None
 
     def store(self, k: Tensor, v: Tensor, route: Tensor, mask: Tensor | None) -> None:
         """Stores those of the keys and values ``[B, Hkv, S, D]`` that are tokens.

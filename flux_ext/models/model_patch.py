@@ -215,7 +215,6 @@ class Patch:
 
     def before_decoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the decoder: makes the context of this forward and, where one is wanted, the cache."""
-        self.local.drop_prompt()  # of a forward that was interrupted, after which no hook runs
         kwargs = {**dict(zip(self.parameter_order, args, strict=False)), **kwargs}
         tokens = kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -269,13 +268,14 @@ class Patch:
         A forward that failed leaves no decisions, and a cache that may be of no use.
         """
         local = self.local
-        local.forward = None
-        decisions, local.last.decisions = local.last.decisions, None
+        context: Any = kwargs.get(CONTEXT)  # not local.forward: a forward within this one has had another there
+        local.forward = local.last.decisions = None
         if output is None:
-            local.drop_prompt()
+            if context is not None:
+                context.unstored.left = None
             return
-        local.store_prompt()
-        local.last.decisions = decisions
+        context.store_prompt()
+        local.last.decisions = context.decisions
         if (cache := cache_of(kwargs)) is not None:
             cache.unfinished = False
 
@@ -310,7 +310,8 @@ class Patch:
         if not self.hands_on_keywords and transformers_seam.checkpointing(self.decoder):
             raise ValueError(
                 f"{type(self.decoder.layers[0]).__name__} does not hand keywords on to its attention: a patched "
-                f"{type(self.model).__name__} cannot train with gradient checkpointing"
+                f"{type(self.model).__name__} cannot train with gradient checkpointing: leave it off (flux-ext train: "
+                "--no-gradient-checkpointing), or train by counterfactuals, which need none"
             )
 
     def check_route(self, route: Tensor, logits: Tensor) -> Tensor:

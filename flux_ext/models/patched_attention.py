@@ -41,7 +41,6 @@ class ThreadState(threading.local):
         forward: context of the decoder's forward in flight.
         context: the same, on its device, while an attention module runs.
         cache_layer: what that module's keys and values are cached in, where we made it.
-        unstored: the cache layer of the module that ran last, where it has a prompt to store.
         decision: its router's, from then on until the module has run. The context keeps the forward's: the one that is
             made again when checkpointing recomputes the layer would hold on to what was recomputed for it.
         policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
@@ -56,25 +55,12 @@ class ThreadState(threading.local):
         self.forward: Any = None
         self.context: Any = None
         self.cache_layer: FluxCacheLayer | None = None
-        self.unstored: FluxCacheLayer | None = None
         self.decision: Decision | None = None
         self.policy: Policy | None = None
         self.prompt_lengths: Tensor | None = None
         self.shard: Shard | None = None
         self.last = LastForward()
         self.proving = False
-
-    def store_prompt(self) -> None:
-        """Stores what the module that ran last has left; called when the next one begins, and after the decoder."""
-        cache_layer, self.unstored = self.unstored, None
-        if cache_layer is not None:
-            cache_layer.store_prompt()
-
-    def drop_prompt(self) -> None:
-        """Lets go of it instead, after an error."""
-        cache_layer, self.unstored = self.unstored, None
-        if cache_layer is not None:
-            cache_layer.end(finished=False)
 
     def __deepcopy__(self, memo: Any) -> ThreadState:
         return ThreadState()
@@ -146,8 +132,6 @@ class PatchedAttention:
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the attention module: finds the context and the cache layer."""
         state = self.patch.local
-        if state.unstored is not None:
-            state.store_prompt()
         context = kwargs.pop(CONTEXT, None)
         if context is None:
             if state.forward is None:
@@ -155,6 +139,8 @@ class PatchedAttention:
             self.patch.hands_on_keywords = False
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             context = state.forward.to(hidden.device)
+        if context.unstored.left is not None:
+            context.store_prompt()
         cache = cache_of(kwargs)
         cache_layer = None if cache is None else cache.layers[self.index]
         state.context, state.cache_layer = context, None
@@ -172,9 +158,10 @@ class PatchedAttention:
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the attention module, also after an error in it (then without an output): lets go of the cache."""
         state = self.patch.local
-        cache_layer, state.context, state.cache_layer, state.decision = state.cache_layer, None, None, None
-        if cache_layer is not None and cache_layer.end(finished=output is not None):
-            state.unstored = cache_layer
+        context, cache_layer = state.context, state.cache_layer
+        state.context, state.cache_layer, state.decision = None, None, None
+        if cache_layer is not None and (prompt := cache_layer.end(finished=output is not None)) is not None:
+            context.unstored.left = cache_layer, prompt
 
     def attach_tap(self) -> None:
         """Hooks the submodule that makes the states the router sees."""

@@ -48,8 +48,8 @@ def mark_shared_keys(gradients: tuple[Tensor, Tensor], kv_begin: Tensor | None, 
     """NaN in those rows of the gradients of packed k and v that two sequences share.
 
     The kernels write each row once, so of such a row they would give what one of the sequences adds to it. On the CPU
-    the operators refuse that; where the bounds are on a device they are not read back. Rows between the bounds that
-    ``cu_seqlens`` alone gives are nobody else's.
+    the operators refuse that; where the bounds are on a device they are not read back. Of ``cu_seqlens`` alone no
+    two sequences share a row, unless it decreases, which is not looked for in every training step.
 
     Args:
         gradients: of k and v; changed in place where they are packed, ``[T, Hkv, D]``.
@@ -57,7 +57,8 @@ def mark_shared_keys(gradients: tuple[Tensor, Tensor], kv_begin: Tensor | None, 
     """
     if gradients[0].dim() != 3 or kv_begin is None or kv_end is None:
         return
-    begin, end = torch.broadcast_tensors(*(x.reshape(len(x), -1).T for x in (kv_begin, kv_end)))  # [Hkv or 1, B]
+    by_head = (x.T if x.dim() == 2 else x[None] for x in (kv_begin, kv_end))  # [Hkv or 1, B]
+    begin, end = torch.broadcast_tensors(*by_head)
     begin, end = begin.contiguous(), torch.maximum(begin, end)
     rows = torch.arange(gradients[0].shape[0], device=begin.device, dtype=begin.dtype).repeat(len(begin), 1)
     # How many sequences have begun by a row, less those that have ended.

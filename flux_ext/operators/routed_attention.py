@@ -344,8 +344,9 @@ def attention(
 
     - bounds outside the tensors are clamped, and so are counts of block lists; rows before the first of ``cu_seqlens``
       give 0, and where bounds decrease the sequence is empty;
-    - rows of q that two sequences share have the result of either; rows of k and v that two share have the gradient
-      NaN, where the CPU refuses that there be one;
+    - rows of q that two sequences share have the result of either; packed rows of k and v that two share have the
+      gradient NaN where ``kv_begin`` and ``kv_end`` of :class:`KeyValues` say so, and that of one of them where
+      ``cu_seqlens`` decreases (the CPU refuses both);
     - an integer route other than 0 is sparse; a weight outside [0, 1], NaN included, makes what its sequence or head
       gives NaN (this also where ``torch.compile`` traces, on any device);
     - block lists that are not ascending, or that go beyond the diagonal, give no defined result.
