@@ -1,6 +1,7 @@
 """Routers beside models and adapters, interrupted saves, format versions, and repositories on a Hub."""
 
 import copy
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from models import SMALL, patched_model, scramble, tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_routers_hub import check_same, published
 
 import flux_ext
@@ -214,10 +216,26 @@ def test_weights_that_were_replaced_are_found(tmp_path: Path, metadata: str | No
 
 
 def test_the_digest_of_saved_weights_stays_what_it_is() -> None:
-    """Saved routers carry it: a version of safetensors that writes other bytes would have them all refused."""
+    """Saved routers carry it: with another digest they would all be refused."""
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.zeros(1)}
-    assert router_files.digest(tensors) == "bc73724a1d63c52bedfb5e868a16dfed"
+    assert router_files.digest(tensors) == "a59fa8362a006e21a64fc84155444485"
     assert router_files.digest({**tensors, "c": torch.zeros(1, 1)}) != router_files.digest(tensors)
+
+
+def test_the_digest_of_earlier_versions_counts_too(tmp_path: Path) -> None:
+    """It was of the file that safetensors made."""
+    routers = small_routers()
+    routers.save_pretrained(tmp_path)
+    tensors, config = load_file(tmp_path / WEIGHTS_FILE), json.loads((tmp_path / CONFIG_FILE).read_text())
+    earlier = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()[:32]
+    assert earlier != config["weights_id"]
+    save_file(tensors, tmp_path / WEIGHTS_FILE, metadata={"format": "pt", "weights_id": earlier})
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**config, "weights_id": earlier}))
+    assert same(FluxRouters.from_pretrained(tmp_path), routers)
+    changed = {name: x + 1 for name, x in tensors.items()}
+    save_file(changed, tmp_path / WEIGHTS_FILE, metadata={"format": "pt", "weights_id": earlier})
+    with pytest.raises(ValueError, match="was changed after it was saved"):
+        FluxRouters.from_pretrained(tmp_path)
 
 
 def test_replaced_layers_cannot_be_saved(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import save, save_file
@@ -190,7 +191,16 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """32 hexadecimal digits that stand for names, dtypes, shapes and values of tensors."""
+    """32 hexadecimal digits that stand for names, dtypes, shapes and values of tensors, whatever a file adds."""
+    found = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        found.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def _digest_of_file(tensors: Mapping[str, Tensor]) -> str:
+    """The digest of earlier versions: of the file that safetensors makes."""
     return hashlib.sha256(save(dict(tensors))).hexdigest()[:32]
 
 
@@ -211,6 +221,8 @@ def check_saved_together(
     if config_id is None and weights_id is None:
         return
     found = digest(tensors)
+    if found not in (config_id, weights_id) and (earlier := _digest_of_file(tensors)) in (config_id, weights_id):
+        found = earlier
     if weights_id not in (None, found):
         raise ValueError(
             f"{weights_file} was changed after it was saved: {SAVE_ID} must be the digest of its tensors, {found}, "
