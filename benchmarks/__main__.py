@@ -12,6 +12,7 @@ KINDS = {
     "frontier": "benchmarks.frontier",
     "launch": "benchmarks.launch",
     "picture": "benchmarks.picture",
+    "pooled_states": "benchmarks.pooled_states",
     "serving_steps": "benchmarks.serving_steps",
     "step": "benchmarks.step",
     "training": "benchmarks.training",

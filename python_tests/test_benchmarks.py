@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_training
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -21,12 +22,13 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not part of the package", allow_module_level=True)
 sys.path.append(str(ROOT))  # last: the package itself stays the one that is tested
 
-from benchmarks import end_to_end, launch, picture, step, structured, training  # noqa: E402
+from benchmarks import end_to_end, launch, picture, pooled_states, step, structured, training  # noqa: E402
 from benchmarks.cuda import compare, criteria, measure, peers, run, table  # noqa: E402
 from benchmarks.cuda.prefill import block_problem, random_blocks  # noqa: E402
 from benchmarks.cuda.problems import OURS, Setting, Spec, attend, visible_pairs  # noqa: E402
 from flux_ext import Full, Streaming, Triangle  # noqa: E402
 from flux_ext.operators.patterns import dense_mask  # noqa: E402
+from flux_ext.training import PaddedCollator, start  # noqa: E402
 
 K = 1024
 TINY = Setting("cpu", tiny=True)
@@ -382,6 +384,24 @@ def test_a_step_is_taken_apart(tmp_path: Path) -> None:
     with (tmp_path / "step-tiny-cpu.csv").open() as file:
         names = [row["kernel"] for row in csv.DictReader(file) if row["route"] == "sparse" and row["how"] == "graph"]
     assert names.count("flux_ext::attend") == 1
+
+
+@pytest.mark.parametrize("granularity, routers", [("layer", 3), ("head", 6)])
+def test_what_routers_see_is_read_as_they_see_it(granularity: str, routers: int) -> None:
+    m, rows = tiny_training.model(granularity), tiny_training.dataset(2)
+    batch = PaddedCollator(0)([rows[0]])
+    found = pooled_states.pooled_states(m, batch, [2, 4])
+    assert found.shape == (2, routers, 8)
+    want = torch.stack(start.pooled_states(m, [batch]), 1)[0]  # with pools of 4, the model's own
+    torch.testing.assert_close(found[1], want.view(routers, 8))
+
+
+def test_tasks_are_read_off_states_that_tell_them_and_off_no_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 40, 3, 8, generator=generator)
+    shift = torch.tensor([0.0, 0.5, 6.0])[:, None]  # of the three routers' states
+    nothing, something, all_of_it = pooled_states.right(a + shift, b).tolist()
+    assert 0.3 < nothing < 0.7 < something < 1 and all_of_it == 1
 
 
 def test_pictures_of_the_committed_tables(tmp_path: Path) -> None:
