@@ -29,7 +29,7 @@ NO_LAUNCH = (
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run, and those of them that do more than make a view or an empty tensor."""
+    """Counts the operators that run, ``view`` left out, and those that do more than make a view or an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,8 @@ class Operators(TorchDispatchMode):
         self.launched: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.all[func.name()] += 1
+        if func.name() != "aten::view":  # of which releases of transformers make more or fewer
+            self.all[func.name()] += 1
         if not func.is_view and func.name() not in NO_LAUNCH:
             self.launched[func.name()] += 1
         return func(*args, **(kwargs or {}))
@@ -92,9 +93,9 @@ def per_layer(part: int, *how: Any) -> Operators:
     "what, operators, launched",
     [
         # Keys and values are written instead of concatenated.
-        pytest.param(("step", False), 5, 0, id="step"),
+        pytest.param(("step", False), 2, 0, id="step"),
         # One operator writes both.
-        pytest.param(("step", True), 3, -1, id="static step"),
+        pytest.param(("step", True), 4, -1, id="static step"),
         # The router, whose route is made one piece to be copied to the host; three that say where the tokens of a page
         # are, and one each that takes keys and values from there, instead of a concatenation.
         pytest.param(("prompt", False), 17, 5, id="prompt"),
