@@ -205,6 +205,10 @@ def test_processes_share_the_work(data, tmp_path, capsys, monkeypatch):
         (["--calibrate", "much"], "--calibrate must be a finite number >= 0, got 'much'"),
         (["--calibrate", "0.1", "--no-calibrate"], "--calibrate must be left out with --no-calibrate"),
         (["--static", "head", "--preset", "fa-xa"], "--static head needs the pattern streaming"),
+        (
+            ["--static", "none", "--granularity", "head", "--flips", "3"],
+            "--flips must be left out where nothing is flipped, got 3",
+        ),
     ],
 )
 def test_bad_options(data, tmp_path, capsys, more, message):

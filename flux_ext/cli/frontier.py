@@ -117,6 +117,9 @@ def run(args: argparse.Namespace) -> None:
     if "head" in args.static and pattern != "streaming":
         raise ValueError(f"--static head needs the pattern streaming, which its gates learn with, not {pattern}")
     wanted = contenders(args)
+    flipped = any(c.kind == "routed" and c.objective == "counterfactual" for c in wanted)
+    if args.flips and not flipped and "layer" not in args.static:  # whose search takes as long as flips do
+        raise ValueError(f"--flips must be left out where nothing is flipped, got {args.flips}: see --objective")
     if args.only:
         names = {c.name: c for c in wanted}
         if unknown := [name for name in args.only if name not in names]:
