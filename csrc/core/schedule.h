@@ -343,8 +343,8 @@ FLUX_HD int32_t sharing_workers(Int total_cost, int32_t num_tiles, int32_t num_w
 
 // A decode step (see plans_inline, cuda/cuda.h) has one tile per sequence head. Where an even share holds the end of
 // one tile and the beginning of another, its worker pays for both in turn. So where tiles differ in cost, each is
-// rounded up to whole shares, if that takes no more workers. (Tiles that are alike mostly fall into whole shares by
-// themselves.) Kernels plan such a step twice over, for a warp and for a block: the decision is here, alike for both.
+// rounded up to whole shares, if that takes no more workers. Kernels plan such a step twice over, for a warp and for a
+// block: the decisions are here, alike for both.
 template <typename Int>
 FLUX_HD bool tiles_differ(Int largest_cost, Int total_cost, int32_t num_tiles) {
   return largest_cost * num_tiles != total_cost;
@@ -352,6 +352,17 @@ FLUX_HD bool tiles_differ(Int largest_cost, Int total_cost, int32_t num_tiles) {
 template <typename Int>
 FLUX_HD Int whole_shares(Int tile_cost, Int share) {
   return (tile_cost + share - 1) / share;
+}
+
+// Where all tiles are alike, each is cut into equally many shares, two at least, if that makes none much larger. The
+// heads of a sequence are then cut at the same places: at any time their workers read the same tokens, whose rows stand
+// beside each other in memory. In short steps the divisions would cost more than that gives.
+constexpr int kLongShare = 32;
+template <typename Int>  // how many, of whole_shares(tile_cost, this) units; 0: the line is cut evenly
+FLUX_HD Int shares_each(Int tile_cost, Int even_share, int32_t num_tiles, int32_t num_workers) {
+  if (even_share < kLongShare || 2 * num_tiles > num_workers) return 0;
+  const Int each = num_workers / num_tiles, share = whole_shares(tile_cost, each);
+  return share <= even_share + even_share / 16 && share * (each - 1) < tile_cost ? each : 0;
 }
 
 // Where a prefill kernel's tiles are cut and there are no more of them than workers, no worker is given parts of two,

@@ -69,7 +69,7 @@ __device__ inline Tile inline_tile(const AttendParams& p, int32_t t) {
 }
 
 // Fills in, from the costs of the tiles, how many workers share them and on which unit of the line each tile begins; by
-// one warp. Tiles are rounded up to whole shares where `tiles_differ`.
+// one warp. Tiles are rounded up to whole shares where `tiles_differ`, or to `shares_each`.
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
@@ -83,7 +83,14 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
   const int64_t end = sum_up_to_lane(own), total = __shfl_sync(~0u, end, 31);
   int32_t workers = sharing_workers(total, num_tiles, num_workers);
   int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
-  if (tiles_differ(int64_t(__reduce_max_sync(~0u, longest)), total, num_tiles)) {
+  longest = __reduce_max_sync(~0u, longest);
+  if (!tiles_differ(int64_t(longest), total, num_tiles)) {
+    if (const auto each = shares_each<int64_t>(longest, total / workers, num_tiles, workers)) {
+      workers = int32_t(each) * num_tiles;
+      share = whole_shares<int64_t>(longest, each);
+      begin = first * each * share;
+    }
+  } else {
     share = ceil_div_64(total, workers);
     int32_t own_shares = 0;
 #pragma unroll 1
@@ -146,7 +153,13 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   const uint32_t total = __reduce_add_sync(~0u, own);  // fits: a tile has 2^31 keys at most, a block 32 at least
   uint32_t workers = sharing_workers(total, num_tiles, num_workers);  // fewer than 2^16
   uint32_t share = total / workers, rest = total % workers;           // rest: units that make some shares larger
-  if (tiles_differ(__reduce_max_sync(~0u, own), total, num_tiles)) {
+  const uint32_t longest = __reduce_max_sync(~0u, own);
+  if (!tiles_differ(longest, total, num_tiles)) {
+    if (const uint32_t each = shares_each(longest, share, num_tiles, int32_t(workers))) {
+      workers = each * num_tiles, share = whole_shares(longest, each), rest = 0;
+      own = lane < num_tiles ? each * share : 0;
+    }
+  } else {
     const uint32_t largest = share + (rest > 0), own_shares = whole_shares(own, largest);
     if (const uint32_t shares = __reduce_add_sync(~0u, own_shares); shares <= workers) {
       own = own_shares * largest;

@@ -195,12 +195,13 @@ class Loader {
                                 int32_t head, int32_t batch) {
     CUTE_UNROLL
     for (int32_t s = 0; s < T::kSlabs; ++s)
-      cute::SM90_TMA_LOAD_4D::copy(&map, full.pointer(), kReuseHint, target + s * T::kKvBlock * T::kSlab, s * T::kSlab,
+      cute::SM90_TMA_LOAD_4D::copy(&map, full.pointer(), kKvHint, target + s * T::kKvBlock * T::kSlab, s * T::kSlab,
                                    row, head, batch);
   }
 
+  // One warpgroup's tile holds all queries of a sequence head, so its keys and values are read once, as queries are.
   static constexpr auto kStreamHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_FIRST);
-  static constexpr auto kReuseHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  static constexpr auto kKvHint = T::kWarpgroups == 1 ? kStreamHint : uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
   const KernelParams& p_;
   typename T::Shared& shared_;
