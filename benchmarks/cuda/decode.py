@@ -160,7 +160,7 @@ def groups() -> list[Group]:
     """The most important cases of each group first."""
     full = [Spec("decode", "full", b, n) for b, n in ((1, 128 * K), (16, 128 * K), (1, 8 * K), (1, 32 * K), (1, M))]
     full += [Spec("decode", "full", b, n) for b in (16, 64) for n in (8 * K, 32 * K)]
-    full += [Spec("decode", "full", 64, 128 * K), Spec("decode", "full", 16, M)]
+    full += [Spec("decode", "full", b, n) for b, n in ((64, 128 * K), (16, M), (16, 2 * K), (64, 2 * K), (4, 32 * K))]
     wide = [
         Spec("decode-wide", "full", b, n, heads=64) for b, n in ((1, 32 * K), (1, 128 * K), (16, 32 * K), (64, 8 * K))
     ]
