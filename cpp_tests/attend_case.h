@@ -65,13 +65,8 @@ inline int64_t layout(Random& random, int32_t unit, bool packed, int64_t batch, 
 
 enum class Layout { kBatched, kPacked, kPaged, kPagedPerHead };
 
-// `unit`: what strides are multiples of.
-inline void random_attend(Random& random, DType dtype, Layout kind, int32_t dim, int32_t unit, ProblemOptions o,
-                          AttendCase& c) {
-  o.packed = kind == Layout::kPacked;
-  o.per_head_lengths = kind == Layout::kPagedPerHead || (kind == Layout::kBatched && random.chance(30));
-  o.block_lists = random.chance(30);
-  random_problem(random, o, c.problem);
+// Tensors for c.problem, which is there. `unit`: what strides are multiples of.
+inline void random_tensors(Random& random, DType dtype, Layout kind, int32_t dim, int32_t unit, AttendCase& c) {
   AttendParams& p = c.params.forward;
   p = c.problem.params;
   p.head_dim = dim;
@@ -143,6 +138,15 @@ inline void random_attend(Random& random, DType dtype, Layout kind, int32_t dim,
   c.params.grad_q.data = c.grad_q.bytes.data();
   c.params.grad_k.data = c.grad_k.bytes.data();
   c.params.grad_v.data = c.grad_v.bytes.data();
+}
+
+inline void random_attend(Random& random, DType dtype, Layout kind, int32_t dim, int32_t unit, ProblemOptions o,
+                          AttendCase& c) {
+  o.packed = kind == Layout::kPacked;
+  o.per_head_lengths = kind == Layout::kPagedPerHead || (kind == Layout::kBatched && random.chance(30));
+  o.block_lists = random.chance(30);
+  random_problem(random, o, c.problem);
+  random_tensors(random, dtype, kind, dim, unit, c);
 }
 
 // Rounding of one number in this dtype.

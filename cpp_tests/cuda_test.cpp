@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attend_case.h"
@@ -58,6 +59,34 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
     attend_on_device(c);
     EXPECT_EQ(c.out.bytes, first) << "the same call gives the same bits";
   }
+}
+
+// A long step with tiles that are alike and do not divide the workers: each is cut into equally many shares.
+TEST(DecodeStep, LongTilesThatAreAlike) {
+  if (!has_gpu()) GTEST_SKIP() << "no GPU";
+#ifdef FLUX_SIMT
+  constexpr simt::DeviceModel kElevenSms{2, 80, 80, 11, 2, 99 * 1024};
+  const auto before = std::exchange(simt::device, kElevenSms);
+  const int32_t heads = 7, kv_len = 7001;
+#else
+  const int32_t heads = 16, kv_len = 40001;
+#endif
+  test::Random random(73);
+  test::AttendCase c;
+  AttendParams& p = c.problem.params;
+  p.batch = 1, p.kv.num_heads = heads, p.q.num_heads = 3 * heads;
+  p.q.max_len = p.q.rows.capacity = 2, p.q.total_rows = 2, p.kv.rows.capacity = kv_len;
+  test::random_tensors(random, DType::kBFloat16, test::Layout::kBatched, 64, 8, c);
+  AttendConfig config;
+  ASSERT_TRUE(configure(c.params.forward, &config).ok());
+  const int32_t cost = ceil_div(kv_len, config.tile.kv_block) + kTileOverhead, workers = config.num_workers;
+  EXPECT_GT(shares_each(cost, cost * heads / workers, heads, workers), 1);
+  EXPECT_NE(workers % heads, 0);
+  attend_on_device(c);
+  test::expect_attended(c, test::expected(c));
+#ifdef FLUX_SIMT
+  simt::device = before;
+#endif
 }
 
 std::string name_of(const testing::TestParamInfo<std::tuple<DType, test::Layout, bool>>& info) {
