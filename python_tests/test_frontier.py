@@ -196,6 +196,19 @@ def test_dense_is_not_the_full_mode(data, tmp_path):
         assert (dense.pattern, full.pattern) == ("", "block_sparse 0.05")
 
 
+@pytest.mark.parametrize("name", ["sparse", "static-layer-0"])
+def test_scoring_that_was_interrupted_goes_on(data, tmp_path, name):
+    """Whatever was drawn before: no router is asked here, and the results know them all the same."""
+    run = options(data, tmp_path, "--static-sparsity", "0.5", "--steps", "1", "--only", name)
+    assert commands.main(run) == 0
+    [results] = (tmp_path / "runs").glob(f"{name}*-results.jsonl")
+    kept = results.read_text().splitlines(keepends=True)[:-2]
+    results.write_text("".join(kept))
+    (tmp_path / "runs" / f"{name}.json").unlink()
+    assert commands.main(run) == 0
+    assert results.read_text().splitlines(keepends=True)[: len(kept)] == kept
+
+
 def test_dense_that_was_scored_by_the_full_mode_is_scored_anew(data, tmp_path):
     """By an earlier version, which noted no attention."""
     run = options(data, tmp_path, "--preset", "xa-ssa", "--only", "dense")

@@ -234,6 +234,7 @@ def _give(
     runs = args.output / "runs"
     if contender.kind == "routed":
         return _routed(args, contender, config, train, test)
+    torch.manual_seed(contender.seed)  # of routers that nobody asks, but by which unfinished results are known again
     if contender.kind == "static":
         from ..training import static
 
