@@ -43,7 +43,8 @@ def frontier(sides: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]
     """Scores against sparsity.
 
     Args:
-        sides: per measure, which names its axis, and per task: points (sparsity, score, how it was routed).
+        sides: per measure, which names its axis, and per task: points (sparsity, score, how it was routed). Lines go
+            from the least sparsity to the greatest, through equal ones in the given order.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def frontier(sides: Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]
     figure = Figure(figsize=(2.2 + 4.2 * len(sides), 4.2), layout="constrained")
     for axes, (measure, lines) in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides.items(), strict=True):
         for task, points in lines.items():
-            ordered = sorted(points)
+            ordered = sorted(points, key=lambda point: point[0])
             axes.plot([x for x, *_ in ordered], [y for _, y, _ in ordered], color=color[task], linewidth=0.8)
             for x, y, mode in points:
                 axes.plot(x, y, mark[mode], color=color[task])
@@ -99,7 +100,8 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    shades = ("#d1495b", "#1f6fb4", "#8c2d75", "#4b3f9e", "#c77c5e", "#5fa8a3", "#e8a33d", "#7a9e3f", "black")
+    shades = ("#d1495b", "#1f6fb4", "#8c2d75", "#4b3f9e", "#c77c5e", "#5fa8a3", "#e8a33d", "#7a9e3f", "black",
+              "#3a9fbf")  # fmt: skip
     colors = {name: shades[i % len(shades)] for i, name in enumerate(names)}
     columns = -(-len(panels) // 2)
     figure = Figure(figsize=(4.6 + 2.1 * columns, 4.9), layout="constrained")
@@ -112,18 +114,18 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
             marks = sorted(lines.get(name, ()))
             if not marks:
                 continue
-            ours = name.startswith("routers")
+            ours, alone = name.startswith("routers"), len(marks) == 1
             axes.errorbar(
                 [m.sparsity for m in marks],
                 [m.height for m in marks],
                 [m.deviation for m in marks],
                 color=colors[name],
-                marker="o" if ours else "x" if len(marks) == 1 else "s",
-                markersize=size * (1 if ours else 0.75),
+                marker="o" if ours else "x" if alone else "s",
+                markersize=size * (1 if ours or alone else 0.75),
                 linewidth=1.6 if ours else 1,
                 linestyle="-" if ours else ":",
                 capsize=2,
-                zorder=3 if ours else 2,
+                zorder=3 if ours else 4 if alone else 2,  # where lines end, a cross is still to be seen
             )
         axes.set_xlim(-0.02, 1.04)
         axes.spines[["top", "right"]].set_visible(False)

@@ -47,8 +47,9 @@ def test_what_the_parser_says_is_what_the_recipe_has(tmp_path):
     ):
         for choice in choices:
             assert getattr(parse([*train, f"--{name.replace('_', '-')}", choice]), name) == choice
-    score = parse(["eval", "--model", "m", "--routers", "r", "--data", "d"])
-    assert tuple(score.modes) == MODES
+    evaluation = ["eval", "--model", "m", "--routers", "r", "--data", "d"]
+    score = parse(evaluation)
+    assert score.modes is None and tuple(parse([*evaluation, "--modes", *MODES]).modes) == MODES
     make = ["make-data", "--model", "m", "--output", "o", "--length", "9"]
     assert parse([*make, "--tasks", *TASKS]).tasks == [*TASKS]
     for split in SPLITS:

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import flux_ext
 from flux_ext import strict_json
-from flux_ext.evaluation import Score, evaluate
+from flux_ext.evaluation import MODES, Score, evaluate, format_table
 from flux_ext.evaluation.report import dense_remark
+from flux_ext.evaluation.results import digest
 from flux_ext.examples import Example
 
 EXAMPLES = [Example("The source of it", " is?", answer, "q") for answer in ("abc", "a")]
@@ -126,6 +127,72 @@ def test_routed_that_equals_dense_is_said():
     scores = [score("a", "dense", 0.0), score("a", "routed", 0.0), score("b", "dense", 0.0), score("b", "routed", 0.1)]
     assert dense_remark(scores).startswith("routed equals dense on a: the routers chose full attention in every layer")
     assert dense_remark(scores[2:]) is None and dense_remark(scores[:1]) is None
+
+
+def test_routed_that_equals_the_full_mode_is_not_called_dense():
+    scores = [Score("a", mode, 1, 1.0, math.nan, 0.0, 1.0, (1.0,), 1.0) for mode in ("dense", "full", "routed")]
+    assert dense_remark(scores, "full").startswith("routed equals full on a: the routers chose the full mode in every")
+
+
+BLOCKS = {"full": "block_sparse", "threshold": 0.1, "block_width": 64}
+
+
+def own_answers(tokenizer, count=4):
+    """Prompts of several blocks, of several lengths, with what the unpatched model writes; and its nats for that."""
+    stock, generator = flux_ext.unpatch(model()), torch.Generator().manual_seed(1)
+    stock.generation_config.eos_token_id = None
+    examples, nats = [], 0.0
+    for i in range(count):
+        prompt = "".join(chr(97 + int(c)) for c in torch.randint(26, (330 + 20 * i,), generator=generator))
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.inference_mode():
+            out = stock.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            logits = stock(out).logits[0, ids.shape[1] - 1 : -1]
+        answer = tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        assert tokenizer(answer, add_special_tokens=False)["input_ids"] == out[0, ids.shape[1] :].tolist()
+        nats += torch.nn.functional.cross_entropy(logits, out[0, ids.shape[1] :], reduction="sum").item()
+        examples.append(Example(prompt, "", answer, "own"))
+    return examples, nats / math.log(2) / sum(len(e.answer.encode()) for e in examples)
+
+
+@pytest.mark.parametrize("forced", [(), ("own",)], ids=["generated", "forced"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"granularity": "head", "pattern": "triangle"}, {"route_on": "first_chunk"}, {"layers_to_route": [0, 2]}],
+    ids=["layer", "head", "chunks", "some"],
+)
+def test_dense_is_the_model_as_it_was_whatever_the_full_mode_is(change, forced):
+    tokenizer = Latin()
+    examples, bits = own_answers(tokenizer)
+    m = model(**BLOCKS, **change)
+    m.generation_config.eos_token_id = None
+    scores = evaluate(m, tokenizer, examples, teacher_forced=forced, batch_size=2, progress=False)
+    assert tuple(s.mode for s in scores) == MODES
+    dense, full, sparse, _ = scores
+    assert dense.accuracy == 1 and dense.bits_per_byte == pytest.approx(bits, rel=1e-4)
+    assert full.accuracy < 1 and abs(full.bits_per_byte / bits - 1) > 0.01
+    assert (dense.sparsity, full.sparsity, sparse.sparsity) == (0, 0, 1) and dense.kv_bytes == full.kv_bytes
+    assert [line.split()[1] for line in format_table(scores).splitlines()[2:]] == [*MODES]
+
+
+def test_where_the_full_mode_is_full_attention_it_is_dense_alone():
+    scores = evaluate(model(), Bytes(), EXAMPLES, generate=False, progress=False)
+    assert [s.mode for s in scores] == ["dense", "sparse", "routed"]
+    message = "modes must be among dense, sparse, routed, got 'full': every route full is dense here"
+    with pytest.raises(ValueError, match=message):
+        evaluate(model(), Bytes(), EXAMPLES, ["full"], progress=False)
+
+
+def test_results_of_dense_that_were_of_the_full_mode_are_replaced(tmp_path):
+    """Earlier versions kept them under this digest."""
+    m, path = model(**BLOCKS), tmp_path / "results.jsonl"
+    options = {"modes": ("dense",), "generate": {"q": False}, "likelihood": {"q": True}, "batch_size": 8}
+    row = {"mode": "dense", "score": None, "text": None, "nats": 0.0, "kv_bytes": 1.0, "full_share": [1.0] * 3}
+    rows = [{"digest": digest(m, Bytes(), EXAMPLES, options)}]
+    rows += [{**row, "example": i, "seconds": 1.0} for i in range(len(EXAMPLES))]
+    path.write_text("".join(json.dumps(x) + "\n" for x in [*rows, {"complete": True}]))
+    [score] = evaluate(m, Bytes(), EXAMPLES, ["dense"], generate=False, progress=False, results=path)
+    assert score.bits_per_byte > 0
 
 
 def test_each_answer_is_compared_up_to_its_own_length():

@@ -93,6 +93,20 @@ def test_the_picture_has_a_panel_per_task_and_one_for_all(tmp_path):
     assert (tmp_path / "f.png").stat().st_size > 1000
 
 
+def test_where_all_full_is_not_dense_static_allocations_begin_with_it():
+    """With another full mode than full attention, none sparse is what that gives."""
+    full = [replace(d, routes="full", pattern="block_sparse 0.9", score=d.score * 0.9) for d in DENSE]
+    found = [p for p in points() if p.measure == "accuracy"] + [p for p in full if p.measure == "accuracy"]
+    large, single, _ = picture(found).axes
+    for axes, height in ((large, 0.9), (single, 0.8 * 0.9)):
+        static = next(x for x in axes.containers if x.lines[0].get_marker() == "s")
+        assert static.lines[0].get_xydata()[0].tolist() == [0, pytest.approx(height)]
+        alone = [x.lines[0].get_xydata().tolist() for x in axes.containers if x.lines[0].get_marker() == "x"]
+        assert [[0, pytest.approx(height)]] in alone
+    labels = [text.get_text() for text in large.figure.legends[0].get_texts()]
+    assert "all by the full mode" in labels and "dense" in labels
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -162,6 +176,50 @@ def test_other_objectives_and_modes_are_contenders_too(data, tmp_path):
     assert len(rows) == 2 and {(r.granularity, r.pattern, r.budget) for r in rows} == {
         ("layer", "triangle 16+192", "0.01")
     }
+
+
+def test_dense_is_not_the_full_mode(data, tmp_path):
+    """Where that is block-sparse it is a contender of its own, and what is kept is kept of full attention."""
+    shared = ("--static", "none", "--budgets", "0.01", "--steps", "1", "--no-calibrate")
+    blocks = ("--preset", "xa-ssa", "--threshold", "0.05", "--block-width", "64")
+    assert commands.main(options(data, tmp_path / "fa", *shared, "--only", "dense")) == 0
+    assert commands.main(options(data, tmp_path / "xa", *shared, *blocks)) == 0
+    want = json.loads((tmp_path / "fa" / "runs" / "dense.json").read_text())["scores"]
+    rows = read_table(tmp_path / "xa" / "frontier.csv")
+    assert [r.routes for r in rows] == [x for x in ("dense", "full", "sparse", "routed") for _ in range(2)]
+    for task in ("continuation", "retrieval"):
+        dense, full, _, routed = (r for r in rows if r.task == task)
+        [true] = [s[dense.measure] for s in want if s["task"] == task]
+        assert dense.score == pytest.approx(true) and {r.dense_score for r in rows if r.task == task} == {dense.score}
+        assert dense.kept == 1 and full.kept < 1 and full.sparsity == routed.sparsity == 0
+        assert routed.score == full.score  # routers that are hardly trained choose full
+        assert (dense.pattern, full.pattern) == ("", "block_sparse 0.05")
+
+
+@pytest.mark.parametrize("name", ["sparse", "static-layer-0"])
+def test_scoring_that_was_interrupted_goes_on(data, tmp_path, name):
+    """Whatever was drawn before: no router is asked here, and the results know them all the same."""
+    run = options(data, tmp_path, "--static-sparsity", "0.5", "--steps", "1", "--only", name)
+    assert commands.main(run) == 0
+    [results] = (tmp_path / "runs").glob(f"{name}*-results.jsonl")
+    kept = results.read_text().splitlines(keepends=True)[:-2]
+    results.write_text("".join(kept))
+    (tmp_path / "runs" / f"{name}.json").unlink()
+    assert commands.main(run) == 0
+    assert results.read_text().splitlines(keepends=True)[: len(kept)] == kept
+
+
+def test_dense_that_was_scored_by_the_full_mode_is_scored_anew(data, tmp_path):
+    """By an earlier version, which noted no attention."""
+    run = options(data, tmp_path, "--preset", "xa-ssa", "--only", "dense")
+    assert commands.main(run) == 0
+    file = tmp_path / "runs" / "dense.json"
+    found = json.loads(file.read_text())
+    assert found.pop("attention") == "full"
+    file.write_text(json.dumps({**found, "scores": []}))
+    assert commands.main(run) == 0
+    scored = json.loads(file.read_text())["scores"]
+    assert [s["accuracy"] for s in scored] == [s["accuracy"] for s in found["scores"]] and len(scored) == 2
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from flux_ext.examples import Example
 from flux_ext.operators import prompt_and_answer
 from flux_ext.operators.patterns import dense_mask
 from flux_ext.training import Recipe, RouterDataset
+from flux_ext.training.report import dense_remark
 
 
 def test_what_is_hidden_of_a_prompt() -> None:
@@ -127,6 +128,16 @@ def test_training(tmp_path: Path, preset: str, objective: Any, packed: bool, gra
     trainer.save_model()
     saved = FluxRouters.from_pretrained(tmp_path).config
     assert {name: getattr(saved, name) for name in PRESETS[preset]} == PRESETS[preset]
+
+
+@pytest.mark.parametrize("preset, words", [("fa-ssa", "dense so far"), ("xa-ssa", "the full mode so far")])
+def test_routed_that_is_all_full_is_called_what_it_is(tmp_path: Path, preset: str, words: str) -> None:
+    model = tiny_training.model(**PRESETS[preset], block_width=64)
+    for router in flux_ext.get_routers(model).layers:
+        router.classifier[-1].bias.data[1] = 100.0
+    trainer = tiny_training.trainer(tmp_path, model, Recipe(whiten=0, start_bias=100), max_steps=1)
+    trainer.train()
+    assert str(dense_remark(trainer)).startswith(f"routed equals {words}: for all of the latest 4 sequences")
 
 
 def test_changed_after_training() -> None:

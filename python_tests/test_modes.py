@@ -14,7 +14,7 @@ from torch import Tensor
 import flux_ext
 from flux_ext import FluxCache, FluxConfig, FluxStaticCache
 from flux_ext.models import patching
-from flux_ext.transformers_seam import CACHE
+from flux_ext.transformers_seam import CACHE, cache_of
 
 NUMBERS: dict[str, Any] = {"sink": 4, "window": 24, "last_q": 9, "threshold": 0.6, "block_width": 64, "pool_size": 20}
 """A pattern that hides most of the tests' prompts, and block lists that leave out many blocks."""
@@ -186,3 +186,26 @@ def test_fractional_routes(mode: str) -> None:
         got = model(torch.tensor([alone]), use_cache=False).logits[0]
     want = MaskedTwin(stock(), config, weights).logits(alone, 280)
     torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("mode", ["xa-ssa", "xa-xa, aligned", "own-ssa"])
+def test_dense_whatever_the_full_mode_is(mode: str, chunks: bool) -> None:
+    """Within the block the model is what it was unpatched, over either cache and over none; chunks of a prompt too."""
+    config = dataclasses.replace(MODES[mode], route_on="first_chunk" if chunks else "prompt")
+    ids, mask, _ = prompts()
+    model, want = flux_ext.patch(stock(), config), stock()
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    tokens = want.generate(ids, **options)
+    with patching.dense(model):
+        for more in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+            assert torch.equal(model.generate(ids, **options, **more), tokens), more
+        first = model(ids[:, :200], attention_mask=mask[:, :200], use_cache=True)
+        if chunks:
+            rest = model(ids[:, 200:], attention_mask=mask, **{CACHE: cache_of(first)}).logits
+            torch.testing.assert_close(rest, want(ids, attention_mask=mask).logits[:, 200:], atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="the cache was made for other settings than this model's .full: "):
+        model(ids[:, 200:], attention_mask=mask, **{CACHE: cache_of(first)})
+    with flux_ext.routes(model, "full"):
+        blocks = model(ids, attention_mask=mask, use_cache=False).logits
+    assert not torch.allclose(blocks[:, -1], want(ids, attention_mask=mask).logits[:, -1], atol=1e-2)

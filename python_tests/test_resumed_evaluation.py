@@ -10,7 +10,7 @@ import torch
 from tiny_training import Bytes, model
 
 import flux_ext
-from flux_ext.evaluation import MODES, Score, evaluate, report
+from flux_ext.evaluation import Score, evaluate, report
 from flux_ext.evaluation.results import ResultsFile, digest
 from flux_ext.examples import Example
 
@@ -160,6 +160,7 @@ def test_progress_shows_figures(capsys, tmp_path):
 # Reports
 
 
+MODES = "dense", "sparse", "routed"
 SCORES = [
     Score(task, mode, 4, accuracy, bits, sparsity, 1024.0, (0.0, 1.0 - sparsity), 2.0)
     for task, accuracy, bits in (("single", 0.5, math.nan), ("prose", math.nan, 1.25))
@@ -188,6 +189,14 @@ def test_the_picture_has_a_side_per_measure():
     assert {tuple(map(float, line.get_xydata()[0])) for line in right.lines[1:]} == {(0, 1.25), (1, 1.25), (0.75, 1.25)}
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["single", "prose", *MODES]
     assert len(report.frontier(SCORES[:3]).axes) == 1
+
+
+def test_the_line_goes_through_dense_before_the_full_mode():
+    """Whichever is better: both have no sparsity, and what is routed follows from the latter."""
+    for accuracy in (0.4, 0.6):
+        full = replace(SCORES[0], mode="full", accuracy=accuracy)
+        [axes] = report.frontier([SCORES[2], full, SCORES[0]]).axes
+        assert axes.lines[0].get_ydata().tolist() == [0.5, accuracy, 0.5]
 
 
 def test_without_routers_no_heat_map(tmp_path):

@@ -135,4 +135,4 @@ def training_and_evaluation(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     assert_type(scores, list[Score])
     assert_type(format_table(scores), str)
     assert_type(flux_ext.evaluate(model, tokenizer, examples), list[Score])
-    evaluate(model, tokenizer, examples, ["full"])  # type: ignore[list-item]
+    evaluate(model, tokenizer, examples, ["half"])  # type: ignore[list-item]

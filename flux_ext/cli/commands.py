@@ -300,7 +300,7 @@ def _train(args: argparse.Namespace) -> None:
     if held_out:
         from ..evaluation import evaluate
 
-        _print_scores(evaluate(model, tokenizer, held_out, batch_size=args.batch_size))
+        _print_scores(model, evaluate(model, tokenizer, held_out, batch_size=args.batch_size))
 
 
 def _check_resume(
@@ -388,17 +388,17 @@ def _eval(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         results=report.files_of(args.output)["results"] if args.output else None,
     )
-    _print_scores(scores)
+    _print_scores(model, scores)
     if args.output:
         report.write_report(scores, args.output)
 
 
-def _print_scores(scores: Sequence[Score]) -> None:
-    from ..evaluation import format_table
+def _print_scores(model: PreTrainedModel, scores: Sequence[Score]) -> None:
+    from ..evaluation import format_table, modes_of
     from ..evaluation.report import dense_remark
 
     print(format_table(scores))
-    if remark := dense_remark(scores):
+    if remark := dense_remark(scores, "full" if "full" in modes_of(model) else "dense"):
         print(remark)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .. import FluxConfig, get_routers, patch, pictures, strict_json
 from ..caches.summary import LEGEND, letters
-from ..evaluation import MODES, Score, evaluate, format_table, tasks
+from ..evaluation import Score, evaluate, format_table, tasks
 from ..examples import Example
 from ..training import FluxTrainer, Recipe, RouterDataset, training_arguments
 from ..training.config import ObjectiveName
@@ -180,7 +180,7 @@ class Verdict(NamedTuple):
 def verdicts(scores: Sequence[Score]) -> list[Verdict]:
     """What the demonstration is expected to show, and whether it did."""
     by = {(s.task, s.mode): s for s in scores}
-    dense, sparse, routed = (by[tasks.RETRIEVAL, mode] for mode in MODES)
+    dense, sparse, routed = (by[tasks.RETRIEVAL, mode] for mode in ("dense", "sparse", "routed"))
     code, routed_code = by[tasks.CONTINUATION, "dense"], by[tasks.CONTINUATION, "routed"]
     more_bits = routed_code.bits_per_byte / code.bits_per_byte - 1
     return [

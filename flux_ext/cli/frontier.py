@@ -1,9 +1,9 @@
 """``flux-ext frontier``: routers of several budgets, and what does not look at the input beside them, on one picture.
 
-Every contender is scored on the same held-out examples: the model dense, all sparse, static allocations
-(:mod:`flux_ext.training.static`), and routers trained for each granularity, budget and seed. What one has given is a
-file of its own, so that an interrupted run goes on and several processes can share the work; the table and the picture
-are made of all that are there.
+Every contender is scored on the same held-out examples: the model dense, all by the full mode where that is another
+than full attention, all sparse, static allocations (:mod:`flux_ext.training.static`), and routers trained for each
+granularity, budget and seed. What one has given is a file of its own, so that an interrupted run goes on and several
+processes can share the work; the table and the picture are made of all that are there.
 
 ======================= ===========================================================================
 ``frontier.csv``         a row per task and contender (of static ones, per sparsity)
@@ -61,7 +61,7 @@ class Contender:
     """One way to route."""
 
     kind: str
-    """``"dense"``, ``"sparse"``, ``"static"`` or ``"routed"``."""
+    """``"dense"``, ``"full"``, ``"sparse"``, ``"static"`` or ``"routed"``."""
     granularity: str = ""
     budget: str = ""
     """As it was given: ``0.01`` or ``0.02nats,prose=0.01nats``."""
@@ -77,7 +77,7 @@ class Contender:
     @property
     def name(self) -> str:
         """Of its files."""
-        if self.kind in ("dense", "sparse"):
+        if self.kind in ("dense", "full", "sparse"):
             return self.kind
         budget = self.budget.replace(",", "+")
         return "-".join([self.routes, self.granularity, *([budget] if budget else []), str(self.seed)])
@@ -87,7 +87,8 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     """Those that the options ask for, seed by seed, so that an interrupted run has whole seeds."""
     from ..training import Recipe
 
-    found = [Contender("dense"), Contender("sparse")]
+    whole = ["dense", "sparse"] if _full_is_dense(args) else ["dense", "full", "sparse"]
+    found = [Contender(kind) for kind in whole]
     for seed in args.seeds:
         found += [Contender("static", granularity, seed=seed) for granularity in args.static if granularity != "none"]
         found += [
@@ -128,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     runs = args.output / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     _check_settings(args, runs / "settings.json")
-    missing = [c for c in wanted if not _file(args.output, c).exists()]
+    missing = [c for c in wanted if not _there(args, c)]
     if args.jobs > 1 and len(missing) > 1:
         _share_out(args, missing)
     elif missing:
@@ -155,6 +156,19 @@ def report(args: argparse.Namespace, wanted: Sequence[Contender]) -> None:
 
 def _file(output: Path, contender: Contender) -> Path:
     return output / "runs" / f"{contender.name}.json"
+
+
+def _there(args: argparse.Namespace, contender: Contender) -> bool:
+    """Whether it is known what a contender gave. Dense was once scored by the full mode: where that is another than
+    full attention, a file that does not say by what it was scored does not count."""
+    file = _file(args.output, contender)
+    if contender.kind != "dense" or not file.exists() or _full_is_dense(args):
+        return file.exists()
+    return "attention" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def _full_is_dense(args: argparse.Namespace) -> bool:
+    return config_of(args, granularity="layer").full == "full"
 
 
 def _write(path: Path, value: object) -> None:
@@ -220,6 +234,7 @@ def _give(
     runs = args.output / "runs"
     if contender.kind == "routed":
         return _routed(args, contender, config, train, test)
+    torch.manual_seed(contender.seed)  # of routers that nobody asks, but by which unfinished results are known again
     if contender.kind == "static":
         from ..training import static
 
@@ -233,7 +248,8 @@ def _give(
     model, tokenizer = load_model(args, config)
     file = runs / f"{contender.name}-results.jsonl"
     scores = [asdict(s) for s in _scores(args, model, tokenizer, test, contender.kind, file)]
-    return {**asdict(contender), "training_seconds": None, "scores": scores}
+    attention = _pattern(config, contender.kind) or "full"
+    return {**asdict(contender), "attention": attention, "training_seconds": None, "scores": scores}
 
 
 def _routed(
@@ -429,10 +445,10 @@ def _chunks(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def _points(args: argparse.Namespace, wanted: Sequence[Contender]) -> Iterator[Point]:
     """What is there of the contenders, as rows of the table."""
-    there = [c for c in wanted if _file(args.output, c).exists()]
+    there = [c for c in wanted if _there(args, c)]
     given = {c: json.loads(_file(args.output, c).read_text(encoding="utf-8")) for c in there}
     dense = {s["task"]: s for c, x in given.items() if c.kind == "dense" for s in x["scores"]}
-    pattern = _pattern(config_of(args, granularity="layer"))
+    config = config_of(args, granularity="layer")
     for c, found in given.items():
         for s in found["scores"]:
             measure = "bits_per_byte" if s["accuracy"] is None else "accuracy"
@@ -441,7 +457,7 @@ def _points(args: argparse.Namespace, wanted: Sequence[Contender]) -> Iterator[P
                 task=s["task"],
                 routes=c.routes,
                 granularity=c.granularity,
-                pattern="" if c.kind == "dense" else pattern,
+                pattern=_pattern(config, c.kind),
                 budget=s.get("budget", c.budget),
                 seed=c.seed,
                 examples=s["examples"],
@@ -452,7 +468,11 @@ def _points(args: argparse.Namespace, wanted: Sequence[Contender]) -> Iterator[P
             )
 
 
-def _pattern(config: FluxConfig) -> str:
-    """What sparse attention sees, in the table; behind it what full attention is, where it is not full."""
-    numbers = f"{config.threshold:g}" if config.pattern == "block_sparse" else f"{config.sink}+{config.window}"
-    return f"{config.pattern} {numbers}{'' if config.full == 'full' else f' beside {config.full}'}"
+def _pattern(config: FluxConfig, kind: str = "routed") -> str:
+    """What the table says of a contender: nothing of dense, of full the full mode, of all others what sparse attention
+    sees; behind it what the full mode is, where it is another than full attention."""
+    blocks = f"block_sparse {config.threshold:g}"
+    if kind in ("dense", "full"):
+        return "" if kind == "dense" else blocks
+    sparse = blocks if config.pattern == "block_sparse" else f"{config.pattern} {config.sink}+{config.window}"
+    return sparse if config.full == "full" else f"{sparse} beside {config.full}"

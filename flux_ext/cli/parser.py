@@ -239,7 +239,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--packed", action="store_true", help="pack sequences into one row instead of padding them")
     device(add)
 
-    add = command("eval", "score a model and its routers: dense, all sparse and routed")
+    add = command("eval", "score a model and its routers: dense, all full, all sparse and routed")
     add("--model", required=True, help="folder or hub name of a causal language model")
     add("--routers", required=True, help="folder or hub name of its routers")
     add(
@@ -252,9 +252,9 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add(
         "--modes",
         nargs="+",
-        default=["dense", "sparse", "routed"],
-        choices=["dense", "sparse", "routed"],
-        help="what to score",
+        choices=["dense", "full", "sparse", "routed"],
+        help="what to score: full attention everywhere, every route full (where the full mode is another than full "
+        "attention: otherwise that is dense), every route sparse, as the routers decide (default: all there are)",
     )
     add("--examples", type=options.COUNT, help="of each task the first so many (default: all)")
     add(

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import patch, pictures
-from ..evaluation import MODES, Score, evaluate, format_table
+from ..evaluation import Score, evaluate, format_table
 from ..evaluation.report import files_of, write_report
 from ..evaluation.ruler import make_examples
 from ..examples import Example
@@ -125,12 +125,12 @@ def _show(asked: list[Example], results: Path) -> None:
         if not example.answers:
             continue
         print(f"\n{example.question.strip().splitlines()[-1]} ... right: {example.answer.strip()}")
-        for mode in MODES:
+        for mode, name in NAMES.items():
             r = given[i, mode]
             text = " ".join(r["text"].split())
             right = "right" if r["score"] == 1 else "wrong"
             sparsity = 1 - sum(r["full_share"]) / len(r["full_share"])
             print(
-                f"  {NAMES[mode]:<10}  {right}  {text:<32.32}  {r['seconds']:5.1f} s, "
+                f"  {name:<10}  {right}  {text:<32.32}  {r['seconds']:5.1f} s, "
                 f"{r['kv_bytes'] / 1e6:5.1f} MB of keys and values, {sparsity:4.0%} sparse"
             )

@@ -22,12 +22,13 @@ class Point:
 
     task: str
     routes: str
-    """``"dense"``, ``"sparse"``, ``"static"`` (the same layers or heads for all inputs), ``"routed"``, or ``"soft"`` or
-    ``"straight_through"``: routers that learnt with this objective."""
+    """``"dense"``, ``"full"`` (every route is; where the full mode is another than full attention), ``"sparse"``,
+    ``"static"`` (the same layers or heads for all inputs), ``"routed"``, or ``"soft"`` or ``"straight_through"``:
+    routers that learnt with this objective."""
     granularity: str
     """``"layer"`` or ``"head"``; empty where everything is routed alike."""
     pattern: str
-    """What sparse attention sees; empty where there is none."""
+    """What sparse attention sees, and with routes ``"full"`` the full mode; empty where everything is seen."""
     budget: str
     """That the routers keep to, as it was given; behind it that of their training, where it is another. Empty without
     one."""
@@ -38,7 +39,8 @@ class Point:
     """``"accuracy"`` (more is better) or ``"bits_per_byte"`` (less is)."""
     score: float
     dense_score: float
-    """Of the dense model on the same examples; NaN where it was not run."""
+    """Of the dense model, with full attention whatever the full mode is, on the same examples; NaN where it was not
+    run."""
     sparsity: float
     """Mean share of sparse attention over layers and heads."""
 
@@ -142,6 +144,7 @@ LINES = {
     ("static", "head"): "static heads",
     ("static", "layer"): "static layers",
     ("sparse", ""): "all sparse",
+    ("full", ""): "all by the full mode",
 }
 """What is drawn, by routes and granularity, and what it is called."""
 LEAST = 0.05
@@ -154,6 +157,7 @@ def picture(points: Sequence[Point]) -> Figure:
     found = spreads(points)
     tasks = list(dict.fromkeys(p.task for p in points))
     dense = {p.task: p for p in points if p.routes == "dense"}
+    none_sparse = dense | {p.task: p for p in points if p.routes == "full"}
     telling = [t for t in tasks if t in dense and (dense[t].measure != "accuracy" or dense[t].score >= LEAST)]
     overview: dict[str, list[pictures.Mark]] = {}
     panels: dict[str, dict[str, list[pictures.Mark]]] = {task: {} for task in tasks}
@@ -174,10 +178,10 @@ def picture(points: Sequence[Point]) -> Figure:
                 lines[label] += ends
     for label in (LINES["static", "head"], LINES["static", "layer"]):
         if label in overview:
-            overview[label].append(pictures.Mark(0, 1))
+            overview[label].append(pictures.Mark(0, fmean(none_sparse[t].kept for t in telling)))
         for task, lines in panels.items():
-            if label in lines and task in dense:
-                lines[label].append(pictures.Mark(0, dense[task].score))
+            if label in lines and task in none_sparse:
+                lines[label].append(pictures.Mark(0, none_sparse[task].score))
     return pictures.quality(
         overview,
         {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import pictures, strict_json
-from .results import MODES
+from .results import MODES, Mode
 from .runner import Score
 
 if TYPE_CHECKING:
@@ -52,13 +52,19 @@ def write_report(scores: Sequence[Score], output: Path) -> None:
         pictures.routes(routed).savefig(files["routes"], dpi=150)
 
 
-def dense_remark(scores: Sequence[Score]) -> str | None:
-    """Why a task's routed scores are its dense ones, where they are because all its routes were full; else None."""
+def dense_remark(scores: Sequence[Score], full: Mode = "dense") -> str | None:
+    """Why a task's routed scores are its dense ones, where they are because all its routes were full; else None.
+
+    Args:
+        scores: from :func:`~flux_ext.evaluation.evaluate`.
+        full: the mode that all routes full are: ``"full"`` where the full mode is another than full attention.
+    """
     tasks = [s.task for s in scores if s.mode == "routed" and s.sparsity == 0]
     if not tasks:
         return None
     return (
-        f"routed equals dense on {', '.join(tasks)}: the routers chose full attention in every layer and example, "
+        f"routed equals {full} on {', '.join(tasks)}: the routers chose "
+        f"{'full attention' if full == 'dense' else 'the full mode'} in every layer and example, "
         "as new ones do. Training may have shown some sparsity all the same, because its sampling explores; in use "
         "argmax decides. Train for more steps, or with a larger budget or target"
     )

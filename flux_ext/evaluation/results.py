@@ -21,8 +21,20 @@ from torch import nn
 from ..examples import Example, Tokenizer
 from ..models import patching
 
-Mode = Literal["dense", "sparse", "routed"]
-MODES: tuple[Mode, ...] = ("dense", "sparse", "routed")
+Mode = Literal["dense", "full", "sparse", "routed"]
+MODES: tuple[Mode, ...] = ("dense", "full", "sparse", "routed")
+"""In the order of tables: full attention everywhere, every route full, every route sparse, as the routers decide."""
+
+
+def modes_of(model: nn.Module) -> tuple[Mode, ...]:
+    """What can be told apart in a patched model: all modes, or, where the full mode is full attention and every route
+    full is dense, all but ``"full"``.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    dense = patching.get_routers(model).config.full == "full"
+    return tuple(mode for mode in MODES if mode != "full" or not dense)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores a patched model on examples: dense, all sparse, or as its routers decide.
+"""Scores a patched model on examples: dense, all full, all sparse, or as its routers decide.
 
 Every example is scored the way it would be used: the prompt is read into a cache (the routers decide from
 the prompt alone, sparse layers drop what they cannot see), then the answer is generated or continued from
@@ -26,9 +26,7 @@ from ..examples import Example, Tokenizer, as_examples, tokenized
 from ..models import patching
 from ..transformers_seam import CACHE, KEEP_LOGITS, cache_of, kept_logits
 from . import metrics
-from .results import MODES, Mode, Result, ResultsFile, digest
-
-_ROUTES = {"dense": "full", "sparse": "sparse"}
+from .results import MODES, Mode, Result, ResultsFile, digest, modes_of
 
 
 class DecodingTokenizer(Tokenizer, Protocol):
@@ -63,7 +61,7 @@ def evaluate(
     model: nn.Module,
     tokenizer: DecodingTokenizer,
     examples: Iterable[Example | Mapping[str, Any]],
-    modes: Sequence[Mode] = MODES,
+    modes: Sequence[Mode] | None = None,
     *,
     generate: bool | Mapping[str, bool] = True,
     likelihood: bool | Mapping[str, bool] = True,
@@ -79,7 +77,9 @@ def evaluate(
         tokenizer: its tokenizer.
         examples: prompts and answers, also as dicts of their columns; batches hold one task each and may be ragged.
             The examples of a task have the same metric.
-        modes: ``"dense"`` (all full), ``"sparse"`` (all sparse), ``"routed"``.
+        modes: ``"dense"`` (full attention, whatever the full mode is), ``"full"`` (every route full; refused where the
+            full mode is full attention, as that is dense), ``"sparse"`` (every route sparse), ``"routed"``. None: all
+            that the model has.
         generate: whether answers are generated greedily and compared, for all tasks or by task; never those whose
             metric is ``"likelihood"``. Otherwise ``accuracy`` is NaN.
         likelihood: whether the right answers' code length is measured, likewise. Otherwise ``bits_per_byte`` is NaN.
@@ -98,17 +98,19 @@ def evaluate(
     it was found in.
 
     Raises:
-        ValueError: there are no examples, one has no tokens, a mode is unknown, a task is neither to be generated nor
-            measured or has several metrics, the model is not patched, or ``results`` is something else.
+        ValueError: there are no examples, one has no tokens, the model is not patched or lacks a mode, a task is
+            neither to be generated nor measured or has several metrics, or ``results`` is something else.
     """
     examples = as_examples(examples)
     if not examples:
         raise ValueError("examples must not be empty")
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        raise ValueError(f"modes must be among {', '.join(MODES)}, got {unknown[0]!r}")
+    known_modes = modes_of(model)
+    modes = known_modes if modes is None else modes
+    if unknown := [mode for mode in modes if mode not in known_modes]:
+        why = ": every route full is dense here, as FluxConfig.full is 'full'" if unknown[0] == "full" else ""
+        raise ValueError(f"modes must be among {', '.join(known_modes)}, got {unknown[0]!r}{why}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    patching.get_routers(model)
     tasks = sorted({e.task for e in examples})
     generates, measures = (
         {t: x.get(t, False) if isinstance(x, Mapping) else x for t in tasks} for x in (generate, likelihood)
@@ -132,6 +134,8 @@ def evaluate(
         }
         if forced := sorted(set(teacher_forced) & set(tasks)):
             options["teacher_forced"] = forced
+        if "dense" in modes and "full" in known_modes:  # once scored by the full mode: those are other results
+            options["dense"] = "full attention"
         store = ResultsFile(results, digest(model, tokenizer, examples, options))
     known = {(r.mode, r.example): r for r in store.results} if store else {}
     scores = []
@@ -215,7 +219,7 @@ def _results(
     points: Sequence[float | None] = [None] * len(batch)
     said: Sequence[str | None] = [None] * len(batch)
     nats: Sequence[float | None] = [None] * len(batch)
-    with patching.routes(model, _ROUTES[mode]) if mode in _ROUTES else contextlib.nullcontext():
+    with _attending(model, mode):
         new: Sequence[Sequence[int]] | None = None
         if generate and not forced:
             lengths = [
@@ -240,6 +244,13 @@ def _results(
         Result(mode, i, points[b], said[b], nats[b], kept / len(batch), tuple(shares[b]), seconds)
         for b, i in enumerate(batch)
     ]
+
+
+def _attending(model: nn.Module, mode: Mode) -> contextlib.AbstractContextManager[None]:
+    """The block in which the model attends as the mode says."""
+    if mode == "routed":
+        return contextlib.nullcontext()
+    return patching.dense(model) if mode == "dense" else patching.routes(model, mode)
 
 
 def _pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

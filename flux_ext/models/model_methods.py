@@ -77,7 +77,7 @@ class ModelMethods:
                 call = transformers_seam.arguments_of(
                     self.model, "_prepare_cache_for_generation", generation_config, model_kwargs, *args, **kwargs
                 )
-                cache = FluxStaticCache(self.model.config, patch.config, call["max_cache_length"])
+                cache = FluxStaticCache(self.model.config, patch.settings, call["max_cache_length"])
             else:
                 cache = patch.new_cache()
             model_kwargs[CACHE] = cache

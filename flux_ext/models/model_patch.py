@@ -75,6 +75,7 @@ class Patch:
         heads = proof.heads(type(model).__name__, {i: views[i] for i in self.full_layers}, self.text_config)
         self.num_q_heads, self.num_kv_heads, self.head_dim = heads
         self.config = self._fill(routers if isinstance(routers, FluxConfig) else routers.config)
+        self.dense_config = dataclasses.replace(self.config, full="full")
         taps = self._find_taps(attentions, views)
         if isinstance(routers, FluxConfig):
             with torch.inference_mode(False):  # they are to be trained one day
@@ -193,12 +194,12 @@ class Patch:
         """With every route full, and full attention in the full mode, the patched model is the model it was."""
         local = self.local
         local.policy = lambda place, logits: torch.zeros(len(logits), dtype=torch.int32)
-        local.proving = True
+        local.dense = True
         try:
             evidence.compare(self.new_cache(), self.cache_name)
         finally:
             local.policy = local.last.decisions = None
-            local.proving = False
+            local.dense = False
 
     def remove(self) -> None:
         """Undoes everything."""
@@ -279,9 +280,15 @@ class Patch:
         if (cache := cache_of(kwargs)) is not None:
             cache.unfinished = False
 
+    @property
+    def settings(self) -> FluxConfig:
+        """What this thread's forwards attend by, and caches are made for: the configuration, but that the full mode of
+        dense ones is full attention."""
+        return self.dense_config if self.local.dense else self.config
+
     def new_cache(self) -> FluxCache:
         """An empty cache for this model."""
-        return FluxCache(self.model.config, self.config)
+        return FluxCache(self.model.config, self.settings)
 
     def check_cache(self, cache: Any) -> None:
         """TypeError or ValueError where a cache is of another kind, or made for other settings or another model."""
@@ -289,9 +296,10 @@ class Patch:
             return
         if not isinstance(cache, FluxCache):
             raise TypeError(f"a patched model needs a flux_ext.FluxCache as its cache, got {type(cache).__name__}")
-        if cache.flux is self.config or torch.compiler.is_compiling():
+        settings = self.settings
+        if cache.flux is settings or torch.compiler.is_compiling():
             return
-        difference = self.config.differences(cache.flux)
+        difference = settings.differences(cache.flux)
         if len(cache.layers) != self.num_cache_layers:
             difference = f"layers: {self.num_cache_layers} and {len(cache.layers)}"
         if difference:
@@ -299,7 +307,7 @@ class Patch:
                 f"the cache was made for other settings than this model's ({difference}): give it model.config and "
                 "flux_ext.get_routers(model).config"
             )
-        cache.flux = self.config  # of a copy, say: known from now on
+        cache.flux = settings  # of a copy, say: known from now on
 
     def check_checkpointing(self) -> None:
         """Reentrant checkpointing runs the forward without a graph, so routers would silently get no gradient."""

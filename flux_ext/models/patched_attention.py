@@ -45,8 +45,8 @@ class ThreadState(threading.local):
             made again when checkpointing recomputes the layer would hold on to what was recomputed for it.
         policy, prompt_lengths, shard: what callers have set for the forwards of this thread.
         last: what is known of the last forward.
-        proving: whether the full mode is full attention whatever the configuration says, to be compared with the model
-            as it was.
+        dense: whether the full mode is full attention whatever the configuration says, to be compared with the model as
+            it was.
     """
 
     # Set here, once in every thread, and not as attributes of the class: torch 2.11 compiles the class's values in,
@@ -60,7 +60,7 @@ class ThreadState(threading.local):
         self.prompt_lengths: Tensor | None = None
         self.shard: Shard | None = None
         self.last = LastForward()
-        self.proving = False
+        self.dense = False
 
     def __deepcopy__(self, memo: Any) -> ThreadState:
         return ThreadState()
@@ -126,7 +126,7 @@ class PatchedAttention:
         if self.place is None:
             dense = Routing(None, DENSE, DENSE)
             return dense, dense
-        full = DENSE if self.patch.local.proving else self.full
+        full = DENSE if self.patch.local.dense else self.full
         return Routing(route, full, self.sparse), Routing(route, DENSE, self.decode)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -289,6 +289,21 @@ def routes(model: nn.Module, route: str | Tensor, *, everywhere: bool = False) -
 
 
 @contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Full attention everywhere within a ``with`` block, in this thread, whatever the full mode is: the model as it was
+    before :func:`patch`, up to rounding.
+
+    Where the full mode is another, prompts that were read in here have caches of their own: a cache is refused on the
+    other side.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    with _setting(model, "dense", True), routes(model, "full"):
+        yield
+
+
+@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """As ``model.eval()`` within a ``with`` block; afterwards each module is in the mode it was found in."""
     training = [module for module in model.modules() if module.training]

@@ -3,6 +3,9 @@
 The price (nats per unit of sparsity) is the dual variable of ``mean(routed loss - dense loss) <= budget``: it rises
 while less is lost than may be, and falls while more is. What counts is the loss under the routes that are used
 afterwards, the routers' own choices, not under those that training draws to explore.
+
+The dense loss is that of every route full, so of the full mode: where ``FluxConfig.full`` is not ``"full"``, what that
+mode loses against full attention is in none of these figures.
 """
 
 from __future__ import annotations
@@ -138,7 +141,8 @@ class Price(nn.Module):
 
 
 class DenseLosses:
-    """The loss of each sequence with everything full: measured when first asked for, and kept.
+    """The loss of each sequence with every route full, whatever the full mode is: measured when first asked for, and
+    kept.
 
     Kept by a digest of the tokens and labels, which any collator, order of the examples, number of epochs and number of
     processes leaves as it is; examples that were changed are measured anew.

@@ -69,8 +69,9 @@ class Recipe:
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
             forward, soft gradient). None: what kept most on a real model (docs/evaluation.md), straight-through for
             routers per head, counterfactuals for routers per layer.
-        budget: how much more the answers' loss may be than with everything full, in the mean over the data, under the
-            routers' own choices; None: 0.01, where there are no targets.
+        budget: how much more the answers' loss may be than with every route full (the dense loss; of the full mode,
+            where ``FluxConfig.full`` is not ``"full"``), in the mean over the data, under the routers' own choices;
+            None: 0.01, where there are no targets.
         budget_unit: ``"share"`` of the mean dense loss (0.01 is one percent), or ``"nats"`` per answer token.
         budgets: tasks that have a budget of their own, in the same unit, and so a price of their own. 0: only what
             costs nothing is sparse.

@@ -197,7 +197,7 @@ def log_odds(logits: Tensor) -> Tensor:
 
 
 def full_route(layer: int, logits: Tensor) -> Tensor:
-    """The policy of the dense model: everything full."""
+    """Every route full: the policy of the dense model, or of the full mode where that is not full attention."""
     return torch.zeros_like(logits[..., 0], dtype=torch.int32)
 
 

@@ -70,9 +70,12 @@ def dense_remark(trainer: FluxTrainer) -> str | None:
     watch, sums = trainer.monitor.routes, dict(zip(SUMS, trainer.monitor.recent.sums().sum(1).tolist(), strict=True))
     if not watch.count or watch.sparsity > 0:
         return None
+    equal, everywhere = "dense", "full attention everywhere"
+    if trainer.routers.config.full != "full":
+        equal, everywhere = "the full mode", "the full mode everywhere"
     return (
-        f"routed equals dense so far: for all of the latest {watch.count} sequences the routers' own choice was full "
-        f"attention everywhere. Training took sparse {sums['sparsity'] / sums['count']:.0%} of the time because its "
+        f"routed equals {equal} so far: for all of the latest {watch.count} sequences the routers' own choice was "
+        f"{everywhere}. Training took sparse {sums['sparsity'] / sums['count']:.0%} of the time because its "
         "sampling explores; in use argmax decides, and no router holds sparse for the likelier yet. Train for more "
         "steps, or with a larger budget or target"
     )
