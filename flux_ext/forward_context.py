@@ -48,6 +48,8 @@ class ForwardContext:
 
     Attributes:
         policy: chooses the routes instead of the routers' argmax; None: the argmax does.
+        dense: whether the full mode is full attention whatever the configuration says. Here, as the policy is, so that
+            a layer that checkpointing recomputes, in another thread or later, attends as it did.
         seq_start, seq_end: int32 ``[B]``, rows ``[start, end)`` of this forward's tensors belong to each sequence;
             None: all do. Of a step over a static cache, ``seq_end`` is 1 where a sequence has a token, 0 where it has
             none, and -1 where the mask contradicts the cache.
@@ -68,6 +70,7 @@ class ForwardContext:
     """
 
     policy: Policy | None = None
+    dense: bool = False
     seq_start: Tensor | None = None
     seq_end: Tensor | None = None
     cu_seqlens: Tensor | None = None

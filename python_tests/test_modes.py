@@ -209,3 +209,21 @@ def test_dense_whatever_the_full_mode_is(mode: str, chunks: bool) -> None:
     with flux_ext.routes(model, "full"):
         blocks = model(ids, attention_mask=mask, use_cache=False).logits
     assert not torch.allclose(blocks[:, -1], want(ids, attention_mask=mask).logits[:, -1], atol=1e-2)
+
+
+def test_what_was_dense_is_recomputed_so() -> None:
+    """Checkpointed layers run again in the backward pass, which may come after the block, or in another thread."""
+    ids, mask, _ = prompts()
+    model, want = flux_ext.patch(stock(), MODES["xa-ssa"]), stock()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def loss(x: Any) -> Tensor:
+        return x(ids, attention_mask=mask, use_cache=False).logits[:, -1].square().mean()
+
+    with patching.dense(model):
+        dense = loss(model)
+    dense.backward()
+    loss(want).backward()
+    for got, other in zip(model.model.layers, want.model.layers, strict=True):
+        torch.testing.assert_close(got.self_attn.q_proj.weight.grad, other.self_attn.q_proj.weight.grad)

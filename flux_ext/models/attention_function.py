@@ -80,7 +80,7 @@ def _attend(
     """Attention ``[B, S, Hq, D]`` over the keys and values of the forward itself, or what a stock cache gave."""
     if patched.window is not None:
         return _sliding(q, k, v, scaling, context, patched.window)
-    prompt, answer = patched.routings(route)
+    prompt, answer = patched.routings(route, context)
     end = context.prompt_end(q)
     if context.cu_seqlens is not None:
         return operators.attention_after_prompt(

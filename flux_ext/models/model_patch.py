@@ -237,6 +237,7 @@ class Patch:
             context = read_part(policy, kwargs, tokens, cache, self.local.shard)
         if cache is not None:
             cache.check_mask(context, *tokens.shape[:2])
+        context.dense = self.local.dense
         context.prompt_lengths = self.local.prompt_lengths
         context.held = kwargs.pop(HELD_ROUTES, None)
         if context.held is not None:

@@ -121,12 +121,12 @@ class PatchedAttention:
             route = state.decision.route
         return state.context, state.cache_layer, route
 
-    def routings(self, route: Tensor | None) -> tuple[Routing, Routing]:
+    def routings(self, route: Tensor | None, context: ForwardContext) -> tuple[Routing, Routing]:
         """How a prompt attends, and what follows it. A layer without a router attends to everything."""
         if self.place is None:
             dense = Routing(None, DENSE, DENSE)
             return dense, dense
-        full = DENSE if self.patch.local.dense else self.full
+        full = DENSE if context.dense else self.full
         return Routing(route, full, self.sparse), Routing(route, DENSE, self.decode)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
