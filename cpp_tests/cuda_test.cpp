@@ -65,8 +65,11 @@ TEST_P(Attend, AgreesWithDoublePrecision) {
 TEST(DecodeStep, LongTilesThatAreAlike) {
   if (!has_gpu()) GTEST_SKIP() << "no GPU";
 #ifdef FLUX_SIMT
-  constexpr simt::DeviceModel kElevenSms{2, 80, 80, 11, 2, 99 * 1024};
-  const auto before = std::exchange(simt::device, kElevenSms);
+  static constexpr simt::DeviceModel kElevenSms{2, 80, 80, 11, 2, 99 * 1024};
+  struct Pretend {
+    simt::DeviceModel before = std::exchange(simt::device, kElevenSms);
+    ~Pretend() { simt::device = before; }
+  } pretend;
   const int32_t heads = 7, kv_len = 7001;
 #else
   const int32_t heads = 16, kv_len = 40001;
@@ -84,9 +87,6 @@ TEST(DecodeStep, LongTilesThatAreAlike) {
   EXPECT_NE(workers % heads, 0);
   attend_on_device(c);
   test::expect_attended(c, test::expected(c));
-#ifdef FLUX_SIMT
-  simt::device = before;
-#endif
 }
 
 std::string name_of(const testing::TestParamInfo<std::tuple<DType, test::Layout, bool>>& info) {
