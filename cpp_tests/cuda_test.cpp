@@ -83,8 +83,9 @@ TEST(DecodeStep, LongTilesThatAreAlike) {
   AttendConfig config;
   ASSERT_TRUE(configure(c.params.forward, &config).ok());
   const int32_t cost = ceil_div(kv_len, config.tile.kv_block) + kTileOverhead, workers = config.num_workers;
-  EXPECT_GT(shares_each(cost, cost * heads / workers, heads, workers), 1);
-  EXPECT_NE(workers % heads, 0);
+  const int32_t sharing = workers_for_alike(cost, cost * heads / workers, heads, workers);
+  EXPECT_LT(sharing, workers);
+  EXPECT_EQ(sharing % heads, 0);
   attend_on_device(c);
   test::expect_attended(c, test::expected(c));
 }

@@ -354,15 +354,16 @@ FLUX_HD Int whole_shares(Int tile_cost, Int share) {
   return (tile_cost + share - 1) / share;
 }
 
-// Where all tiles are alike, each is cut into equally many shares, two at least, if that makes none much larger. The
-// heads of a sequence are then cut at the same places: at any time their workers read the same tokens, whose rows stand
-// beside each other in memory. In short steps the divisions would cost more than that gives.
+// Where all tiles are alike, so many workers share the line evenly that each tile falls into equally many shares, two
+// at least, if that makes none much larger. The heads of a sequence are then cut at the same places: at any time their
+// workers read the same tokens, whose rows stand beside each other in memory. Short shares would grow too much, and the
+// divisions cost more than that gives.
 constexpr int kLongShare = 32;
-template <typename Int>  // how many, of whole_shares(tile_cost, this) units; 0: the line is cut evenly
-FLUX_HD Int shares_each(Int tile_cost, Int even_share, int32_t num_tiles, int32_t num_workers) {
-  if (even_share < kLongShare || 2 * num_tiles > num_workers) return 0;
-  const Int each = num_workers / num_tiles, share = whole_shares(tile_cost, each);
-  return share <= even_share + even_share / 16 && share * (each - 1) < tile_cost ? each : 0;
+template <typename Int>  // even_share: of all num_workers, rounded down
+FLUX_HD int32_t workers_for_alike(Int tile_cost, Int even_share, int32_t num_tiles, int32_t num_workers) {
+  if (even_share < kLongShare || 2 * num_tiles > num_workers) return num_workers;
+  const int32_t each = num_workers / num_tiles;
+  return whole_shares<Int>(tile_cost, each) <= even_share + even_share / 16 ? each * num_tiles : num_workers;
 }
 
 // Where a prefill kernel's tiles are cut and there are no more of them than workers, no worker is given parts of two,

@@ -69,7 +69,7 @@ __device__ inline Tile inline_tile(const AttendParams& p, int32_t t) {
 }
 
 // Fills in, from the costs of the tiles, how many workers share them and on which unit of the line each tile begins; by
-// one warp. Tiles are rounded up to whole shares where `tiles_differ`, or to `shares_each`.
+// one warp. Tiles are rounded up to whole shares where `tiles_differ`.
 __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t num_workers) {
   const int32_t lane = threadIdx.x % 32, count = ceil_div(num_tiles, 32);
   const int32_t first = min_of(lane * count, num_tiles), last = min_of(first + count, num_tiles);
@@ -85,11 +85,7 @@ __device__ inline void share_out(InlineLine& line, int32_t num_tiles, int32_t nu
   int64_t begin = end - own, share = 0;  // above 0: tiles are rounded up to whole shares
   longest = __reduce_max_sync(~0u, longest);
   if (!tiles_differ(int64_t(longest), total, num_tiles)) {
-    if (const auto each = shares_each<int64_t>(longest, total / workers, num_tiles, workers)) {
-      workers = int32_t(each) * num_tiles;
-      share = whole_shares<int64_t>(longest, each);
-      begin = first * each * share;
-    }
+    workers = workers_for_alike<int64_t>(longest, total / workers, num_tiles, workers);
   } else {
     share = ceil_div_64(total, workers);
     int32_t own_shares = 0;
@@ -155,10 +151,8 @@ __device__ inline WorkRange share_of_warp(int32_t cost, int32_t num_tiles, int32
   uint32_t share = total / workers, rest = total % workers;           // rest: units that make some shares larger
   const uint32_t longest = __reduce_max_sync(~0u, own);
   if (!tiles_differ(longest, total, num_tiles)) {
-    if (const uint32_t each = shares_each(longest, share, num_tiles, int32_t(workers))) {
-      workers = each * num_tiles, share = whole_shares(longest, each), rest = 0;
-      own = lane < num_tiles ? each * share : 0;
-    }
+    if (const uint32_t fewer = workers_for_alike(longest, share, num_tiles, int32_t(workers)); fewer < workers)
+      workers = fewer, share = total / fewer, rest = total % fewer;
   } else {
     const uint32_t largest = share + (rest > 0), own_shares = whole_shares(own, largest);
     if (const uint32_t shares = __reduce_add_sync(~0u, own_shares); shares <= workers) {
