@@ -6,7 +6,7 @@
 #   data        the examples, prompts as long in training as in the test, without what the dense model cannot do
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
 #   published   the soft and the straight-through objective beside them, in the same table
-#   pools       routers that learn straight through with pools of 32 rows, which tell a question from prose
+#   pools       routers per head that learn straight through with pools of 32 rows, which tell a question from prose
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables, with lines that say where they come from
 #
@@ -26,7 +26,8 @@ python=${PYTHON:-python}
 tasks="single multikey multivalue multiquery prose code"
 unseen="frequentwords twohop"
 codes="single multikey multivalue multiquery twohop"
-long=7500 short=3500 least=2000 train=480 test=100 pool="" seeds=${SEEDS:-0 1 2} steps=300 batch=8 jobs=${JOBS:-14}
+long=7500 short=3500 least=2000 train=480 test=100 pool="" seeds=${SEEDS:-0 1 2} steps=300 batch=8
+jobs=${JOBS:-14} backward_jobs=${JOBS:-4} # a backward pass through the backbone wants memory
 pattern="--sink 64 --window 512" sparsities="0.5 0.65 0.8 0.9" calibration=360 device=${DEVICE:-cuda}
 # A budget for all, and one that multikey and single, which lose most, must keep to by themselves.
 modes="fa-ta fa-xa xa-ssa"
@@ -34,7 +35,7 @@ budgets="0.015nats 0.015nats,single=0.015nats,multikey=0.015nats"
 further="0.03nats"
 if [ -n "${TINY:-}" ]; then
   tasks="single code" unseen="" codes="single" long=700 short=600 least=500 train=8 test=2 pool="--pool-size 64"
-  seeds=0 steps=2 batch=2 jobs=1 pattern="--sink 16 --window 192" sparsities=0.5 calibration=2 device=cpu
+  seeds=0 steps=2 batch=2 jobs=1 backward_jobs=1 pattern="--sink 16 --window 192" sparsities=0.5 calibration=2 device=cpu
   budgets="0.015nats,single=0.015nats" further=0.06nats
 fi
 mkdir -p "$out"
@@ -75,10 +76,8 @@ for part in "$@"; do
       make_data test-1.jsonl --tasks $tasks $unseen --length $short --min-length $least --count $test --seed 1
       ;;
     ours) frontier streaming --static layer head --objective counterfactual ;;
-    published) # which go backward through the backbone, and want memory for it
-      frontier streaming --static layer head --objective counterfactual soft straight_through --jobs "${JOBS:-4}"
-      ;;
-    pools) frontier pool32 --granularity head --static none --objective straight_through --pool-size 32 --jobs "${JOBS:-4}" ;;
+    published) frontier streaming --static layer head --objective counterfactual soft straight_through --jobs $backward_jobs ;;
+    pools) frontier pool32 --granularity head --static none --objective straight_through --pool-size 32 --jobs $backward_jobs ;;
     modes) for mode in $modes; do frontier "$mode" --preset "$mode" --static layer --objective counterfactual; done ;;
     table)
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
