@@ -185,6 +185,20 @@ def test_tasks_that_others_pay_for_are_named(monkeypatch):
     assert "b (" not in note
 
 
+@pytest.mark.parametrize("noise, margin, said", [(1.0, 1.0, True), (1.0, 0.0, False), (0.05, 1.0, False)])
+def test_a_margin_that_takes_most_of_a_budget_is_named(monkeypatch, noise, margin, said):
+    def known(m, batch, group=None):
+        losses(m, batch, group)
+        share = patching.last_routing(m).routes.float().flatten(1).mean(1)
+        return 1 + share * (0.2 + torch.where(batch["input_ids"].sum(1) % 2 == 0, noise, -noise))
+
+    monkeypatch.setattr(calibration, "losses", known)
+    found = calibrate(routed_model(), dataset(), Recipe(budget=0.03, **NATS), margin=margin, tries=20, progress=False)
+    assert 0 < found.chosen.sparsity < 1
+    notes = [n for n in found.notes if n.startswith("the margin alone takes more than half of the budget of all (12 ")]
+    assert len(notes) == said
+
+
 @pytest.mark.parametrize("collator, size", [(PaddedCollator(), 1), (PaddedCollator(), 5), (PackedCollator(), 5)])
 def test_batches_make_no_difference(collator, size):
     def at(**options):

@@ -178,6 +178,18 @@ def test_other_objectives_and_modes_are_contenders_too(data, tmp_path):
     }
 
 
+def test_calibrated_on_examples_of_their_own(data, tmp_path, capsys):
+    """All of --data is trained on then, and other examples are another frontier."""
+    name = "routed-layer-0.01-0"
+    more = ("--static", "none", "--budgets", "0.01", "--steps", "1", "--only", name)
+    run = options(data, tmp_path, *more, "--calibration-data")
+    assert commands.main([*run, str(data / "heldout.jsonl")]) == 0
+    assert "Calibrated on 4 sequences" in (tmp_path / "routers" / name / "README.md").read_text()
+    capsys.readouterr()
+    assert commands.main([*run, str(data / "train.jsonl")]) == 1
+    assert "holds a frontier with --calibration-data" in capsys.readouterr().err
+
+
 def test_dense_is_not_the_full_mode(data, tmp_path):
     """Where that is block-sparse it is a contender of its own, and what is kept is kept of full attention."""
     shared = ("--static", "none", "--budgets", "0.01", "--steps", "1", "--no-calibrate")
@@ -262,6 +274,7 @@ def test_processes_share_the_work(data, tmp_path, capsys, monkeypatch):
         (["--budgets", "0.01,code=0.02nats"], "all amounts must be shares, or all nats"),
         (["--calibrate", "much"], "--calibrate must be a finite number >= 0, got 'much'"),
         (["--calibrate", "0.1", "--no-calibrate"], "--calibrate must be left out with --no-calibrate"),
+        (["--calibration-data", "f", "--no-calibrate"], "--calibration-data must be left out with --no-calibrate"),
         (["--static", "head", "--preset", "fa-xa"], "--static head needs the pattern streaming"),
         (
             ["--static", "none", "--granularity", "head", "--flips", "3"],

@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
         budget_options(budget, "--calibrate")
     if args.calibrate and args.no_calibrate:
         raise ValueError("--calibrate must be left out with --no-calibrate")
+    if args.calibration_data and args.no_calibrate:
+        raise ValueError("--calibration-data must be left out with --no-calibrate")
     pattern = config_of(args, granularity="layer").pattern
     if "head" in args.static and pattern != "streaming":
         raise ValueError(f"--static head needs the pattern streaming, which its gates learn with, not {pattern}")
@@ -185,7 +187,7 @@ def _check_settings(args: argparse.Namespace, file: Path) -> None:
         if name not in _NOT_SETTINGS
     }
     digest = hashlib.sha256()
-    for path in (*args.data, *args.test):
+    for path in (*args.data, *args.test, *(args.calibration_data or ())):
         digest.update(path.read_bytes())
     settings["digest"] = digest.hexdigest()
     if not file.exists():
@@ -268,7 +270,9 @@ def _routed(
     trained, seconds = args.output / "runs" / contender.name / "trained", None
     tasks = sorted({e.task for e in train})
     unseen: list[Example] = []
-    if not args.no_calibrate:
+    if args.calibration_data:
+        unseen = [e for path in args.calibration_data for e in load_examples(path)]
+    elif not args.no_calibrate:
         train, unseen = hold_out(train, args.calibration_count)
     if (trained / "flux_config.json").exists():
         model, tokenizer = load_model(args, str(trained))

@@ -305,6 +305,12 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add("--no-calibrate", action="store_true", help="leave the routers as training made them")
     margin(add)
     add(
+        "--calibration-data",
+        type=Path,
+        nargs="+",
+        help="calibrate on these examples (default: on --calibration-count of --data, which are then not trained on)",
+    )
+    add(
         "--calibration-count",
         type=options.COUNT,
         default=128,

@@ -425,6 +425,16 @@ def _notes(chosen: OperatingPoint, margin: float, recipe: Recipe) -> Iterator[st
         yield f"no sequence of {', '.join(missing)} was measured, so the budget of its own was not looked at"
     if (count := sum(lost.sequences for lost in chosen.tasks.values())) < FEW:
         yield f"{count} sequences are few: what they lose says little of others (some {HELD_OUT} are enough)"
+    uncertain = [
+        f"{name or 'all'} ({lost.sequences} sequences, {lost.extra:+.4f} +- {lost.error:.4f})"
+        for name, lost in chosen.budgets.items()
+        if chosen.sparsity < 1 and lost.most(margin) - lost.extra > lost.budget / 2
+    ]
+    if uncertain:
+        yield (
+            f"the margin alone takes more than half of the budget of {', '.join(uncertain)}: measured on more "
+            "sequences, more may be sparse"
+        )
     if chosen.sparsity == 1:
         yield "all is sparse, for every input that was measured"
     if chosen.sparsity == 0:
