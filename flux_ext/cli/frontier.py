@@ -272,6 +272,8 @@ def _routed(
     unseen: list[Example] = []
     if args.calibration_data:
         unseen = [e for path in args.calibration_data for e in load_examples(path)]
+        if strange := sorted({e.task for e in unseen} - set(tasks)):
+            raise ValueError(f"--calibration-data must hold tasks of --data, {', '.join(tasks)}, got {strange[0]}")
     elif not args.no_calibrate:
         train, unseen = hold_out(train, args.calibration_count)
     if (trained / "flux_config.json").exists():
