@@ -46,21 +46,31 @@ def run(args: argparse.Namespace) -> None:
 TOO_FEW = "calibrated on the examples that were trained on: no task has eight, of which one could be kept"
 
 
-def held_out(
-    args: argparse.Namespace, examples: Sequence[Example], budget: bool
-) -> tuple[list[Example], list[Example]]:
-    """The examples that ``flux-ext train`` trains on and those that it calibrates on; none where it does not.
+def check_data(args: argparse.Namespace, budget: bool) -> None:
+    """Of ``--calibration-data``, before anything is loaded.
 
     Raises:
         ValueError: there are examples to calibrate on, but no ``budget`` to calibrate to.
     """
-    from ..training.data import hold_out
-
     if args.calibration_data is not None and (args.no_calibrate or not budget):
         why = "--no-calibrate" if args.no_calibrate else "targets, which nothing is calibrated to"
         raise ValueError(f"--calibration-data must be left out with {why}")
+
+
+def held_out(
+    args: argparse.Namespace, examples: Sequence[Example], budget: bool, count: int | None = None
+) -> tuple[list[Example], list[Example]]:
+    """The examples that are trained on, and those that are calibrated on: ``--calibration-data``, or ``count`` of the
+    ``examples`` (default: as :func:`~flux_ext.training.data.hold_out`); none where nothing is calibrated.
+
+    Raises:
+        ValueError: as :func:`check_data`.
+    """
+    from ..training.data import HELD_OUT, hold_out
+
+    check_data(args, budget)
     if args.no_calibrate or not budget:
         return list(examples), []
     if args.calibration_data is not None:
         return list(examples), load_examples(args.calibration_data)
-    return hold_out(examples)
+    return hold_out(examples, HELD_OUT if count is None else count)

@@ -41,6 +41,7 @@ from ..evaluation import Score, evaluate
 from ..evaluation.frontier import Point, picture, read_table, write_table
 from ..examples import Example, load_examples
 from ..models import patching
+from . import calibrate
 from .options import config_of
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ def run(args: argparse.Namespace) -> None:
         budget_options(budget, "--calibrate")
     if args.calibrate and args.no_calibrate:
         raise ValueError("--calibrate must be left out with --no-calibrate")
-    if args.calibration_data and args.no_calibrate:
-        raise ValueError("--calibration-data must be left out with --no-calibrate")
+    calibrate.check_data(args, budget=True)
     pattern = config_of(args, granularity="layer").pattern
     if "head" in args.static and pattern != "streaming":
         raise ValueError(f"--static head needs the pattern streaming, which its gates learn with, not {pattern}")
@@ -187,7 +187,7 @@ def _check_settings(args: argparse.Namespace, file: Path) -> None:
         if name not in _NOT_SETTINGS
     }
     digest = hashlib.sha256()
-    for path in (*args.data, *args.test, *(args.calibration_data or ())):
+    for path in (*args.data, *args.test, *([args.calibration_data] if args.calibration_data else [])):
         digest.update(path.read_bytes())
     settings["digest"] = digest.hexdigest()
     if not file.exists():
@@ -264,18 +264,12 @@ def _routed(
     """Routers trained once, and calibrated and scored for each budget: their training's, and further ones."""
     from ..training import Recipe, RouterDataset
     from ..training.calibration import Calibrator
-    from ..training.data import TOO_SHORT, PackedCollator, hold_out, nothing_hidden
+    from ..training.data import TOO_SHORT, PackedCollator, nothing_hidden
     from .commands import load_model
 
     trained, seconds = args.output / "runs" / contender.name / "trained", None
-    tasks = sorted({e.task for e in train})
-    unseen: list[Example] = []
-    if args.calibration_data:
-        unseen = [e for path in args.calibration_data for e in load_examples(path)]
-        if strange := sorted({e.task for e in unseen} - set(tasks)):
-            raise ValueError(f"--calibration-data must hold tasks of --data, {', '.join(tasks)}, got {strange[0]}")
-    elif not args.no_calibrate:
-        train, unseen = hold_out(train, args.calibration_count)
+    train, unseen = calibrate.held_out(args, train, budget=True, count=args.calibration_count)
+    tasks = sorted({e.task for e in (*train, *unseen)})
     if (trained / "flux_config.json").exists():
         model, tokenizer = load_model(args, str(trained))
     else:

@@ -307,7 +307,6 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add(
         "--calibration-data",
         type=Path,
-        nargs="+",
         help="calibrate on these examples (default: on --calibration-count of --data, which are then not trained on)",
     )
     add(
