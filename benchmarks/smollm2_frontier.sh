@@ -6,7 +6,8 @@
 #   data        the examples, prompts as long in training as in the test, without what the dense model cannot do
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
 #   published   the soft and the straight-through objective beside them, in the same table
-#   pools       routers per head that learn straight through with pools of 32 rows, which tell a question from prose
+#   pools       routers per head with pools of 32 rows, which tell a question from prose, straight through and at even odds
+#   block       the same in FA-XA, where they keep most
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables, with lines that say where they come from
 #
@@ -14,12 +15,12 @@
 # has made; what is installed gives the text (docs/evaluation.md, "Text"). What is stopped after MINUTES (default: 9)
 # goes on with the same command, from the last checkpoint of each training and the last result of each scoring; it ends
 # with status 75 while something is left to do. JOBS processes share the work (default: 14, which an H200 can hold;
-# start MPS first; 4 for published and pools).
+# start MPS first; 4 for published, pools and block).
 # SEEDS (default: 0 1 2). TINY=1: a few short examples and steps, to try the script itself, also on a CPU.
 set -eu
 model=$1 out=$2
 shift 2
-[ $# -gt 0 ] || set -- data ours published pools modes table
+[ $# -gt 0 ] || set -- data ours published pools block modes table
 end=$(($(date +%s) + 60 * ${MINUTES:-9}))
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python}
@@ -66,6 +67,11 @@ frontier() { # folder, options...
     --teacher-forced $codes --steps $steps --batch-size $batch --save-steps 25 --eval-batch-size 24 \
     --jobs $jobs --device $device $pattern $pool "$@"
 }
+small_pools() { # folder, options...
+  folder=$1
+  shift
+  frontier "$folder" --granularity head --static none --objective straight_through even_odds --pool-size 32 --jobs "$backward_jobs" "$@"
+}
 
 for part in "$@"; do
   case $part in
@@ -77,13 +83,14 @@ for part in "$@"; do
       ;;
     ours) frontier streaming --static layer head --objective counterfactual ;;
     published) frontier streaming --static layer head --objective counterfactual soft straight_through --jobs $backward_jobs ;;
-    pools) frontier pool32 --granularity head --static none --objective straight_through --pool-size 32 --jobs $backward_jobs ;;
+    pools) small_pools pool32 ;;
+    block) small_pools fa-xa-pool32 --preset fa-xa ;;
     modes) for mode in $modes; do frontier "$mode" --preset "$mode" --static layer --objective counterfactual; done ;;
     table)
       commit=${FLUX_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
       gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 || true)
       versions=$("$python" -c "import torch, transformers as t; print(f'torch {torch.__version__}, transformers {t.__version__}')")
-      for folder in streaming pool32 $modes; do
+      for folder in streaming pool32 fa-xa-pool32 $modes; do
         [ -e "$out/$folder/frontier.csv" ] || continue
         "$python" -m benchmarks frontier table "$out/$folder/frontier.csv" --header "device: ${gpu:-CPU}; $versions; commit $commit" \
           --header "model: $(basename "$model"); command: ${TINY:+TINY=1 }benchmarks/smollm2_frontier.sh MODEL OUT; seeds $seeds" \
@@ -91,7 +98,7 @@ for part in "$@"; do
       done
       ;;
     *)
-      echo "no part $part: data, ours, published, pools, modes or table" >&2
+      echo "no part $part: data, ours, published, pools, block, modes or table" >&2
       exit 2
       ;;
   esac

@@ -101,7 +101,7 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     from matplotlib.lines import Line2D
 
     shades = ("#d1495b", "#1f6fb4", "#8c2d75", "#4b3f9e", "#c77c5e", "#5fa8a3", "#e8a33d", "#7a9e3f", "black",
-              "#3a9fbf")  # fmt: skip
+              "#3a9fbf", "#2b8a3e", "#9c6b1f")  # fmt: skip
     colors = {name: shades[i % len(shades)] for i, name in enumerate(names)}
     columns = -(-len(panels) // 2)
     figure = Figure(figsize=(4.6 + 2.1 * columns, 4.9), layout="constrained")
@@ -134,7 +134,7 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
     draw(large, overview, 1.0, 7)
     large.set_title("quality kept, mean over the tasks", fontsize=10, loc="left")
     large.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-    large.set_xlabel("sparsity: share of attention that sees sink and window only")
+    large.set_xlabel("sparsity: share of attention that is sparse")
     for place, (task, panel) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place // columns, 1 + place % columns])
         draw(axes, panel.lines, panel.dense, 4)
@@ -153,7 +153,7 @@ def quality(overview: Mapping[str, Sequence[Mark]], panels: Mapping[str, Panel],
         if n in overview or any(n in panel.lines for panel in panels.values())
     ]  # fmt: skip
     handles.append(Line2D([], [], color="#888888", linestyle="--", label="dense"))
-    across = max(int(figure.get_figwidth() / 2.2), 1)  # room for the longest name
+    across = max(int(figure.get_figwidth() / 2.8), 1)  # room for the longest name
     figure.legend(handles=handles, loc="outside upper left", ncols=across, fontsize=9, frameon=False)
     return figure
 

@@ -10,7 +10,7 @@ from tiny_training import LAYERS, Grab, dataset, model, trainer
 import flux_ext
 from flux_ext.training import Recipe
 
-OBJECTIVES = ("counterfactual", "soft", "straight_through")
+OBJECTIVES = ("counterfactual", "soft", "straight_through", "even_odds")
 
 
 def one_step(folder, objective, packed=False, granularity="layer", ragged=False, **options):

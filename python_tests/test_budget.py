@@ -187,8 +187,8 @@ def test_half_of_a_batch_takes_the_routers_own_routes():
     assert set(odd) == {1, 2}
 
 
-@pytest.mark.parametrize("name", ["soft", "straight_through"])
-def test_the_published_objectives_keep_to_a_budget_too(name):
+@pytest.mark.parametrize("name", ["soft", "straight_through", "even_odds"])
+def test_objectives_with_a_backward_pass_keep_to_a_budget_too(name):
     m = toy()
     step = make_objective(Recipe(objective=name), ["a", "b"], TOY_LAYERS, seed=1)(m, m.tasks)
     assert torch.allclose(step.deployed, m.cost[m.tasks].sum((1, 2)))  # log-odds of 0 are sparse in use

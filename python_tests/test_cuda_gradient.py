@@ -281,7 +281,7 @@ def test_autocast_trains_an_fp32_model() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("objective", ["soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["soft", "straight_through", "even_odds"])
 def test_the_objectives_with_a_backward_pass_train(tmp_path, objective: str, packed: bool, checkpointing: bool) -> None:
     """The first step's gradient of the routers is that of the same model on the CPU, and the routers move.
 

@@ -112,7 +112,7 @@ def test_the_proof_holds_full_attention(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("granularity, packed", [("layer", False), ("head", True)])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 @pytest.mark.parametrize("preset", ["fa-ta", "fa-xa", "xa-ssa"])
 def test_training(tmp_path: Path, preset: str, objective: Any, packed: bool, granularity: str) -> None:
     """Under every objective the routers of every mode learn, and nothing else does."""

@@ -1,4 +1,4 @@
-"""The three objectives on a toy whose losses are known for every routing."""
+"""The four objectives on a toy whose losses are known for every routing."""
 
 import itertools
 import math
@@ -166,6 +166,47 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     assert set((step.sparsity * LAYERS).tolist()) <= set(range(LAYERS + 1))
     step.loss.backward()
     assert model.z.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("z", [-2.5, 0.4, 2.9])
+def test_at_even_odds_the_gradient_does_not_depend_on_the_log_odds(z):
+    """With a separable loss it is minus a quarter of the unit's cost, whatever is drawn; the published one vanishes."""
+    model, o = toy(), objective(objective="even_odds")
+    with torch.no_grad():
+        model.z.fill_(z)
+    step = o(model, model.tasks)
+    assert set((step.sparsity * LAYERS).tolist()) <= set(range(LAYERS + 1))
+    step.loss.backward()
+    assert torch.allclose(model.z.grad, -model.cost / 4 / 2)  # a task has half of the batch
+    assert torch.equal(step.choice, torch.full_like(step.choice, z <= 0))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_far_log_odds_are_pulled_back_at_even_odds_and_lost_in_a_softmax(sign):
+    grads = {}
+    for name in ("even_odds", "straight_through"):
+        model, o = toy(), objective(objective=name)
+        with torch.no_grad():
+            model.z.fill_(sign * 40.0)
+        o(model, model.tasks).loss.backward()
+        grads[name] = model.z.grad
+    pull = 0.01 * 2 * (40 - 3) * sign / LAYERS / 2  # of a mean over sequences and layers
+    assert torch.allclose(grads["even_odds"], pull - model.cost / 4 / 2)
+    assert grads["straight_through"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("objective", ["soft", "straight_through"])
+def test_as_published_nothing_bounds_the_log_odds(objective):
+    o = make_objective(Recipe(objective=objective), ["a"], LAYERS)
+    assert float(o.bound(torch.full((2, LAYERS, 1), 40.0))) == 0
+
+
+@pytest.mark.parametrize(
+    "name, start", [("counterfactual", 2.0), ("soft", 4.5), ("straight_through", 4.5), ("even_odds", 2.0)]
+)
+def test_where_new_routers_start(name, start):
+    assert Recipe(objective=name).initial_bias == start
+    assert Recipe(objective=name, start_bias=1.0).initial_bias == 1.0
 
 
 def test_noise_is_drawn_once_per_layer():

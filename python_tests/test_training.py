@@ -15,7 +15,7 @@ from flux_ext.training.backbone import PatchedModel, answer_lengths, losses
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_only_the_routers_move(tmp_path, objective, granularity, packed):
     m = model(granularity)
@@ -124,7 +124,7 @@ def test_flips_of_several_layers_can_run_together(tmp_path, monkeypatch, granula
         torch.testing.assert_close(one, together, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_bfloat16_autocast(tmp_path, objective, packed):
     """Routers in fp32 learn over a backbone under autocast, and from nearly the same losses."""
@@ -198,7 +198,7 @@ def test_gradient_accumulation_is_a_mean(tmp_path, objective):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("form", ["inequality", "published", "published_abs"])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 def test_losses_and_multipliers_are_those_of_the_formula(tmp_path, objective, form, accumulate):
     """Multipliers move after the step whose loss they are in, once per step, by the mean over its sequences."""
     grads = []
@@ -308,7 +308,7 @@ def masking(collator, row):
 
 
 @pytest.mark.parametrize("collator", [PaddedCollator(0), PackedCollator()], ids=["padded", "packed"])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 def test_a_row_without_labels_counts_as_none(tmp_path, objective, collator):
     seen = []
     for collate in (masking(collator, 1), lambda rows: collator([rows[0], *rows[2:]])):

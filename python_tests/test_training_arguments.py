@@ -158,7 +158,7 @@ def test_options_of_flips_need_flips(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, objective, packed):
     """Over several steps: what is recomputed must not use up random draws either."""
     seen = []

@@ -162,7 +162,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     )
     add(
         "--objective",
-        choices=["counterfactual", "soft", "straight_through"],
+        choices=["counterfactual", "soft", "straight_through", "even_odds"],
         help="how routers learn (default: counterfactual, per head straight_through)",
     )
     add(
@@ -291,7 +291,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     add(
         "--objective",
         nargs="+",
-        choices=["counterfactual", "soft", "straight_through"],
+        choices=["counterfactual", "soft", "straight_through", "even_odds"],
         help="how routers learn (default: counterfactual, per head straight_through)",
     )
     add(

@@ -23,8 +23,8 @@ class Point:
     task: str
     routes: str
     """``"dense"``, ``"full"`` (every route is; where the full mode is another than full attention), ``"sparse"``,
-    ``"static"`` (the same layers or heads for all inputs), ``"routed"``, or ``"soft"`` or ``"straight_through"``:
-    routers that learnt with this objective."""
+    ``"static"`` (the same layers or heads for all inputs), ``"routed"``, or ``"soft"``,
+    ``"straight_through"`` or ``"even_odds"``: routers that learnt with this objective."""
     granularity: str
     """``"layer"`` or ``"head"``; empty where everything is routed alike."""
     pattern: str
@@ -145,6 +145,8 @@ LINES = {
     ("static", "layer"): "static layers",
     ("sparse", ""): "all sparse",
     ("full", ""): "all by the full mode",
+    ("even_odds", "head"): "routers, per head, at even odds",
+    ("even_odds", "layer"): "routers, per layer, at even odds",
 }
 """What is drawn, by routes and granularity, and what it is called."""
 LEAST = 0.05

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 FlipChoice = Literal["evenly", "by_worth"]
-ObjectiveName = Literal["counterfactual", "soft", "straight_through"]
+ObjectiveName = Literal["counterfactual", "soft", "straight_through", "even_odds"]
 MultiplierForm = Literal["inequality", "published", "published_abs"]
 ScheduleName = Literal["cosine", "linear", "exponential"]
 BudgetUnit = Literal["share", "nats"]
 
-OBJECTIVES = ("counterfactual", "soft", "straight_through")
+OBJECTIVES = ("counterfactual", "soft", "straight_through", "even_odds")
 MULTIPLIER_FORMS = ("inequality", "published", "published_abs")
 SCHEDULES = ("cosine", "linear", "exponential")
 FLIP_CHOICES = ("evenly", "by_worth")
@@ -67,7 +67,8 @@ class Recipe:
         objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the
             backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
-            forward, soft gradient). None: what kept most on a real model (docs/evaluation.md), straight-through for
+            forward, soft gradient) or ``"even_odds"`` (the same with a gradient that does not vanish where log-odds are
+            large; kept most with block-sparse attention). None: what kept most on a real model (docs/evaluation.md), straight-through for
             routers per head, counterfactuals for routers per layer.
         budget: how much more the answers' loss may be than with every route full (the dense loss; of the full mode,
             where ``FluxConfig.full`` is not ``"full"``), in the mean over the data, under the routers' own choices;
@@ -85,8 +86,8 @@ class Recipe:
         tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start
             to end over the first ``tau_share`` of the steps and stays there.
         start_bias: log-odds of full attention at the start of routers that are still as they were made; trained ones
-            keep theirs. None: the objective's own, 4.5 as published, 2 for counterfactuals, whose exploration comes
-            from sampling.
+            keep theirs. None: the objective's own, 4.5 as published, 2 for ``"counterfactual"`` and ``"even_odds"``,
+            which explore by sampling.
         whiten: prompts of the training data whose pooled states centre and scale the first layers of routers that
             are still as they were made, before the first step (:mod:`~flux_ext.training.start`). 0: none. A few
             dozen let routers tell inputs apart that they otherwise route alike. None: 48, where there are new routers
@@ -260,7 +261,7 @@ class Recipe:
         """Log-odds of full attention that new routers start with."""
         if self.start_bias is not None:
             return self.start_bias
-        return 4.5 if self.goes_backward else 2.0
+        return 4.5 if self.goes_backward and self.objective != "even_odds" else 2.0
 
     def tau(self, progress: float) -> float:
         """The temperature after a share ``progress`` (0 to 1) of the training."""

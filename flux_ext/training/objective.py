@@ -1,4 +1,4 @@
-"""Three ways to train routers against a frozen backbone, behind one interface.
+"""Four ways to train routers against a frozen backbone, behind one interface.
 
 An objective sees the backbone as a function from routes to one loss per sequence (:class:`RoutedModel`) and
 returns a scalar whose gradient trains the routers (:class:`Step`). It knows nothing of transformers.
@@ -143,7 +143,7 @@ class Multipliers(nn.Module):
 
 
 class Objective(nn.Module):
-    """Base of the three. Calling it gives a :class:`Step`; multipliers and random draws are its state dict.
+    """Base of the four. Calling it gives a :class:`Step`; multipliers and random draws are its state dict.
 
     Args:
         recipe: the options.
@@ -218,8 +218,6 @@ class Soft(Objective):
     ``r = softmax((logits + g) / tau)[1]``, ``out = r * full + (1 - r) * sparse``.
     """
 
-    hard = False
-
     def forward(self, model: RoutedModel, tasks: Tensor, progress: float = 0.0) -> Step:
         tau = self.recipe.tau(progress)
         noise: dict[int, Tensor] = {}
@@ -232,19 +230,30 @@ class Soft(Objective):
         def policy(layer: int, logits: Tensor) -> Tensor:
             if layer not in noise:  # gradient checkpointing asks twice, and must get the same draw
                 noise[layer] = -torch.log(-torch.log(self.uniform(logits.shape, logits)))
-            full = ((logits.float() + noise[layer]) / tau).softmax(-1)[..., 1]
-            if self.hard:
-                full = (full > 0.5).float() + full - full.detach()
+            full = self.weight(logits, ((logits.float() + noise[layer]) / tau).softmax(-1)[..., 1])
             weight.setdefault(layer, full)
-            odds.setdefault(layer, log_odds(logits.detach()))
+            odds.setdefault(layer, log_odds(logits))
             return 1 - full
 
-        loss = model.loss(policy)
+        loss, z = model.loss(policy), _stack(odds)
         sparsity = 1 - _stack(weight).mean((1, 2))
-        total = loss.mean() + self.multipliers.penalty(sparsity, tasks)
+        total = loss.mean() + self.multipliers.penalty(sparsity, tasks) + self.bound(z)
         loss = loss.detach()
         deployed = torch.full_like(loss, torch.nan) if deployed is None else deployed
-        return Step(total, loss, sparsity.detach(), _stack(odds) <= 0, deployed)
+        return Step(total, loss, sparsity.detach(), z.detach() <= 0, deployed)
+
+    def weight(self, logits: Tensor, soft: Tensor) -> Tensor:
+        """The weight of full attention, of the shape of ``soft``.
+
+        Args:
+            logits: of a layer, ``[B, 2]`` or ``[B, Hkv, 2]``.
+            soft: what Gumbel-softmax made of them.
+        """
+        return soft
+
+    def bound(self, z: Tensor) -> Tensor:
+        """What is added to the loss for log-odds ``z [B, L, H]`` that have gone far: nothing, as published."""
+        return z.new_zeros(())
 
 
 class StraightThrough(Soft):
@@ -253,7 +262,26 @@ class StraightThrough(Soft):
     The estimator of Elastic Attention (arXiv 2601.17367) and of both published codes.
     """
 
-    hard = True
+    def weight(self, logits: Tensor, soft: Tensor) -> Tensor:
+        return (soft > 0.5).float() + soft - soft.detach()
+
+
+class EvenOdds(StraightThrough):
+    """As :class:`StraightThrough`, with a gradient that does not depend on what the router thinks already.
+
+    That of a softmax vanishes where log-odds are large, which is where it drives them, so a unit that was taken for
+    sparse once hardly comes back. Here a weight moves by a quarter of its log-odds wherever they are, as it would at
+    even odds; and beyond ``BOUND`` they are pulled back softly, so that a router can still turn.
+    """
+
+    BOUND, BOUND_WEIGHT = 3.0, 0.01
+
+    def weight(self, logits: Tensor, soft: Tensor) -> Tensor:
+        z = log_odds(logits)
+        return (soft > 0.5).float() + (z - z.detach()) / 4
+
+    def bound(self, z: Tensor) -> Tensor:
+        return self.BOUND_WEIGHT * F.relu(z.abs() - self.BOUND).square().mean()
 
 
 class Counterfactual(Objective):
@@ -429,5 +457,10 @@ def make_objective(
 ) -> Objective:
     """The objective that the recipe names; arguments as for :class:`Objective`."""
     recipe = recipe.settled("head" if num_heads > 1 else "layer")
-    kinds = {"counterfactual": Counterfactual, "soft": Soft, "straight_through": StraightThrough}
+    kinds = {
+        "counterfactual": Counterfactual,
+        "soft": Soft,
+        "straight_through": StraightThrough,
+        "even_odds": EvenOdds,
+    }
     return kinds[cast(ObjectiveName, recipe.objective)](recipe, tasks, num_layers, num_heads, seed)
