@@ -68,8 +68,8 @@ class Recipe:
             backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
             forward, soft gradient) or ``"even_odds"`` (the same with a gradient that does not vanish where log-odds are
-            large; kept most with block-sparse attention). None: what kept most on a real model (docs/evaluation.md), straight-through for
-            routers per head, counterfactuals for routers per layer.
+            large; kept most with block-sparse attention). None: what kept most on a real model with streaming
+            (docs/evaluation.md), straight-through for routers per head, counterfactuals for routers per layer.
         budget: how much more the answers' loss may be than with every route full (the dense loss; of the full mode,
             where ``FluxConfig.full`` is not ``"full"``), in the mean over the data, under the routers' own choices;
             None: 0.01, where there are no targets.
