@@ -243,7 +243,7 @@ def long_prompts() -> RouterDataset:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "straight_through", "even_odds"])
 def test_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: Any, granularity: str, packed: bool
 ) -> None:

@@ -5,13 +5,14 @@ from .calibration import Calibration, calibrate
 from .config import Recipe, training_arguments
 from .data import PackedCollator, PaddedCollator, RouterDataset
 from .dry_run import Cost
-from .objective import Counterfactual, Multipliers, Objective, Soft, Step, StraightThrough, make_objective
+from .objective import Counterfactual, EvenOdds, Multipliers, Objective, Soft, Step, StraightThrough, make_objective
 from .trainer import FluxTrainer
 
 __all__ = [
     "Calibration",
     "Cost",
     "Counterfactual",
+    "EvenOdds",
     "FluxTrainer",
     "Multipliers",
     "Objective",

@@ -65,10 +65,10 @@ class Recipe:
 
     Args:
         objective: ``"counterfactual"`` (exact worth of one layer at a time, no backward pass through the
-            backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture) or
+            backbone), ``"soft"`` (Flux Attention, arXiv 2604.07394: Gumbel-weighted mixture),
             ``"straight_through"`` (Elastic Attention, arXiv 2601.17367, and both published codes: hard
             forward, soft gradient) or ``"even_odds"`` (the same with a gradient that does not vanish where log-odds are
-            large; kept most with block-sparse attention). None: what kept most on a real model with streaming
+            large; at more sparsity with block-sparse attention). None: what kept most on a real model with streaming
             (docs/evaluation.md), straight-through for routers per head, counterfactuals for routers per layer.
         budget: how much more the answers' loss may be than with every route full (the dense loss; of the full mode,
             where ``FluxConfig.full`` is not ``"full"``), in the mean over the data, under the routers' own choices;
@@ -84,10 +84,9 @@ class Recipe:
         multiplier_lr: step of the targets' multipliers' gradient ascent (published: 1e-3), in nats per unit of
             sparsity.
         tau_start, tau_end, tau_share, tau_schedule: temperature of the Gumbel relaxation; it goes from start
-            to end over the first ``tau_share`` of the steps and stays there.
+            to end over the first ``tau_share`` of the steps and stays there. Of no effect on ``"even_odds"``.
         start_bias: log-odds of full attention at the start of routers that are still as they were made; trained ones
-            keep theirs. None: the objective's own, 4.5 as published, 2 for ``"counterfactual"`` and ``"even_odds"``,
-            which explore by sampling.
+            keep theirs. None: 4.5 as published for ``"soft"`` and ``"straight_through"``, 2 for the others.
         whiten: prompts of the training data whose pooled states centre and scale the first layers of routers that
             are still as they were made, before the first step (:mod:`~flux_ext.training.start`). 0: none. A few
             dozen let routers tell inputs apart that they otherwise route alike. None: 48, where there are new routers

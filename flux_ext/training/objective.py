@@ -270,8 +270,8 @@ class EvenOdds(StraightThrough):
     """As :class:`StraightThrough`, with a gradient that does not depend on what the router thinks already.
 
     That of a softmax vanishes where log-odds are large, which is where it drives them, so a unit that was taken for
-    sparse once hardly comes back. Here a weight moves by a quarter of its log-odds wherever they are, as it would at
-    even odds; and beyond ``BOUND`` they are pulled back softly, so that a router can still turn.
+    sparse once hardly comes back. Here a weight moves by a quarter of what its log-odds move by, wherever they are, as
+    it would at even odds; and beyond ``BOUND`` they are pulled back softly, so that a router can still turn.
     """
 
     BOUND, BOUND_WEIGHT = 3.0, 0.01
