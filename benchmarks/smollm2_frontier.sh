@@ -7,7 +7,7 @@
 #   ours        dense, all sparse, static layers and heads, counterfactual routers per layer and per head; streaming
 #   published   the soft and the straight-through objective beside them, in the same table
 #   pools       routers per head with pools of 32 rows, which tell a question from prose, straight through and at even odds
-#   block       the same in FA-XA, where they keep most
+#   block       the same in FA-XA, where more can be sparse
 #   modes       the same as ours (without static heads) in each of the papers' other modes: FA-TA, FA-XA, XA-SSA
 #   table       the tables, with lines that say where they come from
 #

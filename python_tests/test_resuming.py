@@ -18,7 +18,7 @@ from flux_ext.training import Recipe, RouterDataset
 from flux_ext.training.checkpoint import latest_checkpoint
 
 
-@pytest.mark.parametrize("objective", ["counterfactual", "soft"])
+@pytest.mark.parametrize("objective", ["counterfactual", "soft", "even_odds"])
 def test_resume_gives_the_same_routers(tmp_path, objective):
     recipe = Recipe(objective=objective, targets={"a": 0.3})
     through = trainer(tmp_path / "one", recipe=recipe, max_steps=6)
